@@ -1,0 +1,246 @@
+"""Pins and dependencies agree, make does what it says, and imports point downwards."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import blockshock
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# The house of the design, from the ground up; what stands in one row may use one another.
+HOUSE = [
+    {"masks", "sources", "workloads"},
+    {"kernels"},
+    {"packed"},
+    {"distributed", "measure"},
+    {"linear", "attention", "data_parallel", "block_sparse"},
+    {"conversion"},
+    {"transformer"},
+    {"lm"},
+    {"phases"},
+]
+
+
+def constraints():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in pins}
+
+
+def requirements():
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    return [Requirement(line) for group in groups for line in group]
+
+
+def test_every_dependency_is_pinned_to_a_version_that_it_allows():
+    pins = constraints()
+    for wanted in requirements():
+        name = canonicalize_name(wanted.name)
+        if name == "triton":
+            assert name not in pins, "the CUDA build of torch pins its own triton"
+            continue
+        (pin,) = pins[name].specifier
+        assert pin.operator == "=="
+        assert wanted.specifier.contains(pin.version), f"{wanted} against {pins[name]}"
+
+
+def test_constraints_name_no_place_to_fetch_from():
+    text = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"://|^-|@", text, re.MULTILINE)
+
+
+def test_the_version_is_read_without_importing_the_package():
+    tree = ast.parse((ROOT / "blockshock/__init__.py").read_text())
+    values = [
+        node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
+    ]
+    assert values == [blockshock.__version__]
+
+
+def test_no_source_has_a_fixed_host_or_port():
+    fixed = re.compile(r"tcp://|\b127\.0\.0\.1\b|\blocalhost\b|MASTER_PORT\W{1,6}\d")
+    sources = [
+        p for d in ("blockshock", "bench", "tools", "tests") for p in (ROOT / d).rglob("*.py")
+    ]
+    found = [p for p in sources if p != Path(__file__) and fixed.search(p.read_text())]
+    assert not found
+
+
+def test_hooks_fetch_nothing():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
+
+
+def imported(path):
+    """Modules under blockshock that a file imports, anywhere in it: {"blockshock.masks", ...}."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.startswith("blockshock.")}
+
+
+def test_imports_point_downwards():
+    floor = {part: level for level, parts in enumerate(HOUSE) for part in parts}
+    for path in (ROOT / "blockshock").rglob("*.py"):
+        own = path.relative_to(ROOT / "blockshock").with_suffix("").parts[0]
+        if own in ("__init__", "__main__"):
+            continue
+        assert own in floor, f"{path} has no place in the house"
+        for name in imported(path):
+            used = name.split(".")[1]
+            assert used in floor or used == "__version__", f"{path} imports {name}"
+            assert floor.get(used, 0) <= floor[own], f"{own} stands under {used}, in {path}"
+
+
+def test_the_library_needs_no_tools_and_the_tools_no_torch():
+    for folder, barred in (("blockshock", {"tools", "bench"}), ("tools", {"torch", "blockshock"})):
+        for path in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            nodes = [
+                node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
+            ]
+            names = [getattr(node, "module", None) or node.names[0].name for node in nodes]
+            assert not {name.split(".")[0] for name in names} & barred, path
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A checkout whose environment stands already; the shell script `program` is its python."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+
+    def make(*arguments, program="exit 0", installed=True):
+        python.write_text(f'#!/bin/sh\necho "run: $*"\n{program}\n')
+        python.chmod(0o755)
+        if installed:
+            (tmp_path / ".venv/installed").touch()
+        inherited = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+        return subprocess.run(
+            ["make", *arguments],
+            cwd=tmp_path,
+            env=inherited,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    make.root = tmp_path
+    make.python = python
+    return make
+
+
+# Measures: writes what --results names; fails like pytest does when a case fails.
+MEASURES = """
+while [ $# -gt 0 ]; do
+    if [ "$1" = --results ]; then echo '{}' > "$2"; status=%d; fi
+    shift
+done
+exit ${status:-0}
+"""
+
+
+def test_make_test_is_pytest_tests(checkout):
+    done = checkout("test", "PYTEST_ARGS=-k forward")
+    assert done.returncode == 0, done.stderr
+    assert "run: -m pytest tests -k forward" in done.stdout
+
+
+def test_make_bench_measures_then_runs_the_tools(checkout):
+    done = checkout("bench", program=MEASURES % 0)
+    assert done.returncode == 0, done.stderr
+    (results,) = (checkout.root / "build/bench").glob("*-quick.json")
+    name = results.relative_to(checkout.root)
+    runs = [line for line in done.stdout.splitlines() if line.startswith("run: ")]
+    assert runs[0] == f"run: -m pytest bench --sweep quick --results {name}"
+    assert [run.split()[2] for run in runs[1:]] == ["tools.plot", "tools.verdict", "tools.report"]
+    assert all(str(name) in run for run in runs)
+    assert f"results: {name}" in done.stdout
+
+
+def test_make_bench_reports_what_was_saved_and_fails_when_a_case_failed(checkout):
+    done = checkout("bench", "SWEEP=bench/sweeps/n_sweep.yaml", program=MEASURES % 1)
+    assert done.returncode != 0
+    assert "-n_sweep.json" in done.stdout
+    assert "run: -m tools.report" in done.stdout
+
+
+def test_make_bench_without_results_says_so(checkout):
+    done = checkout("bench", program="exit 0")
+    assert done.returncode != 0
+    assert "no case was measured" in done.stderr
+    assert not list((checkout.root / "build/bench").iterdir())
+
+
+def test_make_bench_never_overwrites_earlier_results(checkout, monkeypatch):
+    clock = checkout.root / "date"
+    clock.write_text("#!/bin/sh\necho 20260101T000000Z\n")
+    clock.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{checkout.root}:{os.environ['PATH']}")
+    assert checkout("bench", program=MEASURES % 0).returncode == 0
+    results = checkout.root / "build/bench/20260101T000000Z-quick.json"
+    results.write_text("the first of this second")
+    again = checkout("bench", program=MEASURES % 0)
+    assert again.returncode != 0
+    assert "File exists" in again.stderr
+    checkout("clean")
+    assert results.read_text() == "the first of this second"
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [
+        ("version_info", "Block-Shock needs Python 3.10 or newer"),
+        ("ensurepip", "cannot make virtual environments: venv or ensurepip is missing"),
+    ],
+)
+def test_a_python_that_cannot_do_is_named_with_the_fix(checkout, lacks, message):
+    old = checkout.root / "oldpython"
+    old.write_text(f'#!/bin/sh\ncase "$2" in *{lacks}*) exit 1;; esac\n')
+    old.chmod(0o755)
+    done = checkout("lint", f"PYTHON={old}", installed=False)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "make PYTHON=python3.12" in done.stderr
+
+
+def test_the_torch_of_the_machine_is_kept_only_when_asked_for(checkout):
+    usual = checkout("-n", "lint", installed=False).stdout
+    assert "-m venv  .venv" in usual
+    assert "-c constraints.txt" in usual
+    kept = checkout("-n", "lint", "VENV_ARGS=--system-site-packages", installed=False).stdout
+    assert "-m venv --system-site-packages .venv" in kept
+    assert "constraints.txt -e" not in kept
+
+
+def test_the_gate_runs_lint_then_test():
+    gate = ROOT / ".ci/run"
+    assert os.access(gate, os.X_OK)
+    assert re.search(
+        r"^set -eu$.*^make lint$.*^make test$", gate.read_text(), re.DOTALL | re.MULTILINE
+    )
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["gate"]["steps"]
+    assert "make test" in json.dumps(steps)
