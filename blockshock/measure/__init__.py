@@ -1,0 +1,1 @@
+"""Device clock, regions, error figures, cost model, measured ceilings, environment."""
