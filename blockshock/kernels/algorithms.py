@@ -1,0 +1,165 @@
+"""Which cuSPARSELt algorithm multiplies a shape fastest, searched once and kept on disk.
+
+cuSPARSELt has about twenty algorithms a shape; the default one is no faster than a dense product,
+the best up to 1.65 times (H200), and some have returned wrong results on some devices
+(pytorch#155333). So each is run, its product compared with the dense one, and the fastest of the
+correct ones is kept in `$BLOCKSHOCK_CACHE` (default `~/.cache/blockshock`), a JSON file a device.
+"""
+
+import json
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blockshock.kernels import pack
+
+_CALLS, _ROUNDS = 4, 3  # in one graph, and graphs timed; the median round counts
+_MOST_ALGORITHMS = 64  # cuSPARSELt 0.8 has 21
+
+
+class AlgorithmError(RuntimeError):
+    """No algorithm of the library gives a correct product for a shape."""
+
+
+def cache_file() -> Path:
+    """The file of this device's choices; its name carries the device and the library's version."""
+    root = os.environ.get("BLOCKSHOCK_CACHE")
+    folder = Path(root) if root else Path.home() / ".cache" / "blockshock"
+    device = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
+    return folder / f"cusparselt-{torch.backends.cusparselt.version()}-{device}.json"
+
+
+def choose(
+    x: Tensor, compressed: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None
+) -> int:
+    """The algorithm for X Wᵀ + b with x [B, K] and W [N, K]; searched when the cache has none.
+
+    Raises RuntimeError inside a CUDA graph capture when the shape was never searched: the search
+    launches and synchronises, so run the shape once before capturing.
+    """
+    key = _shape_key(x.shape[0], compressed.shape[0], x.shape[1], x.dtype, bias is not None)
+    table = _table()
+    if key not in table:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"no cuSPARSELt algorithm is known for {key} and a graph is being captured; "
+                "run this shape once before the capture"
+            )
+        with torch.no_grad():
+            table[key] = _search(key, x.shape, compressed, values.detach(), codes, bias)
+        _store(table)
+    return table[key]
+
+
+def known(batch: int, rows: int, columns: int, dtype: torch.dtype, bias: bool) -> int | None:
+    """The algorithm already chosen for a shape, or None; never searches."""
+    return _table().get(_shape_key(-(-batch // 8) * 8, rows, columns, dtype, bias))
+
+
+def _shape_key(batch: int, rows: int, columns: int, dtype: torch.dtype, bias: bool) -> str:
+    name = str(dtype).removeprefix("torch.")
+    return f"{rows}x{columns} B{batch} {name}" + (" bias" if bias else "")
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[str, int]:
+    return _read(cache_file())
+
+
+def _read(file: Path) -> dict[str, int]:
+    try:
+        table = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}  # absent or damaged: a cache only saves time, the search makes it again
+    return {k: v for k, v in table.items() if isinstance(v, int)}
+
+
+def _store(table: dict[str, int]) -> None:
+    """Merges with what other ranks wrote meanwhile; the rename makes the file whole or absent."""
+    file = cache_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        merged = _read(file) | table
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as out:
+            json.dump(merged, out, indent=1, sort_keys=True)
+        Path(out.name).replace(file)
+    except OSError:
+        return  # a read-only or full disk costs a search next time, nothing else
+
+
+def _search(key: str, shape, compressed: Tensor, values: Tensor, codes: Tensor, bias) -> int:
+    from blockshock.kernels import sparse24
+
+    rows, columns = values.shape[0], values.shape[1] * 2
+    generator = torch.Generator(values.device).manual_seed(shape[0] * 7919 + shape[1])
+    # Random values under the real metadata: a weight of zeros could not tell right from wrong.
+    compressed = compressed.clone()
+    values = compressed.view(-1)[: rows * columns // 2].view(values.shape)
+    values.normal_(generator=generator)
+    x = torch.empty(shape, dtype=values.dtype, device=values.device).normal_(generator=generator)
+    if bias is not None:
+        bias = torch.randn_like(bias)
+    truth = F.linear(x, pack.expand(values, codes), bias)
+    timed = []
+    for algorithm in range(_MOST_ALGORITHMS):
+        poison = torch.full_like(truth, torch.nan)
+        del poison  # the product's buffer is taken from this freed, poisoned block
+        try:
+            result = sparse24.run(x, compressed, bias, algorithm)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if "AlgSetAttribute" in str(error):
+                break  # the library has no algorithm of this number, nor of any higher one
+            continue  # not an algorithm for this shape
+        if _agrees(result, truth):
+            timed.append(
+                (_time(lambda a=algorithm: sparse24.run(x, compressed, bias, a)), algorithm)
+            )
+    if not timed:
+        raise AlgorithmError(
+            f"no cuSPARSELt algorithm multiplies {key} correctly on "
+            f"{torch.cuda.get_device_name()}; use method block_shock_folded or a dense method"
+        )
+    return min(timed)[1]
+
+
+def _agrees(result: Tensor, truth: Tensor) -> bool:
+    """Both round a float32 sum once, so they differ by about 0.3 eps (root mean square).
+
+    0.6 eps in the norm finds a wrong tile, the largest difference a wrong element; NaN passes
+    neither.
+    """
+    eps = torch.finfo(truth.dtype).eps
+    truth = truth.float()
+    difference = result.float().sub_(truth)
+    relative = difference.norm() / truth.norm()
+    largest = difference.abs().max() / truth.abs().max()
+    return bool(relative <= 0.6 * eps) and bool(largest <= 2 * eps)
+
+
+def _time(call) -> float:
+    """Median device milliseconds of a call, replayed as a graph: host time plays no part."""
+    call()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: NCCL's watchdog thread may query its events while this thread captures.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for _ in range(_CALLS):
+            call()
+    graph.replay()
+    times = []
+    for _ in range(_ROUNDS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[_ROUNDS // 2]

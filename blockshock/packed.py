@@ -1,0 +1,179 @@
+"""The compressed form of a 2:4-sparse matrix: kept values, and what follows from the mask.
+
+    values      [N, K/2]   the kept entries, row-major; written in place at any time
+    codes       [N, K/4]   one byte a group of four: i0 | i1 << 2, the two kept places
+    compressed  [N, 9K/16] cuSPARSELt's buffer; `values` is its head, metadata its tail (CUDA only)
+
+The metadata is a function of the mask alone, so exact zeros among the values are data, and no
+value that is written later needs a re-compression. For masks made of 4×4 tiles with two kept in
+every row and column the transposed matrix is 2:4 as well; `with_transpose` keeps its values in
+step, which is what makes a 2:4 input gradient dX = dY W possible.
+"""
+
+import torch
+from torch import Tensor
+
+from blockshock import masks
+from blockshock.kernels import pack, sparse24
+
+
+class Packed24:
+    """A 2:4-sparse matrix [N, K]; N and K multiples of 64, dtype float.
+
+    Build it with `pack` from a dense matrix and a mask, or with `empty` and `write_rows` when the
+    whole dense matrix does not fit. `values` may be written in place; the transposed values are
+    refreshed when they are next asked for, or at once by `refresh`. Writes are noticed by the
+    tensor's version counter; after one that does not count (through `.data`, or by a fused
+    optimizer, whose kernels bypass it) call `mark_stale`.
+    """
+
+    def __init__(self, values: Tensor, codes: Tensor, compressed: Tensor | None):
+        self.values, self.codes, self.compressed = values, codes, compressed
+        self._transposed: Packed24 | None = None
+        self._seen = -1
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, *, dtype: torch.dtype, device) -> "Packed24":
+        """Room for a matrix [rows, columns]; `write_rows` must fill every row."""
+        check_shape(rows, columns)
+        device = torch.device(device)
+        reason = sparse24.unsupported(dtype, device.type)
+        if reason:
+            raise ValueError(reason)
+        codes = torch.empty(rows, columns // 4, dtype=torch.uint8, device=device)
+        if device.type != "cuda":
+            values = torch.empty(rows, columns // 2, dtype=dtype, device=device)
+            return cls(values, codes, None)
+        compressed = torch.empty(rows, columns * 9 // 16, dtype=dtype, device=device)
+        values = compressed.view(-1)[: rows * columns // 2].view(rows, columns // 2)
+        return cls(values, codes, compressed)
+
+    @classmethod
+    def pack(cls, weight: Tensor, mask: Tensor) -> "Packed24":
+        """From a dense matrix [N, K] and a bool mask [N, K] with two kept in every four."""
+        packed = cls.empty(*weight.shape, dtype=weight.dtype, device=weight.device)
+        packed.write_rows(0, weight, mask)
+        return packed
+
+    @classmethod
+    def from_codes(cls, values: Tensor, codes: Tensor) -> "Packed24":
+        """From kept values [N, K/2] and codes [N, K/4], both copied."""
+        rows, columns = values.shape[0], values.shape[1] * 2
+        packed = cls.empty(rows, columns, dtype=values.dtype, device=values.device)
+        packed.values.copy_(values)
+        packed.codes.copy_(codes)
+        packed._write_metadata()
+        return packed
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the dense matrix."""
+        return self.values.shape[0], self.values.shape[1] * 2
+
+    @torch.no_grad()
+    def write_rows(self, start: int, weight: Tensor, mask: Tensor) -> None:
+        """Fills rows start.. from a dense block [n, K] and its mask; start and n multiples of 64.
+
+        The mask is checked for two of four.
+        """
+        check_shape(*weight.shape)
+        stop = start + weight.shape[0]
+        masks.check(mask)
+        self.codes[start:stop] = masks.encode(mask)
+        pack.gather_kept(weight, self.codes[start:stop], out=self.values[start:stop])
+        if self.compressed is not None:
+            sparse24.write_metadata(self.compressed, mask, start)
+
+    def unpack(self) -> Tensor:
+        """The dense matrix [N, K], zeros where nothing is kept."""
+        return pack.expand(self.values, self.codes)
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X Wᵀ (+ bias [N]): x [B, K] -> [B, N], contiguous."""
+        return sparse24.product(x, self.compressed, self.values, self.codes, bias)
+
+    @torch.no_grad()
+    def with_transpose(self) -> "Packed24":
+        """Adds the packed form of Wᵀ, kept in step from now on. Returns self.
+
+        Raises ValueError when the mask does not keep two in each column of each 4×4 tile.
+        """
+        rows, columns = self.shape
+        twin = Packed24.empty(columns, rows, dtype=self.values.dtype, device=self.values.device)
+        twin.codes.copy_(masks.transpose(self.codes))
+        twin._write_metadata()
+        self._transposed = twin
+        self.refresh()
+        return self
+
+    @property
+    def has_transpose(self) -> bool:
+        """Whether Wᵀ is kept as well."""
+        return self._transposed is not None
+
+    @property
+    def transposed(self) -> "Packed24":
+        """The packed Wᵀ, [K, N]; its values are brought into step first if W's were written."""
+        if self._transposed is None:
+            raise ValueError("no transposed form is kept; call with_transpose() first")
+        if self._seen != self.values._version:
+            self.refresh()
+        return self._transposed
+
+    def mark_stale(self) -> None:
+        """Says that the values were written; the transpose is refreshed before its next use."""
+        self._seen = -1
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copies the values into the transposed form now, if there is one."""
+        self._seen = self.values._version
+        if self._transposed is not None:
+            twin = self._transposed
+            pack.transpose_kept(self.values, self.codes, twin.codes, out=twin.values)
+
+    @torch.no_grad()
+    def recompress(self, weight: Tensor) -> None:
+        """Compresses a dense matrix [N, K] again, values and metadata, as PyTorch's own 2:4 does.
+
+        The mask must be the one this form was made with. On CUDA cuSPARSELt finds the places
+        itself; where a kept entry is exactly zero it may name another place for that zero, so
+        `values` then no longer match `codes` entry by entry, while every product is unchanged.
+        """
+        if self.compressed is None:
+            pack.gather_kept(weight, self.codes, out=self.values)
+        else:
+            self.compressed.copy_(torch._cslt_compress(weight).view_as(self.compressed))
+        self._seen = self.values._version
+        if self._transposed is not None:
+            self._transposed.recompress(weight.t().contiguous())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: values, metadata and codes, of W and of Wᵀ when it is kept."""
+        head = self.values if self.compressed is None else self.compressed
+        own = head.nbytes + self.codes.nbytes
+        return own + (self._transposed.nbytes if self._transposed is not None else 0)
+
+    def _write_metadata(self) -> None:
+        if self.compressed is None:
+            return
+        for start in range(0, self.shape[0], 1024):
+            mask = masks.decode(self.codes[start : start + 1024])
+            sparse24.write_metadata(self.compressed, mask, start)
+
+
+def estimated_bytes(rows: int, columns: int, itemsize: int) -> int:
+    """Bytes of a 2:4 matrix by its definition: half the values, and two bits of place for each."""
+    kept = rows * columns // 2
+    return kept * itemsize + kept // 4
+
+
+def check_shape(rows: int, columns: int) -> None:
+    """Raises ValueError unless both sizes are multiples of 64, which the 2:4 kernels need."""
+    for name, size in (("N", rows), ("K", columns)):
+        if size <= 0 or size % sparse24.ROWS_MULTIPLE:
+            raise ValueError(
+                f"{name} = {size} is not a multiple of {sparse24.ROWS_MULTIPLE}, which 2:4 needs; "
+                f"pad the weight to {-(-max(size, 1) // 64) * 64} or use a dense method"
+            )

@@ -1,0 +1,116 @@
+"""cuSPARSELt does what the packed form relies on, and an algorithm is trusted only when right."""
+
+import json
+
+import pytest
+import torch
+
+from blockshock import masks
+from blockshock.kernels import algorithms, sparse24
+from blockshock.measure.clock import capture
+from blockshock.packed import Packed24
+
+CUDA = torch.cuda.is_available()
+on_gpu = pytest.mark.gpus(1)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLOCKSHOCK_CACHE", str(tmp_path))
+    algorithms._table.cache_clear()
+    yield tmp_path
+    algorithms._table.cache_clear()
+
+
+def random_form(N, K, dtype=torch.bfloat16, pattern="random"):
+    weight = torch.randn(N, K, device="cuda", dtype=dtype)
+    weight[weight == 0] = 1  # the library may give a zero another place than the mask does
+    return weight, masks.make(pattern, weight), Packed24.pack(weight, masks.make(pattern, weight))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", sparse24.DTYPES)
+@pytest.mark.parametrize(("N", "K"), [(64, 64), (192, 320), (1024, 4096)])
+def test_the_compressed_buffer_is_values_then_metadata_of_the_mask(N, K, dtype):
+    weight, mask, form = random_form(N, K, dtype)
+    library = torch._cslt_compress(weight * mask).view(-1)
+    ours = form.compressed.view(-1)
+    assert torch.equal(library[: N * K // 2], weight[mask])
+    assert torch.equal(ours.view(torch.int16), library.view(torch.int16))
+
+
+@on_gpu
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch", [1, 7, 8, 100, 1024])
+@pytest.mark.parametrize("dtype", sparse24.DTYPES)
+def test_the_product_matches_dense(cache, batch, dtype, bias):
+    weight, mask, form = random_form(256, 512, dtype, "tile")
+    x = torch.randn(batch, 512, device="cuda", dtype=dtype)
+    b = torch.randn(256, device="cuda", dtype=dtype) if bias else None
+    torch.full((4096, 4096), torch.nan, device="cuda")  # freed at once: new memory is poisoned
+    truth = torch.nn.functional.linear(
+        x.double(), (weight * mask).double(), None if b is None else b.double()
+    )
+    error = (form.product(x, b).double() - truth).norm() / truth.norm()
+    assert error < 0.35 * torch.finfo(dtype).eps
+
+
+@on_gpu
+def test_a_wrong_algorithm_is_never_chosen(cache, monkeypatch):
+    _, _, form = random_form(256, 256)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    right = sparse24.run
+
+    def wrong(x, compressed, bias, algorithm):
+        y = right(x, compressed, bias, algorithm)
+        if algorithm != 2:
+            y[0, 0] += 1  # one element of one tile
+        return y
+
+    monkeypatch.setattr(sparse24, "run", wrong)
+    assert algorithms.choose(x, form.compressed, form.values, form.codes, None) == 2
+
+
+@on_gpu
+def test_no_right_algorithm_is_an_error(cache, monkeypatch):
+    _, _, form = random_form(256, 256)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    monkeypatch.setattr(sparse24, "run", lambda x, *_: torch.zeros(64, 256, device="cuda").to(x))
+    with pytest.raises(algorithms.AlgorithmError, match="256x256 B64"):
+        algorithms.choose(x, form.compressed, form.values, form.codes, None)
+
+
+@on_gpu
+def test_the_choice_is_kept_on_disk_and_a_damaged_file_is_replaced(cache):
+    _, _, form = random_form(256, 256)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    algorithms.cache_file().write_text('{"256x256 B64 bf')  # truncated
+    chosen = algorithms.choose(x, form.compressed, form.values, form.codes, None)
+    assert json.loads(algorithms.cache_file().read_text()) == {"256x256 B64 bfloat16": chosen}
+    assert list(cache.iterdir()) == [algorithms.cache_file()]
+
+
+@on_gpu
+def test_a_shape_never_searched_is_refused_inside_a_capture(cache):
+    _, _, form = random_form(256, 256)
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="once before"), torch.cuda.graph(graph):
+        form.product(x)
+
+
+@on_gpu
+def test_a_replayed_graph_follows_values_written_in_place(cache):
+    _, _, form = random_form(256, 256, pattern="tile")
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    result = {}
+    graph = capture(lambda: result.update(y=form.product(x)))
+    form.values.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(result["y"], form.product(x))
+
+
+def test_what_the_kernels_do_not_take_is_named():
+    assert "bf16 or fp16" in sparse24.unsupported(torch.float32, "cuda")
+    assert sparse24.unsupported(torch.float32, "cpu") is None
