@@ -1,0 +1,264 @@
+"""The superposed layer with 2:4 kernels: each rank holds one 2:4-sparse term of W.
+
+    Y     = Σ_g X W(g)ᵀ            2:4 product, one all-reduce
+    dX    = Σ_g dY W(g)            2:4 product with the packed W(g)ᵀ, one all-reduce
+    dW(g) = (dYᵀ X) ∘ M(g)         dense product, then only the kept entries
+
+W(g)ᵀ is 2:4 only for masks of 4×4 tiles with two kept in every row and column ("tile",
+"tile_magnitude"). With any other mask dX is the dense product with the expanded term, and `paths`
+says so. The parameters are, by `master`:
+
+    "packed"  the kept values [N, K/2S]: gradients are computed in packed form, an optimizer writes
+              the values in place, and only the transposed copy is refreshed (`upkeep`)
+    "dense"   the masked weight [N, K/S]: after a step it is masked and compressed again
+
+With 2S ranks, K is cut in S column shards and a pair of ranks holds the two terms of each.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from blockshock import masks as masks24
+from blockshock import sources
+from blockshock.distributed import functions, reduce
+from blockshock.kernels import algorithms, pack, sparse24
+from blockshock.linear import parts
+from blockshock.measure.floor import Cost, all_reduce_wire
+from blockshock.measure.regions import region
+from blockshock.packed import Packed24, check_shape, estimated_bytes
+
+
+def _count_write(optimizer, args, kwargs) -> None:
+    """Fused optimizers write a parameter without raising its version counter: steps are counted."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if hasattr(parameter, "packed_writes"):
+                parameter.packed_writes += 1
+
+
+register_optimizer_step_post_hook(_count_write)
+
+
+class BlockShock(nn.Module):
+    """One 2:4 term. weight: kept values [N, K/2S] or masked dense [N, K/S]; bias [N]; codes."""
+
+    masks = ("tile", "tile_magnitude", "1100", "1010", "1001", "random", "magnitude")
+    policies: ClassVar = {
+        "frozen": {},
+        "dense_master": {"master": "dense"},
+        "packed_master": {"master": "packed"},
+    }
+
+    def __init__(self, packed: Packed24, weight: Tensor, term: parts.Term, K: int, bias, group):
+        super().__init__()
+        self.packed, self.term, self.K, self.group = packed, term, K, group
+        self.ranks = reduce.group_size(group)
+        self.weight = nn.Parameter(weight)
+        self.bias = parts.bias_parameter(bias)
+        self.register_buffer("codes", packed.codes)
+        self._adopt(packed)
+
+    @staticmethod
+    def unsupported(N, K, *, dtype, device_type, ranks, mask=None) -> str | None:
+        """Why this method cannot run, or None when it can."""
+        reason = parts.term_unsupported(K, ranks, multiple=64)
+        if reason or (reason := sparse24.unsupported(dtype, device_type)):
+            return reason
+        try:
+            check_shape(N, K // (ranks // 2))
+        except ValueError as error:
+            return str(error)
+        return None
+
+    @classmethod
+    def from_dense(
+        cls, weight, bias=None, *, group=None, mask="tile", seed=0, master="packed"
+    ) -> "BlockShock":
+        """weight: a tensor [N, K] or a weight source, N and K multiples of 64; bias [N].
+
+        mask: a name in `masks.PATTERNS`; seed: of the "random" mask; master: "packed" or "dense".
+        Raises ValueError for what `unsupported` names, an unknown mask or master, and a weight
+        that is not finite.
+        """
+        if master not in ("packed", "dense"):
+            raise ValueError(f"unknown master {master!r}; use 'packed' or 'dense'")
+        source = sources.as_source(weight)
+        (N, K), device = source.shape, torch.device(source.device)
+        check_shape(N, K)
+        term = parts.Term.of(K, group, multiple=64)
+        packed = Packed24.empty(N, term.width, dtype=source.dtype, device=device)
+        for start, _, rows in parts.blocks(source):
+            kept = parts.term_mask(mask, rows, term, start=start, seed=seed)
+            packed.write_rows(start, rows[:, term.columns].contiguous(), kept)
+        if masks24.PATTERNS[mask].transposable:
+            packed.with_transpose()
+        return cls(
+            packed, packed.unpack() if master == "dense" else packed.values, term, K, bias, group
+        )
+
+    @property
+    def master(self) -> str:
+        """Which form the parameter has: "packed" or "dense"."""
+        return "dense" if self.weight.shape[1] == self.term.width else "packed"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N], the same bits on every rank."""
+        self._follow_parameters()
+        flat = functions.replicate(parts.flatten(x, self.K, self.weight), self.group)
+        partial = _Product.apply(flat[:, self.term.columns], self.weight, self)
+        y = functions.sum_partials(partial, self.bias, self.group)
+        return y.view(*x.shape[:-1], -1)
+
+    def upkeep(self) -> None:
+        """Brings the compressed forms into step after the weight was written; see `master`.
+
+        `forward` does it by itself when it finds the weight changed. Called at the end of a
+        training step it keeps the cost where it arises, and inside a captured graph.
+        """
+        with torch.no_grad(), region("compress"):
+            if self.master == "packed":
+                self.packed.refresh()
+            else:
+                self.weight.mul_(masks24.decode(self.codes))
+                self.packed.recompress(self.weight)
+        self._note_in_step()
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dY W(g): dy [B, N] -> [B, K/S]."""
+        if self.packed.has_transpose:
+            return self.packed.transposed.product(dy)
+        return dy @ (self.weight if self.master == "dense" else self.packed.unpack())
+
+    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """(dYᵀ X) ∘ M(g) in the form of the parameter: dy [B, N], x [B, K/S]."""
+        kept = pack.gather_kept(dy.t() @ x, self.codes)
+        return pack.expand(kept, self.codes) if self.master == "dense" else kept
+
+    def to_dense(self) -> Tensor:
+        """The weight [N, K] on every rank: the sum of all terms."""
+        self._follow_parameters()
+        own = self.weight if self.master == "dense" else self.packed.unpack()
+
+        def place(full):
+            full[:, self.term.columns] = own
+
+        return parts.assemble(place, (own.shape[0], self.K), own, self.group)
+
+    def restrict(self, source) -> dict[str, Tensor]:
+        """What this rank's parameters would be for another dense [N, K] under the same mask."""
+        local = parts.take_columns(source, self.term.columns)
+        kept = pack.gather_kept(local, self.codes)
+        return {"weight": pack.expand(kept, self.codes) if self.master == "dense" else kept}
+
+    def paths(self, batch: int) -> dict[str, str]:
+        """What computes the products of a batch of rows, once they have run."""
+        N, K = self.packed.shape
+        bias = functions.bias_of_first(self.bias, self.group) is not None
+        backward = (
+            _path(self.packed.transposed, batch, K, N, False)
+            if self.packed.has_transpose
+            else "dense product with the expanded term: the mask is not transposable"
+        )
+        return {"forward": _path(self.packed, batch, N, K, bias), "backward": backward}
+
+    def weight_bytes(self) -> tuple[int, int]:
+        """(estimated, actual) bytes of the weight in all its forms on this rank.
+
+        Estimated: what a 2:4 matrix needs by definition, once for each direction that is kept.
+        """
+        N, K = self.packed.shape
+        forms = 2 if self.packed.has_transpose else 1
+        estimate = forms * estimated_bytes(N, K, self.weight.element_size())
+        dense = self.weight.nbytes if self.master == "dense" else 0
+        return estimate + dense, self.packed.nbytes + dense
+
+    def cost(self, batch: int) -> Cost:
+        """Per rank, one forward product: half the products of the dense shard."""
+        N, width = self.packed.shape
+        size = self.weight.element_size()
+        return Cost(
+            flops=batch * N * width,
+            weight_bytes=estimated_bytes(N, width, size),
+            activation_bytes=batch * (N + width) * size,
+            wire_forward=all_reduce_wire(batch * N * size, self.ranks),
+            wire_backward=all_reduce_wire(batch * self.K * size, self.ranks),
+        )
+
+    def extra_repr(self) -> str:
+        """Sizes, term and what computes the input gradient."""
+        N, _ = self.packed.shape
+        backward = "2:4" if self.packed.has_transpose else "dense (mask is not transposable)"
+        return f"{self.K} -> {N}, term {self.term.index}, {self.master}, dX: {backward}"
+
+    def _adopt(self, packed: Packed24) -> None:
+        """Ties the packed form to the parameters, so that writing one writes the other."""
+        self.packed = packed
+        if self.master == "packed":
+            self.weight.data = packed.values
+            packed.values = self.weight.detach()  # shares the version counter, too
+            packed.refresh()
+        self.codes = packed.codes
+        self._seen_codes = self.codes._version
+        self._note_in_step()
+
+    def _note_in_step(self) -> None:
+        self.weight.packed_writes = 0
+        self._seen = self.weight._version
+
+    @property
+    def _written(self) -> bool:
+        return self.weight.packed_writes > 0 or self.weight._version != self._seen
+
+    def _follow_parameters(self) -> None:
+        """Rebuilds what the parameters no longer share memory or mask with.
+
+        After `.to()`, a deep copy or a loaded state_dict the weight is another tensor, or the
+        codes say another mask; after an optimizer step only the values differ.
+        """
+        moved = self.codes.data_ptr() != self.packed.codes.data_ptr() or (
+            self.master == "packed" and self.weight.data_ptr() != self.packed.values.data_ptr()
+        )
+        if (
+            moved
+            or not hasattr(self.weight, "packed_writes")
+            or self.codes._version != self._seen_codes
+        ):
+            kept = self.weight.detach()
+            if self.master == "dense":
+                kept = pack.gather_kept(kept, self.codes)
+            packed = Packed24.from_codes(kept, self.codes)
+            self._adopt(packed.with_transpose() if self.packed.has_transpose else packed)
+        elif self._written and self.master == "dense":
+            self.upkeep()
+        elif self._written:
+            self.packed.mark_stale()  # refreshed by the backward, if there is one
+            self._note_in_step()
+
+
+class _Product(torch.autograd.Function):
+    """Y = X W(g)ᵀ with the three products of the layer; the weight is an edge of the graph."""
+
+    @staticmethod
+    def forward(ctx, x, weight, layer):
+        # Saving the weight makes autograd refuse a backward after the weight was overwritten.
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.layer = layer
+        return layer.packed.product(x, functions.bias_of_first(layer.bias, layer.group))
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, _ = ctx.saved_tensors
+        need_x, need_weight, _ = ctx.needs_input_grad
+        dx = ctx.layer.input_gradient(dy) if need_x else None
+        dw = ctx.layer.weight_gradient(dy, x) if need_weight else None
+        return dx, dw, None
+
+
+def _path(packed: Packed24, batch: int, N: int, K: int, bias: bool) -> str:
+    if packed.compressed is None:
+        return "dense product with the expanded term: plain PyTorch on the CPU"
+    algorithm = algorithms.known(batch, N, K, packed.values.dtype, bias)
+    return f"cuSPARSELt, algorithm {algorithm}"

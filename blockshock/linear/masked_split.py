@@ -1,0 +1,101 @@
+"""The superposed layer with dense products of the masked halves: what 2:4 kernels must beat.
+
+    W(g) = W ∘ M(g), stored dense with its zeros
+    Y     = Σ_g X W(g)ᵀ            one all-reduce
+    dX    = Σ_g dY W(g)            one all-reduce
+    dW(g) = (dYᵀ X) ∘ M(g)         local
+
+With 2S ranks, K is cut in S column shards and a pair of ranks holds the two terms of each.
+"""
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blockshock import sources
+from blockshock.distributed import functions, reduce
+from blockshock.linear import parts
+from blockshock.measure.floor import Cost, all_reduce_wire
+
+
+class MaskedSplit(nn.Module):
+    """One masked term, dense. weight [N, K/S] with zeros where `codes` keep nothing, bias [N]."""
+
+    masks = ("tile", "tile_magnitude", "1100", "1010", "1001", "random", "magnitude")
+    policies: ClassVar = {"frozen": {}, "plain": {}}
+
+    def __init__(self, weight: Tensor, mask: Tensor, term: parts.Term, K: int, bias, group):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.register_buffer("mask", mask)
+        self.bias = parts.bias_parameter(bias)
+        self.term, self.K, self.group = term, K, group
+        self.ranks = reduce.group_size(group)
+
+    @staticmethod
+    def unsupported(N, K, *, dtype, device_type, ranks, mask=None) -> str | None:
+        """Why this method cannot run, or None when it can."""
+        pattern = mask or MaskedSplit.masks[0]
+        return parts.term_unsupported(K, ranks) or parts.rows_unsupported(pattern, N)
+
+    @classmethod
+    def from_dense(cls, weight, bias=None, *, group=None, mask="tile", seed=0) -> "MaskedSplit":
+        """weight: a tensor [N, K] or a weight source; bias [N]; mask: a name in masks.PATTERNS."""
+        source = sources.as_source(weight)
+        N, K = source.shape
+        term = parts.Term.of(K, group)
+        local = torch.empty(N, term.width, dtype=source.dtype, device=source.device)
+        kept = torch.empty(N, term.width, dtype=torch.bool, device=source.device)
+        for start, stop, rows in parts.blocks(source):
+            kept[start:stop] = parts.term_mask(mask, rows, term, start=start, seed=seed)
+            local[start:stop] = rows[:, term.columns] * kept[start:stop]
+        return cls(local, kept, term, K, bias, group)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N], the same bits on every rank."""
+        flat = functions.replicate(parts.flatten(x, self.K, self.weight), self.group)
+        weight = _MaskGradient.apply(self.weight, self.mask)
+        bias = functions.bias_of_first(self.bias, self.group)
+        partial = F.linear(flat[:, self.term.columns], weight, bias)
+        y = functions.sum_partials(partial, self.bias, self.group)
+        return y.view(*x.shape[:-1], -1)
+
+    def to_dense(self) -> Tensor:
+        """The weight [N, K] on every rank: the sum of all terms."""
+
+        def place(full):
+            full[:, self.term.columns] = self.weight
+
+        return parts.assemble(place, (self.weight.shape[0], self.K), self.weight, self.group)
+
+    def restrict(self, source) -> dict[str, Tensor]:
+        """What this rank's parameters would be for another dense [N, K] under the same mask."""
+        return {"weight": parts.take_columns(source, self.term.columns) * self.mask}
+
+    def cost(self, batch: int) -> Cost:
+        """Per rank, one forward product; the zeros are multiplied and read like any entry."""
+        N, width = self.weight.shape
+        size = self.weight.element_size()
+        return Cost(
+            flops=2 * batch * N * width,
+            weight_bytes=N * width * size,
+            activation_bytes=batch * (N + width) * size,
+            wire_forward=all_reduce_wire(batch * N * size, self.ranks),
+            wire_backward=all_reduce_wire(batch * self.K * size, self.ranks),
+        )
+
+
+class _MaskGradient(torch.autograd.Function):
+    """The weight as it is; its gradient only where the mask keeps an entry."""
+
+    @staticmethod
+    def forward(ctx, weight, mask):
+        ctx.save_for_backward(mask)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, dw):
+        (mask,) = ctx.saved_tensors
+        return dw * mask, None

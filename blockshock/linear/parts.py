@@ -1,0 +1,147 @@
+"""What the linear methods share: reading a weight in row blocks, and who holds which part.
+
+No rank needs the whole weight. A weight is a source that yields row blocks (`sources`); each
+method takes from a block what it holds. The same taking, applied to the dense gradient, says what
+a parameter's gradient must be.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from blockshock import masks, sources
+from blockshock.distributed import reduce
+
+
+@dataclass(frozen=True)
+class Term:
+    """The part of W that a rank of a 2:4 method holds: one of two terms of one column shard.
+
+    With 2S ranks, K is cut in S shards of columns and ranks 2s, 2s + 1 hold the complementary
+    terms of shard s:  Y = Σ_s Σ_g X[:, k_s] W(g)[:, k_s]ᵀ.
+    """
+
+    index: int
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, columns: int, group=None, *, multiple: int = 4) -> "Term":
+        """This rank's term. Raises ValueError for an odd number of ranks or a bad K."""
+        rank, ranks = reduce.group_rank(group), reduce.group_size(group)
+        reason = term_unsupported(columns, ranks, multiple=multiple)
+        if reason:
+            raise ValueError(reason)
+        width = columns // (ranks // 2)
+        shard = rank // 2
+        return cls(rank % 2, shard * width, (shard + 1) * width)
+
+    @property
+    def width(self) -> int:
+        """Columns of the shard."""
+        return self.stop - self.start
+
+    @property
+    def columns(self) -> slice:
+        """The shard's columns of W, and of X."""
+        return slice(self.start, self.stop)
+
+
+def term_mask(pattern: str, rows: Tensor, term: Term, *, start: int, seed: int) -> Tensor:
+    """The mask [n, width] of this rank's term for the rows [n, K] that begin at row `start`.
+
+    Made from the whole rows, so that every rank of every number of ranks makes the same mask.
+    """
+    mask = masks.make(pattern, rows, start=start, seed=seed)[:, term.columns]
+    return ~mask if term.index else mask.contiguous()
+
+
+def term_unsupported(columns: int, ranks: int, *, multiple: int = 4) -> str | None:
+    """Why `ranks` ranks cannot hold the pairs of terms of a weight with K columns, or None."""
+    if ranks % 2 or ranks < 2:
+        return (
+            f"{ranks} rank{'' if ranks == 1 else 's'} cannot hold pairs of complementary terms; "
+            "use an even number of ranks, or a dense method"
+        )
+    if columns % (multiple * (ranks // 2)):
+        return (
+            f"K = {columns} is not a multiple of {multiple * (ranks // 2)} "
+            f"({multiple} for each of {ranks // 2} column shards); pad it or use fewer ranks"
+        )
+    return None
+
+
+def even_unsupported(name: str, size: int, ranks: int) -> str | None:
+    """Why a dimension cannot be dealt out evenly over the ranks, or None."""
+    if size % ranks:
+        return f"{name} = {size} is not a multiple of {ranks} ranks; pad it or use fewer ranks"
+    return None
+
+
+def rows_unsupported(pattern: str, N: int) -> str | None:
+    """Why a pattern cannot mask N rows, or None."""
+    if masks.PATTERNS[pattern].transposable and N % 4:
+        return f"N = {N} is not a multiple of 4, the height of a tile; pad it or use mask 1100"
+    return None
+
+
+def blocks(source, start: int = 0, stop: int | None = None):
+    """Yields (start, stop, rows) over rows start..stop of a weight source.
+
+    A source refuses a weight that is NaN or infinite with a ValueError naming the place.
+    """
+    stop = source.shape[0] if stop is None else stop
+    for low, high in sources.row_blocks(stop - start):
+        yield start + low, start + high, source.rows(start + low, start + high)
+
+
+def take_columns(source, columns: slice | Tensor = slice(None)) -> Tensor:
+    """Some columns of every row: [N, number of columns], read block by block."""
+    taken = (rows[:, columns] for _, _, rows in blocks(source))
+    return _stack(taken, source, source.shape[0])
+
+
+def take_rows(source, start: int, stop: int) -> Tensor:
+    """Rows start..stop whole: [stop - start, K], read block by block."""
+    taken = (rows for _, _, rows in blocks(source, start, stop))
+    return _stack(taken, source, stop - start)
+
+
+def _stack(blocks, source, height: int) -> Tensor:
+    part, filled = None, 0
+    for block in blocks:
+        if part is None:
+            part = torch.empty(height, block.shape[1], dtype=source.dtype, device=source.device)
+        part[filled : filled + block.shape[0]] = block
+        filled += block.shape[0]
+    return part
+
+
+def bias_parameter(bias: Tensor | None) -> nn.Parameter | None:
+    """The whole bias [N], held by every rank; see `distributed.functions` for who adds it."""
+    return None if bias is None else nn.Parameter(bias.detach().clone())
+
+
+def flatten(x: Tensor, columns: int, weight: Tensor) -> Tensor:
+    """x [..., K] -> [B, K]. Raises ValueError when K, dtype or device are not the weight's."""
+    if x.shape[-1] != columns:
+        raise ValueError(f"x has {x.shape[-1]} features, the layer takes {columns}")
+    if x.dtype != weight.dtype or x.device != weight.device:
+        raise ValueError(
+            f"x is {x.dtype} on {x.device}, the layer {weight.dtype} on {weight.device}; "
+            "convert one of them"
+        )
+    return x.reshape(-1, columns)
+
+
+def assemble(place: Callable[[Tensor], None], shape, part: Tensor, group=None) -> Tensor:
+    """The dense [N, K] on every rank; `place` writes this rank's part into zeros.
+
+    The parts do not overlap, so the sum over the ranks only copies: the values are exact.
+    """
+    full = torch.zeros(shape, dtype=part.dtype, device=part.device)
+    with torch.no_grad():
+        place(full)
+        return reduce.all_reduce(full, group)

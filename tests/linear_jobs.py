@@ -1,0 +1,137 @@
+"""What the ranks do in the tests of the linear methods; the tests only compare the answers."""
+
+import torch
+
+from blockshock import masks, sources
+from blockshock.distributed import reduce
+from blockshock.distributed.ranks import device
+from blockshock.linear import METHODS
+from blockshock.measure.errors import figure, relative_error
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def data(N, K, B, dtype, seed=0):
+    """Weight, bias, input and upstream gradient on this rank's device."""
+    shared = {"dtype": DTYPES[dtype], "device": device()}
+    weight = sources.SeededWeight(N, K, **shared, seed=seed).rows(0, N)
+    bias = sources.seeded_bias(N, **shared, seed=seed)
+    generator = sources.generator(device(), "test", seed)
+    x, dy = (torch.randn(B, n, generator=generator, device=device()) for n in (K, N))
+    return weight, bias, x.to(DTYPES[dtype]), dy.to(DTYPES[dtype])
+
+
+def errors(method, N, K, B, dtype, bias=True, lead=(), break_it=None, **options):
+    """Ratios to plain dense's error of Y, dX, dW, db on this rank, and whether all ranks agree."""
+    weight, b, x, dy = data(N, K, B, dtype)
+    b = b if bias else None
+    layer = METHODS[method].from_dense(weight, b, **options)
+    if break_it:
+        break_it(layer)
+    layer, x_in = layer, x.reshape(*lead, K) if lead else x
+    x_in.requires_grad_()
+    y = layer(x_in)
+    assert y.shape == (*x_in.shape[:-1], N)
+    y.backward(dy.reshape(y.shape))
+    plain_weight = weight.clone().requires_grad_()
+    plain_x = x.detach().clone().requires_grad_()
+    plain = torch.nn.functional.linear(plain_x, plain_weight, b)
+    plain.backward(dy)
+    w64, x64, dy64 = weight.double(), x.detach().double(), dy.double()
+    true = {
+        "output": x64 @ w64.t() + (0 if b is None else b.double()),
+        "grad_input": dy64 @ w64,
+        "grad_weight": dy64.t() @ x64,
+        "grad_bias": dy64.sum(0),
+    }
+    dense = {
+        "output": plain,
+        "grad_input": plain_x.grad,
+        "grad_weight": plain_weight.grad,
+        "grad_bias": dy.sum(0),
+    }
+    own = {"output": y.detach().reshape(B, N), "grad_input": x_in.grad.reshape(B, K)}
+    own["grad_weight"], own["grad_bias"] = layer.weight.grad, b if b is None else layer.bias.grad
+    ratios = {}
+    for name, actual in own.items():
+        if actual is None:
+            continue
+        yardstick = relative_error(dense[name], true[name])
+        truth = true[name]
+        if name == "grad_weight":
+            truth = layer.restrict(sources.TensorWeight(truth))["weight"]
+        found = figure(actual, truth, yardstick, ranks=reduce.group_size())
+        ratios[name] = (found.ratio, found.passes)
+    same = [reduce.same_on_all_ranks(own[name]) for name in ("output", "grad_input")]
+    exact = torch.equal(layer.to_dense(), weight)
+    return {"ratios": ratios, "same_bits": all(same), "exact_weight": exact}
+
+
+def repeated_bits(method, N, B, dtype):
+    """Whether two forward and backward runs give the same bits."""
+    weight, b, x, dy = data(N, N, B, dtype)
+    runs = []
+    for _ in range(2):
+        layer = METHODS[method].from_dense(weight, b)
+        x_in = x.detach().clone().requires_grad_()
+        y = layer(x_in)
+        y.backward(dy)
+        runs.append((y.detach(), x_in.grad, layer.weight.grad))
+    return all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def flip_one_mask_group(layer):
+    """One group of four keeps another place than the weight was packed for."""
+    if layer_is_second():
+        return
+    codes = layer.codes.clone()
+    codes[0, 0] = masks.complement(codes[:1, :1])[0, 0]
+    layer.codes.copy_(codes)
+
+
+def drop_a_term(layer):
+    """Rank 1's term is lost."""
+    if layer_is_second():
+        with torch.no_grad():
+            layer.weight.zero_()
+
+
+def layer_is_second():
+    """Whether this is rank 1."""
+    return reduce.group_rank() == 1
+
+
+def refusal(method, N, K, dtype, poison=None, **options):
+    """The text of the ValueError that from_dense raises."""
+    weight, b, *_ = data(N, K, 8, dtype)
+    if poison is not None:
+        weight[poison] = float("nan")
+    try:
+        METHODS[method].from_dense(weight, b, **options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def train(method, steps, optimizer, fused, call_upkeep, **options):
+    """The dense weight after some training steps, and the plain dense layer's."""
+    weight, b, x, dy = data(128, 128, 32, "fp32")
+    layers = [
+        METHODS[m].from_dense(weight, b, **o) for m, o in ((method, options), ("dense_single", {}))
+    ]
+    for layer in layers:
+        step = getattr(torch.optim, optimizer)(layer.parameters(), lr=0.01, fused=fused)
+        for _ in range(steps):
+            step.zero_grad()
+            x_in = x.detach().clone().requires_grad_()
+            (layer(x_in) - dy).square().mean().backward()
+            step.step()
+            if call_upkeep and hasattr(layer, "upkeep"):
+                layer.upkeep()
+        layer(x_in).backward(dy)  # dX by the transposed form after the last step
+        layer.dx = x_in.grad
+    change = (layers[1].to_dense() - weight).norm()
+    return {
+        "weight": float((layers[0].to_dense() - layers[1].to_dense()).norm() / change),
+        "dx": relative_error(layers[0].dx, layers[1].dx),
+    }

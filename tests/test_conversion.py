@@ -1,0 +1,153 @@
+"""A converted model is the dense model, held differently: outputs, gradients, state, and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import blockshock
+from blockshock.distributed import reduce
+from blockshock.distributed.ranks import device
+from blockshock.linear import METHODS
+
+METHOD_NAMES = [name for name in METHODS if name != "dense_single"]
+
+
+class Model(nn.Module):
+    """Two linear layers that fit, one too narrow, one tied to an embedding, and attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(128, 64)
+        self.attention = nn.MultiheadAttention(64, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(64, 192), nn.GELU(), nn.Linear(192, 64, bias=False))
+        self.narrow = nn.Linear(64, 63)
+        self.head = nn.Linear(64, 128, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.mlp(x)
+        return self.head(x), self.narrow(x)
+
+
+def model():
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
+    return Model().to(device(), dtype)
+
+
+def run(net):
+    tokens = torch.arange(24, device=device()).view(2, 12)
+    logits, narrow = net(tokens)
+    (logits.float().square().mean() + narrow.float().square().mean()).backward()
+    return logits.detach()
+
+
+def converted(method):
+    dense = model()
+    expected = run(dense)
+    net = model()
+    report = blockshock.convert(net, method)
+    actual = run(net)
+    tolerance = 3e-2 if device().type == "cuda" else 1e-5
+    close = torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
+    split = {f"{name}.weight" for name in report.replaced}
+    other = {n: p.grad for n, p in net.named_parameters() if n not in split}
+    grads = all(
+        torch.allclose(grad, dense.get_parameter(name).grad, rtol=tolerance, atol=tolerance)
+        for name, grad in other.items()
+    )
+    return {"replaced": report.replaced, "left": report.left, "close": close, "grads": grads}
+
+
+def round_trip(method):
+    dense, net = model(), model()
+    blockshock.convert(net, method)
+    saved = copy.deepcopy(net.state_dict())
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.zero_()
+    net.load_state_dict(saved)
+    blockshock.revert(net)
+    back = net.state_dict()
+    return list(back) == list(dense.state_dict()) and all(
+        torch.equal(value, back[name]) for name, value in dense.state_dict().items()
+    )
+
+
+def moved_and_copied(method):
+    """Outputs after a deep copy, a cast there and back, and a state of another mask."""
+    x = torch.randn(16, 64, device=device()).to(torch.bfloat16)
+    weight = torch.randn(192, 64, device=device()).to(torch.bfloat16)
+    layer = METHODS[method].from_dense(weight)
+    expected = layer(x)
+    twin = copy.deepcopy(layer)
+    with torch.no_grad():
+        layer.weight.zero_()
+    equal = [torch.equal(twin(x), expected)]
+    equal.append(torch.equal(twin.to(torch.float16).to(torch.bfloat16)(x), expected))
+    if method == "block_shock":
+        other = METHODS[method].from_dense(weight, mask="tile_magnitude")
+        twin.load_state_dict(other.state_dict())
+        equal.append(torch.equal(twin(x), other(x)))
+        equal.append(torch.equal(twin.to_dense(), weight))
+    return equal
+
+
+def frozen_flags(method):
+    net = model()
+    net.mlp[0].weight.requires_grad_(False)
+    net.eval()
+    blockshock.convert(net, method, where="mlp.0")
+    return net.mlp[0].weight.requires_grad, net.mlp[0].bias.requires_grad, net.mlp[0].training
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_outputs_and_gradients_are_the_dense_models(ranks, method):
+    for answer in ranks.run(converted, method):
+        assert "mlp.0" in answer["replaced"]
+        assert answer["close"]
+        assert answer["grads"]
+
+
+def test_what_is_left_is_listed_with_its_reason(ranks):
+    answer = ranks.run(converted, "block_shock")[0]
+    assert answer["replaced"] == ["mlp.0", "mlp.2"]
+    assert "63" in answer["left"]["narrow"]
+    assert "shared" in answer["left"]["head"]
+    assert "subclass" in answer["left"]["attention.out_proj"]
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_state_dict_round_trip_and_revert_give_the_dense_state(ranks, method):
+    assert all(ranks.run(round_trip, method))
+
+
+@pytest.mark.parametrize("method", ["block_shock", "block_shock_folded", "masked_split"])
+def test_copies_casts_and_loaded_masks_are_followed(ranks, method):
+    for equal in ranks.run(moved_and_copied, method):
+        assert all(equal), equal
+
+
+def test_flags_of_the_dense_layer_are_kept(ranks):
+    assert ranks.run(frozen_flags, "block_shock") == [(False, True, False)] * ranks.size
+
+
+def test_an_unknown_method_or_option_is_refused():
+    with pytest.raises(ValueError, match="block_shock_folded"):
+        blockshock.convert(nn.Sequential(nn.Linear(64, 64)), "blockshock")
+    with pytest.raises(ValueError, match="pattern"):
+        blockshock.convert(nn.Sequential(nn.Linear(64, 64)), "dense_single", pattern="1100")
+    with pytest.raises(ValueError, match="from_dense"):
+        blockshock.convert(nn.Linear(64, 64), "dense_single")
+
+
+def test_without_ranks_the_split_methods_leave_every_layer_and_say_why():
+    assert reduce.group_size() == 1
+    report = blockshock.convert(nn.Sequential(nn.Linear(64, 64)), "block_shock")
+    assert not report.replaced
+    assert "even number of ranks" in report.left["0"]
+    assert "even number of ranks" in str(report)

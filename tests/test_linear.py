@@ -1,0 +1,139 @@
+"""Every linear method computes the dense layer: output, gradients, weight, on all ranks alike."""
+
+import pytest
+import torch
+
+from blockshock.linear import METHODS
+from tests import linear_jobs as jobs
+
+CUDA = torch.cuda.is_available()
+
+
+def cases():
+    for method, cls in METHODS.items():
+        for mask in cls.masks or (None,):
+            yield method, {} if mask is None else {"mask": mask}
+
+
+def identify(value):
+    return value.get("mask", "") if isinstance(value, dict) else str(value)
+
+
+def check(answers):
+    for answer in answers:
+        assert answer["exact_weight"]
+        assert answer["same_bits"]
+        assert all(passes for _, passes in answer["ratios"].values()), answer["ratios"]
+
+
+def skip_unsupported(ranks, method, N, K, dtype):
+    reason = METHODS[method].unsupported(
+        N, K, dtype=jobs.DTYPES[dtype], device_type=ranks.device, ranks=ranks.size
+    )
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(("method", "options"), list(cases()), ids=identify)
+def test_output_and_gradients_match_dense(ranks, method, options, dtype):
+    N = 4096 if ranks.device == "cuda" else 256
+    skip_unsupported(ranks, method, N, N, dtype)
+    check(ranks.run(jobs.errors, method, N, N, 192, dtype, **options))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("N", "K", "B", "lead"),
+    [(128, 320, 1, (1,)), (320, 128, 63, (7, 9)), (64, 64, 1000, (2, 5, 100)), (192, 256, 5, ())],
+)
+def test_ugly_shapes_match_dense(ranks, method, N, K, B, lead):
+    skip_unsupported(ranks, method, N, K, "fp32" if ranks.device == "cpu" else "bf16")
+    dtype = "fp32" if ranks.device == "cpu" else "bf16"
+    for answer in ranks.run(jobs.errors, method, N, K, B, dtype, lead=lead):
+        assert answer["exact_weight"]
+        # So few entries are no sample of rounding errors: they allow three times dense's.
+        assert all(ratio < 3 for ratio, _ in answer["ratios"].values()), answer["ratios"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_bias_matches_dense(ranks, method):
+    skip_unsupported(ranks, method, 256, 256, "bf16")
+    check(ranks.run(jobs.errors, method, 256, 256, 512, "bf16", bias=False))
+
+
+@pytest.mark.parametrize("mask", ["tile", "magnitude"])
+def test_dense_master_matches_dense(ranks, mask):
+    check(ranks.run(jobs.errors, "block_shock", 256, 256, 512, "bf16", mask=mask, master="dense"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_runs_give_the_same_bits(ranks, method):
+    skip_unsupported(ranks, method, 512, 512, "bf16")
+    assert all(ranks.run(jobs.repeated_bits, method, 512, 128, "bf16"))
+
+
+@pytest.mark.parametrize("damage", [jobs.flip_one_mask_group, jobs.drop_a_term])
+def test_the_tolerance_finds_a_wrong_mask_and_a_lost_term(ranks, damage):
+    # 64 × 64 so that one group of four among 1024 stands out; fp32 on the CPU, where rounding is
+    # far below it.
+    dtype = "bf16" if ranks.device == "cuda" else "fp32"
+    size = 64
+    answers = ranks.run(
+        jobs.errors, "block_shock", size, size, 512, dtype, mask="magnitude", break_it=damage
+    )
+    assert not all(passes for _, passes in answers[0]["ratios"].values())
+
+
+def test_a_weight_that_is_not_finite_is_refused_with_its_place(ranks):
+    for method in METHODS:
+        answers = ranks.run(jobs.refusal, method, 128, 128, "bf16", poison=(77, 3))
+        held = [answer for answer in answers if answer is not None]
+        assert held, method  # column- or row-parallel ranks read only what they hold
+        assert all("77" in answer and "3" in answer and "nan" in answer for answer in held)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "named"), [(100, 128, "100"), (128, 130, "130"), (63, 63, "63")]
+)
+def test_sizes_that_are_not_multiples_of_64_are_refused(ranks, N, K, named):
+    for answer in ranks.run(jobs.refusal, "block_shock", N, K, "bf16"):
+        assert named in answer
+        assert "64" in answer
+
+
+def test_a_wrong_mask_or_master_is_refused(ranks):
+    assert "1100" in ranks.run(jobs.refusal, "block_shock", 64, 64, "bf16", mask="0110")[0]
+    assert "packed" in ranks.run(jobs.refusal, "block_shock", 64, 64, "bf16", master="sparse")[0]
+    answer = ranks.run(jobs.refusal, "block_shock_folded", 64, 64, "bf16", mask="tile")[0]
+    assert "whole columns" in answer
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_odd_number_of_ranks_is_refused(size):
+    for method in ("masked_split", "block_shock", "block_shock_folded"):
+        reason = METHODS[method].unsupported(
+            192, 192, dtype=torch.bfloat16, device_type="cpu", ranks=size
+        )
+        assert "even number of ranks" in reason
+
+
+@pytest.mark.parametrize("upkeep", [True, False], ids=["upkeep", "forgotten"])
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("block_shock", {"master": "packed"}),
+        ("block_shock", {"master": "dense"}),
+        ("block_shock_folded", {}),
+        ("masked_split", {}),
+        ("dense_tp_row", {}),
+        ("dense_tp_column", {}),
+    ],
+)
+def test_ten_training_steps_follow_dense(ranks, method, options, optimizer, upkeep):
+    skip_unsupported(ranks, method, 128, 128, "fp32")
+    for fused in (False, True):
+        for answer in ranks.run(jobs.train, method, 10, optimizer, fused, upkeep, **options):
+            assert answer["weight"] < 1e-3
+            assert answer["dx"] < 1e-5
