@@ -1,0 +1,1 @@
+"""One file a question: `bench_<phase>.py`; `sweeps/*.yaml` say which cases it is asked for."""

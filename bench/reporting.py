@@ -1,0 +1,114 @@
+"""How a run tells where it stands, and how its results reach the disk: whole or not at all."""
+
+import time
+from pathlib import Path
+
+import pytest
+import pytest_benchmark
+
+
+class Progress:
+    """One line a case: how far, which case, its time or why there is none, and what is left."""
+
+    def __init__(self, config):
+        self.config, self.done, self.total, self.began = config, 0, 0, time.monotonic()
+
+    def pytest_collection_finish(self, session):
+        self.total = sum("record" in item.fixturenames for item in session.items)
+        self.began = time.monotonic()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = yield
+        if "record" in getattr(item, "fixturenames", ()):
+            report.bench_result = None
+            fixture = item.funcargs.get("benchmark")
+            if report.when == "call" and report.passed and fixture is not None and fixture.stats:
+                report.bench_result = fixture.stats.stats.median
+        return report
+
+    def pytest_report_teststatus(self, report):
+        if hasattr(report, "bench_result") and not (report.when == "teardown" and report.passed):
+            category = "" if report.passed and report.when == "setup" else report.outcome
+            return category, "", ""  # the line below says it
+        return None
+
+    def pytest_runtest_logreport(self, report):
+        final = report.when == "call" or (report.when == "setup" and not report.passed)
+        if not hasattr(report, "bench_result") or not final:
+            return
+        self.done += 1
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is None:
+            return
+        name = report.nodeid.rpartition("/")[2].partition("::")[2]
+        reporter.ensure_newline()
+        reporter.write_line(f"[{self.done}/{self.total}] {name}  {_what(report)}  ({self._left()})")
+
+    def _left(self) -> str:
+        left = self.total - self.done
+        if not left:
+            return "done"
+        seconds = (time.monotonic() - self.began) / self.done * left
+        shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+        return f"{left} left, about {shown}"
+
+
+def _what(report) -> str:
+    if report.bench_result is not None:
+        return f"{report.bench_result * 1e3:.4g} ms"
+    if report.skipped:
+        return f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"
+    return "FAILED"
+
+
+class SafeResults:
+    """`--results FILE`: pytest-benchmark writes beside the file, which is replaced at the end."""
+
+    def __init__(self, config):
+        self.target = self.partial = None
+        if not config.option.results or hasattr(config, "workerinput"):
+            return
+        self.target = Path(config.option.results)
+        self.partial = self.target.with_name(f".{self.target.name}.partial")
+        try:
+            self.target.parent.mkdir(parents=True, exist_ok=True)
+            handle = self.partial.open("wb")
+        except OSError as error:
+            raise pytest.UsageError(f"--results {self.target} cannot be written: {error}") from None
+        # Up to 5.2 pytest-benchmark takes an open file, from 5.3 on a path.
+        if tuple(map(int, pytest_benchmark.__version__.split(".")[:2])) < (5, 3):
+            config.option.benchmark_json = handle
+        else:
+            handle.close()
+            config.option.benchmark_json = str(self.partial)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self, session):
+        if self.target is None:
+            return (yield)
+        try:
+            result = yield
+            self._keep()
+        except OSError as error:
+            session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+            self._say(
+                session,
+                f"the results could not be saved to {self.target}: {error}. "
+                f"{'What was there before is untouched. ' if self.target.exists() else ''}"
+                "Free space, or choose another --results, and run again.",
+            )
+            return None
+        finally:
+            self.partial.unlink(missing_ok=True)
+        return result
+
+    def _keep(self) -> None:
+        if self.partial.stat().st_size:
+            self.partial.replace(self.target)
+
+    def _say(self, session, text: str) -> None:
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is not None:
+            reporter.ensure_newline()
+            reporter.write_line(text, red=True)

@@ -1,0 +1,149 @@
+"""A case: one point of the experiment. Everything it does is seeded by it."""
+
+import zlib
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+
+from blockshock import masks, workloads
+from blockshock.linear import METHODS
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PHASES = ("correctness", "forward", "backward", "training", "drift")
+OPTIMIZERS = ("sgd", "momentum", "adam")
+FAMILIES = {"linear": METHODS}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a method of a family in a phase, with sizes, dtype and options.
+
+    N, K, B: rows and columns of the weight, rows of the input. mask, policy, optimizer: None where
+    the method or phase has none. input, loss: names in `workloads`. weight: None for a seeded
+    normal weight, or "FILE" or "FILE:TENSOR". steps: of drift. ranks: that share the layer.
+    """
+
+    phase: str
+    method: str
+    N: int
+    B: int
+    K: int | None = None
+    dtype: str = "bf16"
+    mask: str | None = None
+    policy: str | None = None
+    optimizer: str | None = None
+    input: str = "gaussian"
+    loss: str = "mse_target"
+    weight: str | None = None
+    bias: bool = True
+    steps: int | None = None
+    ranks: int = 2
+    seed: int = 0
+    family: str = "linear"
+
+    def __post_init__(self):
+        _known("family", self.family, FAMILIES)
+        _known("phase", self.phase, PHASES)
+        _known("method", self.method, FAMILIES[self.family])
+        _known("dtype", self.dtype, DTYPES)
+        _known("mask", self.mask, (None, *masks.PATTERNS))
+        _known("policy", self.policy, (None, *self.cls.policies))
+        _known("optimizer", self.optimizer, (None, *OPTIMIZERS))
+        _known("loss", self.loss, workloads.LOSSES)
+        _known("input", self.input.partition(":")[0], workloads.INPUTS)
+        for name in ("N", "B", "K", "steps", "ranks"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} = {value!r} must be a whole number, 1 or more")
+        if self.K is None:
+            object.__setattr__(self, "K", self.N)
+        if self.mask is not None and self.mask not in self.cls.masks:
+            taken = ", ".join(self.cls.masks) or "none"
+            raise ValueError(f"{self.method} does not take mask {self.mask!r}; it takes {taken}")
+
+    @property
+    def cls(self):
+        """The method's class."""
+        return FAMILIES[self.family][self.method]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as PyTorch names it."""
+        return DTYPES[self.dtype]
+
+    @property
+    def label(self) -> str:
+        """The method, with what distinguishes it from its neighbours at the same point."""
+        parts = [self.method]
+        if self.mask is not None and self.mask != self.cls.masks[0]:
+            parts.append(self.mask)
+        if self.policy is not None:
+            parts.append(self.policy)
+        return "-".join(parts)
+
+    @property
+    def point_label(self) -> str:
+        """Sizes, dtype and whatever is not the default: N4096-B64-bf16."""
+        parts = [
+            f"N{self.N}",
+            *([f"K{self.K}"] if self.K != self.N else []),
+            f"B{self.B}",
+            self.dtype,
+        ]
+        parts += [str(self.optimizer)] if self.optimizer else []
+        parts += [f"T{self.steps}"] if self.steps else []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("input", "loss", "weight", "bias") and value != field.default:
+                parts.append(f"{field.name}={str(value).replace('/', '_')}")
+        return "-".join(parts)
+
+    @property
+    def name(self) -> str:
+        """block_shock-N4096-B64-bf16: unique within a phase."""
+        return f"{self.label}-{self.point_label}"
+
+    @property
+    def id(self) -> str:
+        """forward/block_shock-N4096-B64-bf16: the same in every run, what `tools.compare` matches."""
+        return f"{self.phase}/{self.name}"
+
+    @property
+    def point(self) -> "Case":
+        """What the methods measured side by side have in common, as a case of dense_single."""
+        policy = None if self.policy is None else "frozen"
+        return replace(self, method="dense_single", mask=None, policy=policy)
+
+    @property
+    def problem_seed(self) -> int:
+        """Seed of weights and inputs: the same for every method, phase and number of ranks."""
+        text = f"{self.seed} {self.N} {self.K} {self.B} {self.input} {self.weight}"
+        return zlib.crc32(text.encode())
+
+    def options(self) -> dict:
+        """Keyword arguments for the method's `from_dense`."""
+        own = dict(self.cls.policies[self.policy]) if self.policy else {}
+        return own if self.mask is None else {**own, "mask": self.mask}
+
+    def unsupported(self, device_type: str) -> str | None:
+        """Why the case cannot run, or None: what is needed and what was found."""
+        if self.phase == "drift" and self.N != self.K:
+            return f"drift feeds the output back: it needs N = K, found N = {self.N}, K = {self.K}"
+        return self.cls.unsupported(
+            self.N,
+            self.K,
+            dtype=self.torch_dtype,
+            device_type=device_type,
+            ranks=self.ranks,
+            mask=self.mask,
+        )
+
+    def as_dict(self) -> dict:
+        """For the result file."""
+        return asdict(self)
+
+
+def _known(what: str, value, valid) -> None:
+    if value not in valid:
+        names = ", ".join(str(v) for v in valid if v is not None)
+        raise ValueError(f"unknown {what} {value!r}; use one of {names}")

@@ -1,0 +1,265 @@
+"""Inside a rank: the cases of one point are built, checked, and measured side by side.
+
+    build     the layer, from the point's weight; memory is counted from here
+    check     its results against the truth; a case that fails is not timed
+    prepare   warm-up, and in graph mode the capture
+    rounds    all cases of the point in turn, round by round
+    regions   an instrumented pass of its own
+
+What the ranks must agree on is agreed by a collective, so that they always run the same steps. A
+refusal (ValueError) or a lack of memory while building is an outcome of that case alone. Any other
+exception ends the ranks: the parent then measures the remaining cases with fresh ones.
+"""
+
+import gc
+import time
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from blockshock.distributed import note, reduce
+from blockshock.distributed.ranks import device as rank_device
+from blockshock.measure import ceilings, clock, errors
+from blockshock.measure.floor import step_floor
+from blockshock.measure.regions import Recorder, recording
+from blockshock.phases import profiling, steps, training
+from blockshock.phases.case import DTYPES, Case
+from blockshock.phases.problem import Problem
+
+PHASES = {
+    "correctness": steps.correctness,
+    "forward": steps.forward,
+    "backward": steps.backward,
+    "training": training.training,
+    "drift": steps.drift,
+}
+REGION_PASSES = 10
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure. mode: see `measure.clock`; None is the device's default.
+
+    rounds: at most so many samples; seconds: about how long the rounds of one case may take, which
+    lowers the rounds of slow steps, but not below 5. pause: seconds the host idles before each
+    timing, to prove that host time does not count. profile: a folder for traces, or None.
+    ceilings: of the machine, from `measure_ceilings`.
+    """
+
+    mode: str | None = None
+    rounds: int = 30
+    seconds: float = 2.0
+    pause: float = 0.0
+    profile: str | None = None
+    ceilings: dict | None = None
+
+
+@dataclass
+class Prepared:
+    """A case that passed its check and can be timed."""
+
+    case: Case
+    layer: torch.nn.Module
+    experiment: steps.Experiment
+    outcome: dict
+    run: object = None
+    calls: int = 1
+    extras: dict = field(default_factory=dict)
+
+
+def measure_ceilings() -> dict:
+    """The machine's ceilings; called in every rank."""
+    note("measuring what this machine can do at most")
+    return ceilings.measure(DTYPES, rank_device())
+
+
+def measure_point(cases: list[Case], options: Options) -> list[dict]:
+    """One outcome per case: `samples` and figures, or `refused` / `failed` with a reason."""
+    device = rank_device()
+    mode = options.mode or ("graph" if device.type == "cuda" else "host")
+    stopwatch = clock.Stopwatch(mode, device, _aligner(device))
+    note(f"making the data of {cases[0].point_label}")
+    problem = Problem(cases[0], device)
+    outcomes, ready = [], []
+    for case in cases:
+        note(f"preparing {case.id}")
+        prepared = _prepare(case, problem, stopwatch, options)
+        outcomes.append(prepared.outcome)
+        if prepared.run is not None:
+            ready.append(prepared)
+    _measure(ready, stopwatch, options)
+    for prepared in ready:
+        note(f"instrumenting {prepared.case.id}")
+        prepared.outcome["regions"] = _regions(prepared, stopwatch)
+        if options.profile:
+            note(f"profiling {prepared.case.id}")
+            prepared.outcome["profile"] = profiling.profile(
+                prepared.experiment.step, prepared.case, options.profile
+            )
+    del problem, ready
+    _release(device)
+    return outcomes
+
+
+def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepared:
+    """Builds, checks and warms up one case; `run` stays None when it was refused or failed."""
+    device, prepared = problem.device, Prepared(case, None, None, {})
+    _release(device)
+    before = _allocated(device)
+    layer, refusal = _build(case, problem)
+    # Ranks refuse together or not at all, except for memory: one rank's lack of it is everyone's.
+    if clock.agree_largest(float(refusal is not None), device):
+        prepared.outcome["refused"] = refusal or "another rank could not build it"
+        return prepared
+    experiment = PHASES[case.phase](case, layer, problem)
+    figures = experiment.check()
+    same = all(reduce.same_on_all_ranks(t) for t in experiment.replicated.values())
+    experiment.replicated.clear()
+    outcome = prepared.outcome
+    outcome["errors"] = {name: figure.as_dict() for name, figure in figures.items()}
+    outcome["same_bits"] = same
+    wrong = not same or not all(figure.passes for figure in figures.values())
+    if clock.agree_largest(float(wrong), device):
+        outcome["failed"] = _wrong(case, figures, same)
+        return prepared
+    outcome.update(experiment.extra)
+    outcome["memory"] = _memory(layer, experiment, before, device)
+    outcome["floor"] = _floor(case, layer, experiment, options)
+    outcome["paths"] = layer.paths(case.B) if hasattr(layer, "paths") else {}
+    outcome["truth"] = str(problem.truth_dtype).removeprefix("torch.")
+    prepared.layer, prepared.experiment = layer, experiment
+    prepared.run, prepared.calls = stopwatch.prepare(experiment.step)
+    return prepared
+
+
+def _build(case: Case, problem: Problem):
+    """(layer, None), or (None, why not)."""
+    try:
+        return case.cls.from_dense(problem.weight, problem.bias, **case.options()), None
+    except ValueError as error:
+        return None, str(error)
+    except torch.OutOfMemoryError as error:
+        return None, f"out of memory while building: {str(error).partition('. GPU')[0]}"
+
+
+def _measure(ready: list[Prepared], stopwatch, options: Options) -> None:
+    if not ready:
+        return
+    estimates = []
+    for prepared in ready:
+        reading = stopwatch.start(prepared.run)
+        stopwatch.idle()
+        estimates.append(reading())
+    slowest = clock.agree_largest(max(estimates), stopwatch.device)
+    rounds = max(5, min(options.rounds, int(options.seconds / slowest)))
+    pause = (lambda: time.sleep(options.pause)) if options.pause else None
+    samples = clock.measure(
+        stopwatch,
+        [prepared.run for prepared in ready],
+        rounds,
+        between=pause,
+        notes=[lambda p=prepared: note(f"timing {p.case.id}") for prepared in ready],
+    )
+    for prepared, times in zip(ready, samples, strict=True):
+        prepared.outcome["times"] = times
+        prepared.outcome["timing"] = {
+            "mode": stopwatch.mode,
+            "calls_per_sample": prepared.calls,
+            "l2": "warm",
+            "interleaved_with": [p.case.label for p in ready if p is not prepared],
+        }
+
+
+def _regions(prepared: Prepared, stopwatch) -> dict:
+    """Per region: average, median and 95th percentile of its seconds a step; calls and bytes."""
+    captured = stopwatch.mode == "graph"
+    recorder = Recorder(stopwatch.device.type, captured)
+    run = prepared.experiment.step
+    if captured:
+        # The first call of `capture` warms up and is not recorded.
+        run = clock.capture(run, around=lambda: recording(recorder)).replay
+    total = []
+    for _ in range(REGION_PASSES):
+        stopwatch.align()
+        if captured:
+            reading = stopwatch.start(run)
+            recorder.collect()
+        else:
+            with recording(recorder):
+                reading = stopwatch.start(run)
+            recorder.collect()
+        total.append(reading())
+    regions = {
+        name: {
+            **_spread(times),
+            "calls": recorder.counts[name][0],
+            "bytes": recorder.counts[name][1],
+        }
+        for name, times in recorder.samples.items()
+    }
+    return {**regions, "total": {**_spread(total), "calls": 1, "bytes": 0}}
+
+
+def _spread(seconds: list[float]) -> dict[str, float]:
+    ordered = torch.tensor(seconds, dtype=torch.float64)
+    quantiles = ordered.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
+    return {"avg": ordered.mean().item(), "p50": quantiles[0], "p95": quantiles[1]}
+
+
+def _floor(case: Case, layer, experiment, options: Options) -> dict | None:
+    if options.ceilings is None:
+        return None
+    return step_floor(
+        layer.cost(case.B),
+        options.ceilings,
+        phase=experiment.products,
+        dtype=case.dtype,
+        optimizer=case.optimizer,
+        trained_bytes=experiment.trained_bytes,
+        steps=experiment.steps,
+    )
+
+
+def _memory(layer, experiment, before: int, device: torch.device) -> dict:
+    """Bytes: the peak of one step over what was there before the layer, and the weight's own."""
+    peak = None
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        experiment.step()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    if hasattr(layer, "weight_bytes"):
+        estimated, actual = layer.weight_bytes()
+    else:
+        estimated = layer.weight.nbytes
+        actual = estimated + sum(b.nbytes for b in layer.buffers())
+    return {"peak_bytes": peak, "weight_bytes": actual, "weight_bytes_estimated": estimated}
+
+
+def _wrong(case: Case, figures: dict, same: bool) -> str:
+    try:
+        errors.require(figures, case.id)
+    except errors.CorrectnessError as error:
+        return str(error)
+    if not same:
+        return f"{case.id} is wrong, so it is not timed: the ranks' results are not the same bits"
+    return f"{case.id} is wrong on another rank, so it is not timed"
+
+
+def _aligner(device: torch.device):
+    """A tiny all-reduce: no rank passes it before the last one arrives."""
+    token = torch.zeros(1, device=device)
+    # Not `reduce.all_reduce`: the meeting is no region of the step.
+    return lambda: dist.all_reduce(token)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()

@@ -1,0 +1,118 @@
+"""What the methods of one point share inside a rank: weight, input, upstream gradient, and truth.
+
+    Y = X Wᵀ + b,  dX = dY W,  dW = dYᵀ X,  db = Σ dY      in float64, W read in row blocks
+
+Truth is float64 as long as the weight has at most 2^29 entries, float32 beyond (said in the
+results as `truth`). Beside it stands the yardstick: the same in the case's own dtype by plain
+dense products.
+"""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blockshock import sources, workloads
+from blockshock.measure.errors import relative_error
+from blockshock.phases.case import Case
+
+FLOAT64_ENTRIES = 2**29
+
+
+class Problem:
+    """The data of one point on this rank's device; the same bits on every rank."""
+
+    def __init__(self, case: Case, device: torch.device):
+        self.device, self.dtype, self.seed = device, case.torch_dtype, case.problem_seed
+        self.N, self.K, self.B = case.N, case.K, case.B
+        shared = {"dtype": self.dtype, "device": device, "seed": self.seed}
+        self.weight = self._weight(case, shared)
+        self.bias = sources.seeded_bias(self.N, **shared) if case.bias else None
+        kind, _, path = case.input.partition(":")
+        options = {"path": path} if path else {}
+        self.x = workloads.make_input(kind, self.B, self.K, **shared, **options)
+        self.dy = workloads.make_target("normal", self.B, self.N, **shared)
+        self.target = workloads.make_target("normal", self.B, self.N, **shared)
+        small = self.N * self.K <= FLOAT64_ENTRIES
+        self.truth_dtype = torch.float64 if small else torch.float32
+
+    def _weight(self, case: Case, shared: dict):
+        if case.weight is None:
+            return sources.SeededWeight(self.N, self.K, **shared)
+        path, _, name = case.weight.partition(":")
+        source = sources.FileWeight(path, name or None, dtype=self.dtype, device=self.device)
+        if tuple(source.shape) != (self.N, self.K):
+            raise ValueError(
+                f"the weight in {case.weight} is {tuple(source.shape)}, the case has N = {self.N}, "
+                f"K = {self.K}; set N and K to the file's"
+            )
+        return source
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole W [N, K], for the yardstick; made anew each time and not kept."""
+        whole = torch.empty(self.N, self.K, dtype=dtype or self.dtype, device=self.device)
+        for start, stop in sources.row_blocks(self.N):
+            whole[start:stop] = self.weight.rows(start, stop)
+        return whole
+
+    @cached_property
+    def output(self) -> tuple[Tensor, float]:
+        """The true Y [B, N], and the yardstick's relative error."""
+        truth = self.true_forward(self.x)
+        plain = F.linear(self.x, self.dense_weight(), self.bias)
+        return truth, relative_error(plain, truth)
+
+    @cached_property
+    def grad_input(self) -> tuple[Tensor, float]:
+        """The true dX [B, K] for the upstream gradient `dy`, and the yardstick's relative error."""
+        truth = torch.zeros(self.B, self.K, dtype=self.truth_dtype, device=self.device)
+        for start, stop in sources.row_blocks(self.N):
+            truth += self.dy[:, start:stop].to(self.truth_dtype) @ self._true_rows(start, stop)
+        return truth, relative_error(self.dy @ self.dense_weight(), truth)
+
+    @cached_property
+    def grad_bias(self) -> tuple[Tensor, float]:
+        """The true db [N], and the yardstick's relative error."""
+        truth = self.dy.to(self.truth_dtype).sum(0)
+        return truth, relative_error(self.dy.sum(0), truth)
+
+    @cached_property
+    def grad_weight_error(self) -> float:
+        """The yardstick's relative error of dW."""
+        source, wrong, right = self.grad_weight, 0.0, 0.0
+        for start, stop in sources.row_blocks(self.N):
+            truth = source.rows(start, stop)
+            plain = self.dy[:, start:stop].t() @ self.x
+            wrong += (plain.to(self.truth_dtype) - truth).square().sum().item()
+            right += truth.square().sum().item()
+        return (wrong / right) ** 0.5
+
+    @cached_property
+    def grad_weight(self) -> "TrueWeightGradient":
+        """The true dW [N, K] as a weight source, for a method's `restrict`."""
+        return TrueWeightGradient(self.x, self.dy, self.truth_dtype)
+
+    def true_forward(self, x: Tensor) -> Tensor:
+        """X Wᵀ + b in the truth's dtype; x [B, K] of any dtype."""
+        x = x.to(self.truth_dtype)
+        y = torch.empty(x.shape[0], self.N, dtype=self.truth_dtype, device=self.device)
+        for start, stop in sources.row_blocks(self.N):
+            y[:, start:stop] = x @ self._true_rows(start, stop).t()
+        return y if self.bias is None else y.add_(self.bias)
+
+    def _true_rows(self, start: int, stop: int) -> Tensor:
+        return self.weight.rows(start, stop).to(self.truth_dtype)
+
+
+class TrueWeightGradient:
+    """dW = dYᵀ X as a weight source, computed in row blocks."""
+
+    def __init__(self, x: Tensor, dy: Tensor, dtype: torch.dtype):
+        self.shape = (dy.shape[1], x.shape[1])
+        self.dtype, self.device = dtype, x.device
+        self._x, self._dy = x.to(dtype), dy
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop of dW."""
+        return self._dy[:, start:stop].to(self.dtype).t() @ self._x

@@ -1,0 +1,153 @@
+"""In the parent: the ranks are asked for the cases of a point, and their answers become results.
+
+A failure ends all ranks, but only the case that was being worked on is lost: the others are
+measured again with fresh ranks. A case that ran out of memory beside its neighbours is tried once
+more alone, and its result then says that it stood alone.
+"""
+
+from dataclasses import replace
+
+from blockshock.distributed import RankFailure
+from blockshock.measure import clock, environment
+from blockshock.phases import engine
+from blockshock.phases.case import Case
+from blockshock.phases.engine import Options
+
+SCHEMA = 1
+POINT_SECONDS = 600.0  # deadline of one point: a hang ends there
+
+
+class CaseFailed(Exception):
+    """A case has no result; the text says why."""
+
+
+class Laboratory:
+    """Measures cases on a pool of ranks and keeps what it measured for the session."""
+
+    def __init__(self, ranks, options: Options):
+        self.ranks, self.options = ranks, options
+        self._done: dict[str, dict | Exception] = {}
+
+    def ceilings(self) -> dict:
+        """What the machine can do at most; measured on first use and kept with every result."""
+        if self.options.ceilings is None:
+            found = self.ranks.run(engine.measure_ceilings)[0]
+            self.options = replace(self.options, ceilings=found)
+        return self.options.ceilings
+
+    def result(self, case: Case, neighbours: list[Case]) -> tuple[list[float], dict]:
+        """(samples in seconds, extra_info) of a case, measured beside its neighbours.
+
+        Raises CaseFailed when it was refused, was wrong, or a rank failed while it was at work.
+        """
+        if case.id not in self._done:
+            waiting = [c for c in neighbours if c.id not in self._done and c.id != case.id]
+            self._measure([case, *waiting])
+        done = self._done[case.id]
+        if isinstance(done, Exception):
+            raise done
+        return done["samples"], done["extra_info"]
+
+    def _measure(self, cases: list[Case]) -> None:
+        self.ceilings()
+        waiting = list(cases)
+        while waiting:
+            before = self._clocks()
+            try:
+                outcomes = self.ranks.run(
+                    engine.measure_point, waiting, self.options, timeout=POINT_SECONDS
+                )
+            except RankFailure as failure:
+                waiting = self._blame(failure, waiting)
+                continue
+            clocks = {"before": before, "after": self._clocks()}
+            for case, per_rank in zip(waiting, zip(*outcomes, strict=True), strict=True):
+                self._done[case.id] = _merge(
+                    case, per_rank, self.ranks.device, clocks, self.options
+                )
+            return
+
+    def _blame(self, failure: RankFailure, waiting: list[Case]) -> list[Case]:
+        """Notes the failure on the case that was at work; returns the cases still to measure."""
+        guilty = next((c for c in waiting if failure.note.endswith(c.id)), None)
+        if guilty is None:  # it happened before any case: none of them can be measured
+            for case in waiting:
+                self._done[case.id] = CaseFailed(str(failure))
+            return []
+        rest = [c for c in waiting if c is not guilty]
+        if failure.exc_type == "OutOfMemoryError" and rest:
+            self._measure([guilty])
+        else:
+            self._done[guilty.id] = CaseFailed(str(failure))
+        return rest
+
+    def _clocks(self):
+        return (
+            environment.clocks(list(range(self.ranks.size)))
+            if self.ranks.device == "cuda"
+            else None
+        )
+
+
+def _merge(case: Case, per_rank, device: str, clocks: dict, options: Options) -> dict | Exception:
+    """One result from the outcomes of all ranks: the slowest time, the largest error and memory."""
+    for key in ("refused", "failed"):
+        reasons = [outcome[key] for outcome in per_rank if key in outcome]
+        if reasons:
+            return CaseFailed(reasons[0])
+    first = per_rank[0]
+    calls = first["timing"]["calls_per_sample"]
+    samples = clock.slowest([outcome["times"] for outcome in per_rank], calls)
+    median = sorted(samples)[len(samples) // 2]
+    info = {
+        "schema": SCHEMA,
+        "id": case.id,
+        "case": case.as_dict(),
+        "device": device,
+        "timing": first["timing"],
+        "errors": _worst([outcome["errors"] for outcome in per_rank]),
+        "truth": first["truth"],
+        "regions": _slowest_regions([outcome["regions"] for outcome in per_rank]),
+        "memory": _largest([outcome["memory"] for outcome in per_rank]),
+        "floor": first["floor"],
+        "rates": _rates(case, median, first["floor"]),
+        "paths": first["paths"],
+        "clocks": clocks if clocks["before"] else None,
+    }
+    info |= {key: first[key] for key in ("drift", "profile") if key in first}
+    return {"samples": samples, "extra_info": info}
+
+
+def _worst(errors: list[dict]) -> dict:
+    return {
+        name: max((rank[name] for rank in errors), key=lambda figure: figure["ratio"])
+        for name in errors[0]
+    }
+
+
+def _slowest_regions(regions: list[dict]) -> dict:
+    return {
+        name: {key: max(rank[name][key] for rank in regions) for key in figures}
+        for name, figures in regions[0].items()
+    }
+
+
+def _largest(memory: list[dict]) -> dict:
+    return {
+        key: None if value is None else max(rank[key] for rank in memory)
+        for key, value in memory[0].items()
+    }
+
+
+def _rates(case: Case, seconds: float, floor: dict) -> dict:
+    """Tokens are rows of the input. The dense-equivalent rate counts what the dense layer computes,
+    all ranks together: 2·B·N·K for each product of the phase."""
+    trained = case.phase == "training" and case.policy != "frozen"
+    products = {"forward": 1, "backward": 2, "correctness": 3, "drift": case.steps or 8}
+    count = products.get(case.phase, 3 if trained else 2)
+    steps = case.steps or 8 if case.phase == "drift" else 1
+    return {
+        "tokens_per_s": steps * case.B / seconds,
+        "dense_tflops": count * 2 * case.B * case.N * case.K / seconds / 1e12,
+        "limit_fraction": floor["seconds"] / seconds,
+    }

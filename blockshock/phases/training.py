@@ -1,0 +1,115 @@
+"""Training: forward, loss, backward, optimizer and upkeep of the compressed form, as one step.
+
+The loss is `workloads.LOSSES[case.loss]`, summed over features and averaged over rows, so that the
+gradient is 2 (Y − T) / B whatever N is, and fp16 does not underflow. The policies are the method's
+own (`policies` in its class); under "frozen" only the bias is trained and dX computed.
+
+The check trains ten steps and compares the change of this rank's weights, W₁₀ − W₀, with the same
+ten steps of a dense float64 layer; the yardstick is a plain dense layer in the case's dtype. The
+change, not the weight: a missing gradient would hide behind the weight it should have changed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blockshock import sources, workloads
+from blockshock.measure.errors import relative_error
+from blockshock.measure.regions import region
+from blockshock.phases.case import Case
+from blockshock.phases.problem import Problem
+from blockshock.phases.steps import Experiment, backward, weight_figure
+
+STEPS = 10
+
+
+def training(case: Case, layer, problem: Problem) -> Experiment:
+    """One optimizer step of the layer."""
+    trained = case.policy != "frozen"
+    layer.weight.requires_grad_(trained)
+    if not trained and layer.bias is None:
+        raise ValueError("policy frozen trains the bias alone; set bias: true")
+    x = problem.x.clone().requires_grad_()
+    optimizer = make_optimizer(case, layer.parameters())
+    upkeep = getattr(layer, "upkeep", None) if trained else None
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        x.grad = None
+        with region("forward"):
+            y = layer(x)
+        with region("loss"):
+            loss = loss_of(case, y, problem.target)
+        with region("backward"):
+            loss.backward()
+        with region("optimizer"):
+            optimizer.step()
+        if upkeep:
+            upkeep()
+
+    def check():
+        if not trained:
+            frozen = backward(case, layer, problem)
+            figures = frozen.check()
+            experiment.replicated.update(frozen.replicated)
+            layer.bias.requires_grad_()
+            return figures
+        before = layer.weight.detach().clone()
+        for _ in range(STEPS):
+            step()
+        change = layer.weight.detach().to(problem.truth_dtype) - before
+        truth, dense = _ten_true_steps(case, problem)
+        experiment.replicated["bias"] = layer.bias if layer.bias is not None else x.grad
+        return {"weight_update": weight_figure(change, layer, truth, dense, case)}
+
+    products = "training" if trained else "backward"
+    size = sum(p.nbytes for p in layer.parameters() if p.requires_grad)
+    experiment = Experiment(step, check, products, trained_bytes=size)
+    return experiment
+
+
+def make_optimizer(case: Case, parameters) -> torch.optim.Optimizer:
+    """The case's optimizer; on CUDA fused, with its state on the device, so a step can be captured.
+
+    The rates move weights of size 1/√K by about a third of themselves in ten steps.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    # Not on the CPU: there torch 2.13's fused SGD leaves bf16 parameters as they are.
+    fused = parameters[0].device.type == "cuda"
+    rate = 0.01 * (case.B / case.K) ** 0.5
+    if case.optimizer == "adam":
+        return torch.optim.Adam(parameters, 0.03 * case.K**-0.5, fused=fused, capturable=fused)
+    momentum = 0.9 if case.optimizer == "momentum" else 0.0
+    rate *= 0.3 if momentum else 1.0
+    return torch.optim.SGD(parameters, rate, momentum=momentum, fused=fused)
+
+
+def loss_of(case: Case, y: Tensor, target: Tensor) -> Tensor:
+    """The case's loss, summed over features and averaged over rows."""
+    loss = workloads.LOSSES[case.loss](y, target.to(y.dtype))
+    return loss / y.shape[0] if case.loss == "sum" else loss * y.shape[1]
+
+
+def _ten_true_steps(case: Case, problem: Problem):
+    """(W₁₀ − W₀ of the float64 layer as a weight source, the yardstick's relative error)."""
+    key = (case.optimizer, case.loss)
+    cache = problem.__dict__.setdefault("trained", {})
+    if key not in cache:
+        truth = _train(case, problem, problem.truth_dtype)
+        plain = _train(case, problem, problem.dtype)
+        cache[key] = sources.as_source(truth), relative_error(plain, truth)
+    return cache[key]
+
+
+def _train(case: Case, problem: Problem, dtype: torch.dtype) -> Tensor:
+    """W₁₀ − W₀ of a plain dense layer, in the truth's dtype."""
+    weight = nn.Parameter(problem.dense_weight(dtype))
+    bias = None if problem.bias is None else nn.Parameter(problem.bias.to(dtype, copy=True))
+    before = weight.detach().to(problem.truth_dtype, copy=True)
+    optimizer = make_optimizer(case, [p for p in (weight, bias) if p is not None])
+    x = problem.x.to(dtype)
+    for _ in range(STEPS):
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(case, F.linear(x, weight, bias), problem.target).backward()
+        optimizer.step()
+    return weight.detach().to(problem.truth_dtype) - before

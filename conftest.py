@@ -1,0 +1,200 @@
+"""Options, markers and fixtures of the suite.
+
+The fixture `ranks` runs functions in all ranks; `record` measures a case and hands its times to
+pytest-benchmark.
+
+The options stand here, in the root, so that pytest knows them from any subfolder.
+"""
+
+import os
+
+import pytest
+import torch
+
+from bench import sweep as sweeps
+from bench.reporting import Progress, SafeResults
+from blockshock.distributed import open_ranks
+from blockshock.measure import environment
+from blockshock.measure.clock import MODES, ReplayClock
+from blockshock.phases.case import Case
+from blockshock.phases.engine import Options
+from blockshock.phases.session import CaseFailed, Laboratory
+
+if not torch.cuda.is_available():
+    # Without a GPU Triton's interpreter runs the kernels; it must be told before their import.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+CLOCK = ReplayClock()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("block-shock")
+    add = group.addoption
+    add("--sweep", default="quick", metavar="NAME", help="a file of bench/sweeps, or a path")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=V[,V]",
+        help="override an axis of the sweep, e.g. --set N=4096,8192",
+    )
+    add("--ranks", type=int, default=2, help="processes that share a layer (default 2)")
+    add(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: cuda with a GPU for each rank, else cpu",
+    )
+    add("--require-gpu", action="store_true", help="what is skipped for want of a GPU fails")
+    add("--results", metavar="FILE", help="write the benchmark JSON here, whole or not at all")
+    add("--rounds", type=int, default=30, help="at most so many samples a case (default 30)")
+    add("--timing", choices=MODES, help="default: graph on GPUs, host on the CPU")
+    add(
+        "--profile",
+        metavar="DIR",
+        nargs="?",
+        const="build/profile",
+        help="write a torch.profiler trace and a kernel table per case",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpus(n): needs n GPUs; skipped, or failed by --require-gpu")
+    if config.option.ranks < 1:
+        raise pytest.UsageError(f"--ranks {config.option.ranks}: at least one rank is needed")
+    try:
+        config.stash[SWEEP] = sweeps.load(config.option.sweep), sweeps.parse_set(config.option.set)
+    except sweeps.SweepError as error:
+        raise pytest.UsageError(str(error)) from None
+    config.stash[DEVICE] = _device(config.option)
+    config.pluginmanager.register(SafeResults(config), "block-shock-results")
+    config.pluginmanager.register(Progress(config), "block-shock-progress")
+
+
+SWEEP = pytest.StashKey()
+DEVICE = pytest.StashKey()
+LABORATORY = pytest.StashKey()
+
+
+def pytest_report_header(config):
+    facts = environment.describe(kind=config.stash[DEVICE], ranks=config.option.ranks)
+    return f"block-shock {facts['version']}: {facts['device']}, torch {facts['torch']}"
+
+
+def pytest_generate_tests(metafunc):
+    """Gives every bench function its cases, with identifiers such as block_shock-N4096-B64-bf16."""
+    if "record" not in metafunc.fixturenames:
+        return
+    config = metafunc.config
+    sweep, settings = config.stash[SWEEP]
+    phase = metafunc.function.__name__.removeprefix("bench_")
+    try:
+        cases = sweeps.cases(sweep, phase, config.stash[DEVICE], config.option.ranks, settings)
+    except sweeps.SweepError as error:
+        raise pytest.UsageError(str(error)) from None
+    names = "method, N, B, dtype, mask, options"
+    values = [(c.method, c.N, c.B, c.dtype, c.mask, _options(c)) for c in cases]
+    metafunc.parametrize(names, values, ids=[c.name for c in cases])
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "record" in item.fixturenames:
+            point = case_of(item).point_label
+            # One marker with both: pytest-benchmark reads only the closest one.
+            phase = item.originalname.removeprefix("bench_")
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=f"{phase} {point}"))
+
+
+def pytest_runtest_setup(item):
+    marker = item.get_closest_marker("gpus")
+    if marker:
+        needed, found = marker.args[0], environment.gpu_count()
+        if found < needed:
+            reason = f"needs {needed} GPU{'s' if needed > 1 else ''}, found {found}"
+            (pytest.fail if item.config.option.require_gpu else pytest.skip)(reason)
+
+
+@pytest.fixture(scope="session")
+def ranks(request):
+    """The session's ranks: `ranks.run(fn, *args)` calls fn in each and returns their results."""
+    option = request.config.option
+    device = request.config.stash[DEVICE]
+    if device == "cpu" and option.require_gpu:
+        pytest.fail(f"--require-gpu: {option.ranks} GPUs are needed, {_found()}", pytrace=False)
+    with open_ranks(option.ranks, device) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def laboratory(request, ranks):
+    """Measures cases on the ranks; see `blockshock.phases.session`."""
+    option = request.config.option
+    lab = Laboratory(
+        ranks, Options(mode=option.timing, rounds=option.rounds, profile=option.profile)
+    )
+    request.config.stash[LABORATORY] = lab
+    return lab
+
+
+@pytest.fixture
+def record(request, benchmark, laboratory):
+    """record(case): measures the case beside the other methods of its point, and records it."""
+
+    def run(case: Case) -> None:
+        if benchmark.disabled:
+            pytest.fail(
+                "benchmarks are disabled here (by -n or --benchmark-disable)", pytrace=False
+            )
+        reason = case.unsupported(laboratory.ranks.device)
+        if reason:
+            pytest.skip(reason)
+        try:
+            samples, info = laboratory.result(case, _neighbours(request, case))
+        except CaseFailed as failure:
+            pytest.fail(str(failure), pytrace=False)
+        benchmark.extra_info.update(info)
+        CLOCK.replay(benchmark, samples)
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    lab = config.stash.get(LABORATORY, None)
+    facts = environment.describe(kind=config.stash[DEVICE], ranks=config.option.ranks)
+    facts["ceilings"] = lab.options.ceilings if lab else None
+    machine_info["blockshock"] = facts
+
+
+def case_of(item) -> Case:
+    """The case of a bench item."""
+    params = dict(item.callspec.params)
+    options = params.pop("options")
+    return Case(phase=item.originalname.removeprefix("bench_"), **params, **options)
+
+
+def _neighbours(request, case: Case) -> list[Case]:
+    """The selected cases of the same point that can run here, in the order of collection."""
+    device = request.config.stash[DEVICE]
+    selected = [case_of(i) for i in request.session.items if "record" in i.fixturenames]
+    return [c for c in selected if c.point == case.point and not c.unsupported(device)]
+
+
+def _options(case: Case) -> dict:
+    """What of a case is neither in the five parameters of a bench function nor a default."""
+    own = case.as_dict()
+    default = Case(case.phase, case.method, case.N, case.B).as_dict()
+    shown = ("phase", "method", "N", "B", "dtype", "mask")
+    return {k: v for k, v in own.items() if k not in shown and v != default[k]}
+
+
+def _device(option) -> str:
+    if option.device != "auto":
+        return option.device
+    return "cuda" if environment.gpu_count() >= option.ranks else "cpu"
+
+
+def _found() -> str:
+    count = environment.gpu_count()
+    return f"found {count}" + ("" if torch.version.cuda else " (a build of torch without CUDA)")

@@ -1,0 +1,204 @@
+"""The laboratory measures what it says, and one case's failure costs nothing but that case."""
+
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from blockshock.distributed import Ranks
+from blockshock.linear import METHODS
+from blockshock.measure import clock
+from blockshock.phases import engine, session
+from blockshock.phases.case import Case
+from blockshock.phases.engine import Options
+from blockshock.phases.session import CaseFailed, Laboratory
+from tests import faulty
+
+REGIONS = {
+    "forward": {"forward", "allreduce", "total"},
+    "backward": {"forward", "backward", "allreduce", "total"},
+    "training": {"forward", "loss", "backward", "allreduce", "optimizer", "compress", "total"},
+}
+
+
+@pytest.fixture(scope="module")
+def lab(ranks):
+    return Laboratory(ranks, Options(rounds=8))
+
+
+@pytest.fixture
+def options(lab):
+    """Options of a new laboratory on the same machine, whose ceilings are known already."""
+    lab.ceilings()
+    return partial(replace, lab.options)
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    """The faulty methods, known here and, through a stand-in for the engine, in the ranks."""
+    for name, cls in faulty.FAULTS.items():
+        monkeypatch.setitem(METHODS, name, cls)
+    monkeypatch.setattr(engine, "measure_point", faulty.measure_point)
+    monkeypatch.setattr(session, "POINT_SECONDS", 15.0)
+
+
+def cases(phase, methods, **options):
+    return [Case(phase, method, N=128, B=32, **options) for method in methods]
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_result_says_everything_the_schema_promises(lab, phase):
+    point = cases(phase, ["dense_tp_row", "block_shock"], mask=None)
+    samples, info = lab.result(point[1], point)
+    assert len(samples) == 8
+    assert all(math.isfinite(sample) and sample > 0 for sample in samples)
+    assert info["schema"] == session.SCHEMA
+    assert info["id"] == f"{phase}/block_shock-N128-B32-bf16"
+    assert set(info["regions"]) == REGIONS[phase]
+    assert info["errors"]["output"]["ratio"] <= info["errors"]["output"]["limit"] == 1.5
+    assert info["timing"]["interleaved_with"] == ["dense_tp_row"]
+    assert info["floor"]["seconds"] == max(
+        info["floor"][term] for term in ("compute", "memory", "wire")
+    )
+    assert 0 < info["rates"]["limit_fraction"]
+    assert info["rates"]["tokens_per_s"] == pytest.approx(32 / sorted(samples)[4], rel=0.5)
+    assert info["memory"]["weight_bytes"] > 0
+    assert set(info["paths"]) == {"forward", "backward"}
+
+
+@pytest.mark.parametrize("policy", ["frozen", "dense_master", "packed_master"])
+def test_a_training_step_is_told_apart_in_regions(lab, policy):
+    case = Case("training", "block_shock", 128, 32, mask="tile", policy=policy, optimizer="adam")
+    _, info = lab.result(case, [case])
+    expected = REGIONS["training"] - ({"compress"} if policy == "frozen" else set())
+    assert set(info["regions"]) == expected
+    parts = sum(info["regions"][name]["p50"] for name in expected - {"total", "allreduce"})
+    assert parts <= 1.5 * info["regions"]["total"]["p50"]
+    checked = {"output", "grad_input"} if policy == "frozen" else {"weight_update"}
+    assert checked <= set(info["errors"])
+
+
+def test_layout_fixes_are_counted_with_their_bytes(lab):
+    case = Case("forward", "dense_tp_column", 128, 32)
+    _, info = lab.result(case, [case])
+    fix = info["regions"]["layout_fix"]
+    assert (fix["calls"], fix["bytes"]) == (1, 32 * 128 * 2)
+
+
+def test_drift_stands_beside_plain_dense(lab):
+    case = Case("drift", "block_shock", 128, 32, mask="tile", steps=6)
+    _, info = lab.result(case, [case])
+    method, dense = info["drift"]["method"], info["drift"]["dense"]
+    assert len(method) == len(dense) == 6
+    assert dense[0] < dense[-1] < 0.1
+    assert all(0.5 * d < m < 2 * d for m, d in zip(method, dense, strict=True))
+
+
+def test_a_host_that_idles_between_rounds_changes_no_time(ranks, options):
+    case = Case("forward", "dense_single", 128, 32)
+    plain, _ = Laboratory(ranks, options(rounds=12)).result(case, [case])
+    slow, _ = Laboratory(ranks, options(rounds=12, pause=0.005)).result(case, [case])
+    assert min(slow) < 0.005 > min(plain)
+    # 12 rounds of a pause would add 60 ms in all, 5 ms to each time if it leaked.
+    assert sum(slow) - sum(plain) < 0.012
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("raises", "no such shard"),
+        ("exits", "exited with code 7"),
+        ("hangs", "did not answer"),
+        ("killed", "SIGKILL"),
+        ("outofmemory", "out of memory"),
+        ("wrong", "is wrong, so it is not timed"),
+        ("otherbits", "not the same bits"),
+    ],
+)
+def test_a_faulty_method_is_named_and_its_neighbours_are_measured(
+    ranks, faults, options, fault, told
+):
+    lab = Laboratory(ranks, options(rounds=5))
+    point = cases("forward", ["dense_single", fault, "dense_tp_row"])
+    with pytest.raises(CaseFailed, match=told):
+        lab.result(point[1], point)
+    for case in (point[0], point[2]):
+        samples, info = lab.result(case, point)
+        assert len(samples) == 5
+        assert fault not in info["timing"]["interleaved_with"]
+
+
+def test_a_case_that_lacks_memory_beside_others_is_tried_alone(faults, monkeypatch):
+    asked = []
+
+    class Pool:
+        size, device = 2, "cpu"
+
+        def run(self, function, *args, timeout=None):
+            if function is engine.measure_ceilings:
+                return [{}] * 2
+            asked.append([case.method for case in args[0]])
+            raise session.RankFailure(
+                "no memory", kind="raised", rank=0, exc_type="OutOfMemoryError",
+                note=f"preparing {args[0][-1].id}",
+            )  # fmt: skip
+
+    lab = Laboratory(Pool(), Options())
+    point = cases("forward", ["dense_single", "dense_tp_row"])
+    with pytest.raises(CaseFailed, match="no memory"):
+        lab.result(point[0], point)
+    assert asked == [["dense_single", "dense_tp_row"], ["dense_tp_row"], ["dense_single"]]
+
+
+def test_a_weight_with_nan_ends_in_a_message_that_names_the_place(ranks, options, tmp_path):
+    numpy = pytest.importorskip("numpy")
+    weight = numpy.ones((128, 128), dtype=numpy.float32)
+    weight[77, 3] = numpy.nan
+    numpy.save(tmp_path / "bad.npy", weight)
+    lab = Laboratory(ranks, options(rounds=5))
+    case = Case("forward", "block_shock", 128, 32, mask="tile", weight=str(tmp_path / "bad.npy"))
+    with pytest.raises(CaseFailed, match=r"77.*3"):
+        lab.result(case, [case])
+
+
+def test_a_weight_from_a_file_is_measured(ranks, options, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "model.safetensors"
+    safetensors.save_file({"mlp.up": torch.randn(128, 64), "mlp.down": torch.randn(64, 128)}, path)
+    case = Case(
+        "backward", "block_shock", 128, 32, K=64, mask="tile_magnitude", weight=f"{path}:mlp.up"
+    )
+    _, info = Laboratory(ranks, options(rounds=5)).result(case, [case])
+    assert info["case"]["weight"].endswith("mlp.up")
+
+
+def test_profile_writes_a_trace_and_a_kernel_table(ranks, options, tmp_path):
+    lab = Laboratory(ranks, options(rounds=5, profile=str(tmp_path)))
+    case = Case("backward", "dense_tp_row", 128, 32)
+    _, info = lab.result(case, [case])
+    trace, table = (f"{info['profile']}{end}" for end in (".trace.json", ".kernels.txt"))
+    assert "traceEvents" in (tmp_path / trace).read_text()
+    assert "allreduce" in (tmp_path / table).read_text().lower()
+
+
+def test_three_ranks_measure_what_they_can(options):
+    with Ranks(3, device="cpu") as three:
+        case = Case("forward", "dense_tp_row", 192, 32, ranks=3)
+        samples, info = Laboratory(three, options(rounds=5)).result(case, [case])
+        assert len(samples) == 5
+        assert info["errors"]["output"]["limit"] == 2.0
+    assert "even number" in Case("forward", "block_shock", 192, 32, ranks=3).unsupported("cpu")
+
+
+def test_times_that_are_no_times_are_refused():
+    assert clock.slowest([[1.0, 4.0], [2.0, 3.0]], calls=2) == [1.0, 2.0]
+    for bad in (float("nan"), float("inf"), 0.0, -1.0):
+        with pytest.raises(ValueError, match="not positive"):
+            clock.slowest([[1.0, bad]], calls=1)
+
+
+def test_a_timing_mode_of_another_device_is_refused():
+    with pytest.raises(ValueError, match="graph, events, sync|host"):
+        clock.Stopwatch("host" if torch.cuda.is_available() else "graph", torch.device("cpu"), None)
