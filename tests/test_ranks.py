@@ -2,19 +2,29 @@
 
 import contextlib
 import os
-import signal
 import socket
 import tempfile
 import threading
-import time
-from pathlib import Path
 
 import pytest
 import torch
 
-from blockshock.distributed import RankFailure, Ranks, open_ranks, wire
+from blockshock.distributed import RankFailure, Ranks, open_ranks, rank_main, wire
 from blockshock.distributed.ranks import device
-from tests.rank_jobs import about, add_up, answer_or_sleep, echo, fail_on, failure_of, is_gone, pid, pool_directories, return_unpicklable, use_ranks, wait_until
+from tests.rank_jobs import (
+    about,
+    add_up,
+    answer_or_sleep,
+    echo,
+    fail_on,
+    failure_of,
+    is_gone,
+    pid,
+    pool_directories,
+    return_unpicklable,
+    use_ranks,
+    wait_until,
+)
 
 pytestmark = pytest.mark.skipif(
     "TORCHELASTIC_RUN_ID" in os.environ, reason="under torchrun there is no pool to test"
@@ -31,7 +41,6 @@ def pool(tmp_path_factory):
     tempfile.tempdir = before
 
 
-
 def test_results_come_in_rank_order(pool):
     assert [entry["rank"] for entry in pool.run(about)] == [0, 1]
     assert pool.run(add_up, 1.0, step=2.0) == [4.0, 4.0]
@@ -45,7 +54,7 @@ def test_a_rank_knows_its_device_and_shares_the_cores(pool):
     for entry in pool.run(about):
         assert entry["device"] == "cpu"
         assert entry["backend"] == "gloo"
-        assert entry["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+        assert entry["threads"] == max(1, rank_main.cpus() // 2)
         assert entry["multicast"] == "0"
     with pytest.raises(RuntimeError, match="in a rank only"):
         device()
@@ -140,7 +149,7 @@ def test_missing_gpus_are_told_before_anything_starts(monkeypatch, pool, found):
     assert pool_directories() == before
 
 
-def test_a_forgotten_pool_ends_with_its_last_reference(temp_dir):
+def test_a_forgotten_pool_ends_with_its_last_reference(pool):
     before = pool_directories()
     pool = Ranks(2, device="cpu")
     pids = pool.run(pid)

@@ -5,7 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(
+    "TORCHELASTIC_RUN_ID" in os.environ, reason="torchrun is not started inside torchrun"
+)
 
 FUNCTIONS = """
 import os, threading, time

@@ -75,7 +75,7 @@ def _start(setup: Setup, sock: socket.socket) -> None:
     if cuda:
         torch.cuda.set_device(setup.rank)
     else:
-        torch.set_num_threads(max(1, _cpus() // setup.size))
+        torch.set_num_threads(max(1, cpus() // setup.size))
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         store=dist.FileStore(str(directory / "store"), setup.size),
@@ -111,7 +111,7 @@ def _kept_open(path: Path) -> Any:
     return path.open("w")
 
 
-def _cpus() -> int:
+def cpus() -> int:
     """The cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
