@@ -1,0 +1,223 @@
+"""Plots, report and README table: everything measured is in them, and they stand alone."""
+
+import html.parser
+import random
+import re
+
+import pytest
+
+from tests import synthetic_results as synthetic
+from tools import plot, report, summary
+from tools.cases import interleaved
+from tools.figures import FIGURES, MAIN, draw_all, steps
+from tools.files import ToolError
+from tools.hypotheses import judge_all
+from tools.results import load
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    training = {"optimizers": ("sgd",), "policies": ("plain", "dense_master", "packed_master")}
+    # One line over N and one over B: every figure has something to draw, and few panels.
+    entries = synthetic.everything((4096, 8192), (64,), **training)
+    entries += synthetic.everything((4096,), (1024,), **training)
+    # A wrong guest: whatever it brings must not become markup.
+    entries.append(synthetic.entry("<script>alert(1)</script>$_{", 4096, 64))
+    return synthetic.write(tmp_path_factory.mktemp("results") / "a.json", entries)
+
+
+@pytest.fixture(scope="module")
+def drawn(file):
+    return draw_all(load(file))
+
+
+@pytest.fixture(scope="module")
+def page(file, drawn):
+    loaded = load(file)
+    return report.page(loaded, judge_all(loaded), *drawn)
+
+
+def test_every_plot_is_written_and_none_is_empty(file, drawn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plot, "draw_all", lambda results: drawn)
+    assert plot.main([file, "-o", str(tmp_path / "plots")]) == 0
+    assert "not drawn" not in capsys.readouterr().out
+    for name in FIGURES:
+        png = (tmp_path / "plots" / f"{name}.png").read_bytes()
+        svg = (tmp_path / "plots" / f"{name}.svg").read_text()
+        assert png.startswith(b"\x89PNG")
+        assert len(png) > 15_000
+        assert svg.rstrip().endswith("</svg>")
+
+
+def test_a_plot_without_data_is_not_drawn_and_says_why(tmp_path, capsys):
+    entries = [synthetic.entry(method, 4096, 64) for method in synthetic.METHODS]
+    path = synthetic.write(tmp_path / "a.json", entries)
+    assert plot.main([path, "-o", str(tmp_path / "plots")]) == 0
+    printed = capsys.readouterr().out
+    drawn = {file.stem for file in (tmp_path / "plots").glob("*.png")}
+    for name in set(FIGURES) - drawn:
+        assert re.search(rf"not drawn: {name}: .+", printed)
+    assert "not drawn: drift: no drift results" in printed
+    assert "two values of N" in printed
+    assert "speedup_map" in drawn
+
+
+def test_a_method_looks_the_same_in_every_plot(drawn):
+    looks: dict[str, set] = {}
+    for drawing in drawn[0]:
+        if drawing.name.startswith(("step_breakdown", "speedup_map")):
+            continue
+        for axes in drawing.figure.axes:
+            for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                line = line.lines[0] if hasattr(line, "lines") else line
+                if label.split(" · ")[0] in synthetic.METHODS and "layout fix" not in label:
+                    method = label.split(" · ")[0]
+                    looks.setdefault(method, set()).add((line.get_color(), line.get_marker()))
+    assert set(looks) == set(synthetic.METHODS)
+    assert all(len(look) == 1 for look in looks.values())
+    assert len(set.union(*looks.values())) == len(looks)
+
+
+def test_titles_say_the_device_and_a_cpu_says_nothing_about_gpus(tmp_path):
+    entries = synthetic.everything((256, 512), (16,))
+    path = synthetic.write(tmp_path / "cpu.json", entries, kind="cpu")
+    drawing = FIGURES[MAIN](load(path))[0]
+    texts = [text.get_text() for text in drawing.figure.texts]
+    assert any("CPU (2 gloo ranks) · CPU: says nothing about GPUs" in text for text in texts)
+
+
+def test_the_same_results_give_the_same_svg(file):
+    first, second = (FIGURES["speedup_map"](load(file))[0].svg() for _ in range(2))
+    assert first == second
+
+
+def test_segments_of_a_step_add_up_to_its_total(file):
+    loaded = load(file)
+    ahead = {r.case.method: r for r in loaded.of("forward") if (r.case.N, r.case.B) == (4096, 64)}
+    for result in loaded.of("training"):
+        for forward in (None, ahead.get(result.case.method)):
+            parts = steps.segments(result, forward)
+            assert sum(parts.values()) == pytest.approx(result.regions["total"].avg)
+            assert all(seconds >= -1e-12 for seconds in parts.values())
+
+
+def test_only_neighbours_of_one_run_count_as_interleaved(file):
+    found = {r.label: r for r in load(file).of("training") if (r.case.N, r.case.B) == (4096, 64)}
+    assert interleaved([found["block_shock · packed_master"], found["dense_tp_row"]])
+    assert not interleaved([found["block_shock · packed_master"], load(file).results[-1]])
+
+
+class Page(html.parser.HTMLParser):
+    """Collects tags, links and ids, and checks that what is opened is closed."""
+
+    VOID = frozenset({"meta", "input", "br", "img", "link"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.links, self.ids, self.tags = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        attributes = dict(attrs)
+        self.links += [v for k, v in attrs if k in ("href", "src", "xlink:href", "action", "data")]
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_report_needs_nothing_outside_itself(page):
+    assert "http:" not in page
+    assert "https:" not in page
+    parsed = Page()
+    parsed.feed(page)
+    assert not parsed.open
+    assert parsed.tags.count("script") == 1
+    assert not {"link", "iframe", "img"} & set(parsed.tags)
+    assert all(link.startswith("#") for link in parsed.links)
+    assert len(parsed.ids) == len(set(parsed.ids))
+    assert {link[1:] for link in parsed.links} <= set(parsed.ids)
+    assert not re.search(r"@import|url\((?!#)", page)
+
+
+def test_the_report_holds_every_case_and_every_plot(file, drawn, page):
+    loaded = load(file)
+    for result in loaded.results:
+        if "<" not in result.id:
+            assert f"<td>{result.id}</td>" in page
+    for drawing in drawn[0]:
+        assert f'id="plot-{drawing.name}"' in page
+    assert page.index('id="verdict"') < page.index(f'id="plot-{MAIN}"') < page.index('id="plots"')
+    assert "NV18" in page
+
+
+def test_what_a_file_says_never_becomes_markup(page):
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert" in page
+
+
+def test_the_report_warns_on_a_cpu_and_follows_the_theme(tmp_path, page):
+    path = synthetic.write(
+        tmp_path / "cpu.json", [synthetic.entry("dense_single", 64, 1)], kind="cpu"
+    )
+    assert report.main([path, "-o", str(tmp_path / "folder")]) == 0
+    text = (tmp_path / "folder" / "report.html").read_text()
+    assert "CPU: says nothing about GPUs" in text
+    assert "CPU: says nothing about GPUs" not in page
+    assert "prefers-color-scheme: dark" in page
+    assert "var(--ink)" in page
+
+
+def test_the_readme_table_is_written_between_its_markers_and_nowhere_else(file, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    before = f"# Title\n\n{summary.BEGIN}\nold\n{summary.END}\n\nEnd.\n"
+    readme.write_text(before)
+    assert summary.main([file, "--readme", str(readme), "--check"]) == 1
+    assert readme.read_text() == before
+    assert summary.main([file, "--readme", str(readme)]) == 0
+    after = readme.read_text()
+    assert summary.main([file, "--readme", str(readme), "--check"]) == 0
+    assert summary.main([file, "--readme", str(readme)]) == 0
+    assert readme.read_text() == after
+    assert after.startswith(f"# Title\n\n{summary.BEGIN}\n")
+    assert after.endswith(f"{summary.END}\n\nEnd.\n")
+    assert "old" not in after.split(summary.END)[0].splitlines()
+    assert "2x NVIDIA H200" in after
+    assert after.count("\n| 4096 |") == 2
+    assert after.count("\n| 8192 |") == 1
+    for result in load(file).of("forward"):
+        if "<" not in result.id:
+            assert summary.milliseconds(result.median) in after
+    assert "PyTorch 2.11.0" in capsys.readouterr().out or "PyTorch 2.11.0" in after
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", summary.BEGIN, f"{summary.END}\n{summary.BEGIN}", 2 * f"{summary.BEGIN}{summary.END}"],
+)
+def test_a_readme_without_its_markers_is_left_alone(file, tmp_path, text):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(ToolError, match=r"README\.md has"):
+        summary.main([file, "--readme", str(readme)])
+    assert readme.read_text() == text
+
+
+def test_results_of_any_shape_are_drawn_or_named(tmp_path):
+    """Random subsets of a sweep: every figure is drawn or has its reason, never an exception."""
+    entries, chance = synthetic.everything((256, 512, 1024), (16, 64)), random.Random(0)
+    for i in range(4):
+        some = chance.sample(entries, chance.choice([1, 3, 20]))
+        for entry in some[::3]:
+            for key in ("regions", "errors", "memory", "floor", "drift"):
+                entry["extra_info"].pop(key, None)
+        drawings, absent = draw_all(load(synthetic.write(tmp_path / f"{i}.json", some)))
+        assert {d.name.partition("_bf16")[0] for d in drawings} | set(absent) == set(FIGURES)
+        assert all(reason for reason in absent.values())

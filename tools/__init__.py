@@ -1,0 +1,1 @@
+"""What reads a benchmark JSON file: plot, compare, verdict, report, summary. Needs no torch."""

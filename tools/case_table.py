@@ -1,0 +1,103 @@
+"""The report's tables: every case of a phase with all its figures, a row each."""
+
+import html
+
+from tools.cases import Result, Results
+from tools.tables import (
+    Column,
+    as_html,
+    count,
+    figure,
+    milliseconds,
+    number,
+    percent,
+    size,
+)
+
+PHASE_TITLES = {
+    "correctness": "Correctness: output and all gradients against the truth",
+    "forward": "Forward",
+    "backward": "Backward: forward and the gradient of the input, weights frozen",
+    "training": "Training: one step",
+    "drift": "Drift: T forward-only steps",
+}
+
+COLUMNS = (
+    Column("id", "case"),
+    Column("method", "method"),
+    number("N", "N"),
+    number("B", "B"),
+    Column("dtype", "dtype"),
+    Column("optimizer", "optimizer"),
+    number("median", "median ms", milliseconds),
+    number("p95", "p95 ms", milliseconds),
+    number("samples", "samples"),
+    number("tokens", "tokens/s", count),
+    number("tflops", "TFLOP/s", figure),
+    number("limit", "of its limit", percent),
+    number("forward", "forward ms", milliseconds),
+    number("backward", "backward ms", milliseconds),
+    number("allreduce", "all-reduce ms", milliseconds),
+    number("allgather", "all-gather ms", milliseconds),
+    number("layout_fix", "layout fix ms", milliseconds),
+    number("compress", "compress ms", milliseconds),
+    number("step_optimizer", "optimizer ms", milliseconds),
+    number("error", "output error", figure),
+    number("error_ratio", "over dense", figure),
+    number("grad_error_ratio", "worst other over dense", figure),
+    number("drift", "last drift", figure),
+    number("drift_dense", "last drift of dense", figure),
+    number("weight", "weights", size),
+    number("peak", "peak memory", size),
+    Column("path", "path"),
+    Column("timing", "timing"),
+)
+
+
+def phase_table(results: Results, phase: str) -> str:
+    """A folded box with the sortable table of a phase, each case in a row."""
+    found = [result for result in results.results if result.case.phase == phase]
+    rows = [_row(result) for result in found]
+    columns = [c for c in COLUMNS if any(row.get(c.key) is not None for row in rows)]
+    title = html.escape(PHASE_TITLES.get(phase, phase))
+    opened = " open" if phase == "forward" else ""
+    return (
+        f'<details class="box"{opened}><summary>{title} ({len(rows)} cases)</summary>'
+        f'<input type="search" placeholder="Search, e.g. block_shock 4096" '
+        f'aria-label="Search {title}">{as_html(columns, rows)}</details>'
+    )
+
+
+def _row(result: Result) -> dict:
+    case, ordered = result.case, sorted(result.samples)
+    regions = {name: region.avg for name, region in result.regions.items()}
+    ratios = [e["ratio"] for t, e in result.errors.items() if t != "output" and "ratio" in e]
+    output = result.errors.get("output", {})
+    return {
+        "id": result.id,
+        "method": result.label,
+        "N": case.N,
+        "B": case.B,
+        "dtype": case.dtype,
+        "optimizer": case.optimizer,
+        "median": result.median,
+        "p95": ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))],
+        "samples": len(ordered),
+        "tokens": result.rates.get("tokens_per_s"),
+        "tflops": result.rates.get("dense_tflops"),
+        "limit": result.rates.get("limit_fraction"),
+        **{
+            k: regions.get(k)
+            for k in ("forward", "backward", "allreduce", "allgather", "layout_fix", "compress")
+        },
+        "step_optimizer": regions.get("optimizer"),
+        "error": output.get("relative"),
+        "error_ratio": output.get("ratio"),
+        "grad_error_ratio": max(ratios, default=None),
+        "drift": (result.drift.get("method") or (None,))[-1],
+        "drift_dense": (result.drift.get("dense") or (None,))[-1],
+        "weight": result.memory.get("weight_bytes"),
+        "peak": result.memory.get("peak_bytes"),
+        "path": "; ".join(f"{name}: {path}" for name, path in result.paths.items()) or None,
+        "timing": " ".join(str(result.timing[k]) for k in ("mode", "l2") if result.timing.get(k)),
+    }

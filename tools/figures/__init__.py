@@ -1,0 +1,62 @@
+"""The figures of the plots and the report: one function each, gathered in FIGURES.
+
+A function takes Results and gives Drawings, or raises Absent with the reason why there are none.
+"""
+
+from collections.abc import Callable
+
+import matplotlib
+
+from tools.cases import Results
+from tools.figures.costs import (
+    errors_vs_size,
+    memory_vs_size,
+    quality_speed_vs_size,
+    time_per_weight_byte_vs_size,
+)
+from tools.figures.regions import less_layout_fix_vs_size, regions_vs_size
+from tools.figures.speed import (
+    floor_share_vs_size,
+    phase_vs_batch,
+    phase_vs_size,
+    speedup_map,
+)
+from tools.figures.steps import drift_by_step, step_breakdown
+from tools.figures.style import RC, Absent, Drawing
+
+MAIN = "forward_vs_N"
+
+FIGURES: dict[str, Callable[[Results], list[Drawing]]] = {
+    MAIN: lambda results: phase_vs_size(results, "forward"),
+    "forward_vs_B": lambda results: phase_vs_batch(results, "forward"),
+    "speedup_map": speedup_map,
+    "forward_floor_vs_N": floor_share_vs_size,
+    "forward_regions_vs_N": regions_vs_size,
+    "forward_less_layout_fix_vs_N": less_layout_fix_vs_size,
+    "forward_per_weight_byte_vs_N": time_per_weight_byte_vs_size,
+    "quality_adjusted_speed_vs_N": quality_speed_vs_size,
+    "backward_vs_N": lambda results: phase_vs_size(results, "backward"),
+    "backward_vs_B": lambda results: phase_vs_batch(results, "backward"),
+    "training_vs_N": lambda results: phase_vs_size(results, "training"),
+    "training_vs_B": lambda results: phase_vs_batch(results, "training"),
+    "step_breakdown": step_breakdown,
+    "memory_vs_N": memory_vs_size,
+    "errors_vs_N": errors_vs_size,
+    "drift": drift_by_step,
+}
+
+
+def draw_all(results: Results) -> tuple[list[Drawing], dict[str, str]]:
+    """Every figure that has data, in order, and the names of the others with the reason."""
+    drawings: list[Drawing] = []
+    absent: dict[str, str] = {}
+    for name, draw in FIGURES.items():
+        try:
+            with matplotlib.rc_context(RC):
+                drawings += draw(results)
+        except Absent as reason:
+            absent[name] = str(reason)
+    return drawings, absent
+
+
+__all__ = ["FIGURES", "MAIN", "Absent", "Drawing", "draw_all"]

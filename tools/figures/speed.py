@@ -1,0 +1,254 @@
+"""How fast: throughput and speed against dense TP, the share of the floor, the map of sizes."""
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+
+from tools.cases import Result, Results, interleaved
+from tools.figures import style
+from tools.figures.style import Absent, Drawing
+from tools.hypotheses import DENSE, SHOCKS, beats_dense
+from tools.stats import THRESHOLD, ratio
+
+REFERENCE = DENSE[0]
+WORDS = {
+    "forward": "Forward",
+    "backward": "Forward and input gradient (weights frozen)",
+    "training": "Training step",
+}
+
+
+def phase_vs_size(results: Results, phase: str) -> list[Drawing]:
+    """Throughput of a phase against N, a panel for each B."""
+    return _phase(results, phase, "N")
+
+
+def phase_vs_batch(results: Results, phase: str) -> list[Drawing]:
+    """Throughput of a phase against B, a panel for each N."""
+    return _phase(results, phase, "B")
+
+
+def floor_share_vs_size(results: Results) -> list[Drawing]:
+    """How much of what the machine could do each method reaches, against N."""
+    groups = style.settings([r for r in results.of("forward") if "seconds" in r.floor], "forward")
+    title = "Forward: share of its own limit that each method reaches"
+    drawings = []
+    for text, found in groups.items():
+        panels = style.panels_over(found, "N")
+        bands, columns = style.folded(len(panels))
+        canvas = style.canvas(bands, columns, sharey=True)
+        for axes, (b, panel) in _placed(canvas, panels):
+            axes.set_title(f"B = {b}")
+            axes.axhline(100, color=style.FLOOR, linewidth=1.2)
+            for line in style.lines(panel):
+                shares = [100 * r.floor["seconds"] / r.median for r in line]
+                axes.plot([r.case.N for r in line], shares, **style.line_style(line[0]))
+            style.size_axis(axes, "N", [r.case.N for r in panel])
+            axes.set_ylim(bottom=0)
+        _left(canvas, "floor / measured time (%)")
+        figure = style.finish(canvas, title, results, text)
+        caption = (
+            "The floor of a method is the largest of its arithmetic, its memory traffic and "
+            "its wire traffic, each at the rate measured on this machine. 100% cannot be "
+            "passed but by noise; what is missing to it is what a better kernel or overlap "
+            "could still win."
+        )
+        name = style.file_name("forward_floor_vs_N", text, groups)
+        drawings.append(Drawing(name, title, caption, figure))
+    return drawings
+
+
+def speedup_map(results: Results) -> list[Drawing]:
+    """Block-Shock's forward against the better dense TP at every N and B, as a coloured table."""
+    findings = [f for f in beats_dense(results, THRESHOLD) if f.points]
+    if not findings:
+        raise Absent(f"needs the forward of {SHOCKS[0]} and of {' or '.join(DENSE)} at one size")
+    sizes = sorted({point.N for finding in findings for point in finding.points})
+    batches = sorted({point.B for finding in findings for point in finding.points})
+    bands, columns = style.folded(len(findings), 3)
+    canvas = style.canvas(
+        bands, columns, height=0.55 * len(sizes) + 1.0, width=0.85 * len(batches) + 1.8
+    )
+    for axes, (_, finding) in _placed(canvas, [(0, finding) for finding in findings]):
+        _map(axes, finding, sizes, batches)
+    title = "Forward: speed against the better dense TP"
+    figure = style.finish(canvas, title, results, "above 1 Block-Shock is faster")
+    caption = (
+        "Time of the better of dense_tp_row and dense_tp_column over Block-Shock's time, at each N "
+        "and B. Blue: Block-Shock is faster, orange: slower. An asterisk marks a difference of "
+        f"less than {100 * THRESHOLD:g}%, or one that the samples do not show with 95% confidence."
+    )
+    return [Drawing("speedup_map", title, caption, figure)]
+
+
+def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
+    groups = style.settings(results.of(phase), phase)
+    drawings, reason = [], Absent("")
+    for text, found in groups.items():
+        try:
+            panels = style.panels_over(found, x)
+        except Absent as error:
+            reason = error
+            continue
+        compared = any(r.case.method == REFERENCE for r in found)
+        bands, columns = style.folded(len(panels))
+        each = 2 if compared else 1
+        canvas = style.canvas(bands * each, columns, height=2.7)
+        for i, (value, panel) in enumerate(panels):
+            band, column = divmod(i, columns)
+            top = canvas.axes[band * each][column]
+            top.set_title(f"{'B' if x == 'N' else 'N'} = {value}")
+            _throughput(top, panel, x)
+            if compared:
+                below = canvas.axes[band * each + 1][column]
+                _relative(below, panel, x)
+                style.size_axis(top, x, [getattr(r.case, x) for r in panel], label=False)
+            if column == 0:
+                top.set_ylabel("tokens/s")
+                if compared:
+                    canvas.axes[band * each + 1][0].set_ylabel(f"speed against\n{REFERENCE}")
+        _hide_unused(canvas, len(panels), columns, each)
+        title = f"{WORDS.get(phase, phase)}: throughput against {x}"
+        figure = style.finish(canvas, title, results, text)
+        name = style.file_name(f"{phase}_vs_{x}", text, groups)
+        drawings.append(Drawing(name, title, _phase_caption(compared), figure))
+    if not drawings:
+        raise reason
+    return drawings
+
+
+def _phase_caption(compared: bool) -> str:
+    caption = (
+        "Medians of device time, the slowest rank counts. Higher is better. The grey line"
+        " is the limit of the machine for the method that it would let run fastest "
+        "(arithmetic, memory and wire at their measured rates, overlapped): no method can"
+        " lie above it."
+    )
+    if compared:
+        caption += (
+            f" Lower panels: the time of {REFERENCE} over the method's time, with 95% intervals; "
+            "above 1 the method is faster."
+        )
+    return caption
+
+
+def _throughput(axes: Axes, panel: Sequence[Result], x: str) -> None:
+    floors: dict[int, float] = {}
+    for line in style.lines(panel):
+        axes.plot(
+            [getattr(r.case, x) for r in line],
+            [r.case.B / r.median for r in line],
+            **style.line_style(line[0]),
+        )
+        for r in line:
+            # One GPU alone has a floor of its own kind; the limit drawn is that of the ranks.
+            if "seconds" in r.floor and r.floor["seconds"] > 0 and r.case.method != "dense_single":
+                at = getattr(r.case, x)
+                floors[at] = max(floors.get(at, 0), r.case.B / r.floor["seconds"])
+    if floors:
+        where = sorted(floors)
+        axes.plot(
+            where,
+            [floors[at] for at in where],
+            color=style.FLOOR,
+            linestyle=(0, (4, 2)),
+            linewidth=1.4,
+            label="limit of the machine (floor)",
+            zorder=1,
+        )
+    style.size_axis(axes, x, [getattr(r.case, x) for r in panel])
+    style.log_axis(axes)
+
+
+def _relative(axes: Axes, panel: Sequence[Result], x: str) -> None:
+    reference = {getattr(r.case, x): r for r in panel if r.case.method == REFERENCE}
+    axes.axhline(1, color=style.MUTED, linewidth=1)
+    for line in style.lines(panel):
+        line = [r for r in line if getattr(r.case, x) in reference]
+        if not line:
+            continue
+        speeds = []
+        for r in line:
+            dense = reference[getattr(r.case, x)]
+            paired = interleaved([dense, r]) if dense is not r else True
+            speeds.append(ratio(dense.samples, r.samples, paired=paired))
+        values = np.array([speed.value for speed in speeds])
+        # With too few samples there is no interval, and none is drawn.
+        spread = np.array([[s.value - s.low, s.high - s.value] for s in speeds]).T
+        spread *= [1 if speed.enough else 0 for speed in speeds]
+        axes.errorbar(
+            [getattr(r.case, x) for r in line],
+            values,
+            yerr=spread,
+            capsize=2.5,
+            elinewidth=1,
+            **style.line_style(line[0]),
+        )
+    style.size_axis(axes, x, [getattr(r.case, x) for r in panel])
+    # Twice as fast and half as fast are equally far from 1.
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.9), max(high, 1.1))
+    style.log_axis(axes)
+
+
+def _map(axes: Axes, finding, sizes: list[int], batches: list[int]) -> None:
+    at = {(point.N, point.B): point for point in finding.points}
+    speeds = np.full((len(sizes), len(batches)), np.nan)
+    for i, n in enumerate(sizes):
+        for j, b in enumerate(batches):
+            if (n, b) in at:
+                speeds[i, j] = np.log2(1 / at[n, b].ratio.value)
+    limit = max(0.3, float(np.nanmax(np.abs(speeds))))
+    colours = matplotlib.colormaps["PuOr"]
+    norm = TwoSlopeNorm(0, -limit, limit)
+    cells = {"edgecolors": style.PAPER, "linewidth": 2}
+    axes.pcolormesh(np.ma.masked_invalid(speeds), cmap=colours, norm=norm, **cells)
+    for i, n in enumerate(sizes):
+        for j, b in enumerate(batches):
+            if (n, b) not in at:
+                axes.text(j + 0.5, i + 0.5, "–", ha="center", va="center", color=style.MUTED)
+                continue
+            point = at[n, b]
+            mark = "" if point.verdict in ("faster", "slower") else "*"
+            dark = abs(norm(speeds[i, j]) - 0.5) > 0.32
+            axes.text(
+                j + 0.5,
+                i + 0.5,
+                f"{1 / point.ratio.value:.2f}×{mark}",
+                ha="center",
+                va="center",
+                color="#fefefe" if dark else "#111111",
+                fontweight="bold",
+            )
+    axes.set_title(f"{finding.method}\n{finding.setting}")
+    axes.set_xticks(np.arange(len(batches)) + 0.5, [str(b) for b in batches])
+    axes.set_yticks(np.arange(len(sizes)) + 0.5, [str(n) for n in sizes])
+    axes.set_xlabel("B (tokens)")
+    axes.set_ylabel("N")
+    axes.grid(False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _placed(canvas: style.Canvas, panels: Sequence) -> list:
+    axes = [one for row in canvas.axes for one in row]
+    for unused in axes[len(panels) :]:
+        unused.set_visible(False)
+    return list(zip(axes, panels, strict=False))
+
+
+def _left(canvas: style.Canvas, label: str) -> None:
+    for row in canvas.axes:
+        row[0].set_ylabel(label)
+
+
+def _hide_unused(canvas: style.Canvas, used: int, columns: int, each: int) -> None:
+    for i in range(used, len(canvas.axes) // each * columns):
+        band, column = divmod(i, columns)
+        for row in canvas.axes[band * each : band * each + each]:
+            row[column].set_visible(False)

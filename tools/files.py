@@ -1,0 +1,85 @@
+"""How a tool starts, ends and writes: one line for a wrong input, whole files or none.
+
+A ToolError is what the user can mend. It is printed as one line, and the exit code is 2; 1 is kept
+for what a gate found. A file is written beside its destination and then renamed, so an old file
+stays whole until the new one is.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+
+class ToolError(Exception):
+    """A wrong input or an impossible output, in one line: what, where, and the fix."""
+
+
+def save(path: str | Path, content: str | bytes) -> Path:
+    """Write `content` to `path` whole or not at all; text is UTF-8 with its newlines kept.
+
+    Raises ToolError when the folder cannot be made or the disk takes no more; what was at `path`
+    before is then still there, and no partial file is left.
+    """
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
+        Path(temporary).chmod(mode)
+        Path(temporary).replace(path)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                Path(temporary).unlink()
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise ToolError(f"{path} was not written: {reason}; nothing was changed") from error
+        raise
+    return path
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file; ToolError when it is missing, unreadable or not text."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ToolError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ToolError(f"{path} is not a text file: byte {error.start} is not UTF-8") from error
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run a command and end the process: 0 done, 1 a gate failed, 2 an error in one line."""
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except ToolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except BrokenPipeError:
+        # The reader of a pipe (head) has gone; the interpreter's own flush must not fail on it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except OSError as error:
+        print(f"error: the output was not written: {error.strerror or error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

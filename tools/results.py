@@ -1,0 +1,183 @@
+"""Benchmark JSON of schema 1, read into plain dataclasses. The schema is described in SCHEMA.md.
+
+Whatever is wrong with a file (missing, truncated, not JSON, no schema, another version, a time
+that is not one) is a ToolError of one line that names the file, what was found and the fix.
+"""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tools.cases import Case, Region, Result, Results, order
+from tools.files import ToolError, read_text
+
+SCHEMA = 1
+
+
+def load(path: str | Path) -> Results:
+    """Read one benchmark JSON file. Raises ToolError, in one line, for whatever is wrong."""
+    text = read_text(path)
+    if not text.strip():
+        raise ToolError(f"{path} is empty: the run that wrote it did not end; measure again")
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = f"at character {error.pos} of {len(text)}" if hasattr(error, "pos") else "too deep"
+        raise ToolError(
+            f"{path} is not JSON, or was cut short ({where}): measure again, or copy it again"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("benchmarks"), list):
+        raise ToolError(
+            f"{path} is JSON, but no benchmark file: it has no list 'benchmarks'; "
+            "give a file written by pytest bench"
+        )
+    if not content["benchmarks"]:
+        raise ToolError(f"{path} has no benchmarks: every case was skipped, failed or disabled")
+    results = [_result(entry, path) for entry in content["benchmarks"]]
+    seen: set[str] = set()
+    for result in results:
+        if result.id in seen:
+            raise ToolError(f"{path}: the id {result.id!r} is there twice; ids must be unique")
+        seen.add(result.id)
+    machine = content.get("machine_info")
+    machine = machine.get("blockshock") if isinstance(machine, dict) else None
+    if not isinstance(machine, dict) or not machine.get("device") or not machine.get("kind"):
+        raise ToolError(
+            f"{path} does not say which device was measured (machine_info.blockshock): "
+            "measure again with pytest bench"
+        )
+    date = str(content.get("datetime", ""))
+    return Results((str(path),), machine, (date,), tuple(sorted(results, key=order)))
+
+
+def load_all(paths: Iterable[str | Path]) -> Results:
+    """Read several files of one device as one. An id in two of them is taken from the later file,
+    and said so in `notes`. Raises ToolError when the devices differ.
+    """
+    loaded = [load(path) for path in paths]
+    first = loaded[0]
+    merged: dict[str, Result] = {}
+    notes: list[str] = []
+    for results in loaded:
+        if (results.device, results.machine["kind"]) != (first.device, first.machine["kind"]):
+            raise ToolError(
+                f"{first.files[0]} was measured on {first.device}, {results.files[0]} on "
+                f"{results.device}: give files of one device"
+            )
+        if results.versions != first.versions:
+            notes.append(
+                f"{first.files[0]} has {first.versions}; {results.files[0]} has {results.versions}"
+            )
+        again = [result.id for result in results.results if result.id in merged]
+        if again:
+            notes.append(
+                f"cases in more than one file: {len(again)} ({again[0]}, …); "
+                f"those of {results.files[0]} are used"
+            )
+        merged |= {result.id: result for result in results.results}
+    return Results(
+        tuple(file for results in loaded for file in results.files),
+        first.machine,
+        tuple(date for results in loaded for date in results.dates),
+        tuple(sorted(merged.values(), key=order)),
+        tuple(notes),
+    )
+
+
+def _result(entry: Any, path: str | Path) -> Result:
+    name = entry.get("name", "?") if isinstance(entry, dict) else "?"
+    where = f"{path}: {name}"
+    info = entry.get("extra_info") if isinstance(entry, dict) else None
+    if not isinstance(info, dict) or "schema" not in info:
+        raise ToolError(f"{where} has no schema: it was not written by pytest bench of Block-Shock")
+    if info["schema"] != SCHEMA:
+        raise ToolError(
+            f"{where} has schema {info['schema']!r}, these tools read {SCHEMA}: "
+            "use the tools of the version that measured it, or measure again"
+        )
+    case = info.get("case")
+    if not isinstance(case, dict) or not isinstance(info.get("id"), str):
+        raise ToolError(f"{where} has no id or no case: the file was changed; measure again")
+    return Result(
+        id=info["id"],
+        case=_case(case, where),
+        samples=_samples(entry, where),
+        device=str(info.get("device", "")),
+        timing=_section(info, "timing", where),
+        regions={
+            region: Region(**_numbers(values, ("avg", "p50", "p95"), ("calls", "bytes"), where))
+            for region, values in _section(info, "regions", where).items()
+        },
+        errors={
+            tensor: _finite_only(values)
+            for tensor, values in _section(info, "errors", where).items()
+            if isinstance(values, dict)
+        },
+        drift={
+            label: tuple(float(value) for value in values)
+            for label, values in _section(info, "drift", where).items()
+            if isinstance(values, list) and all(_is_number(value) for value in values)
+        },
+        memory=_finite_only(_section(info, "memory", where)),
+        rates=_finite_only(_section(info, "rates", where)),
+        floor=_finite_only(_section(info, "floor", where)),
+        paths={str(k): str(v) for k, v in _section(info, "paths", where).items()},
+        clocks=_section(info, "clocks", where) or None,
+        file=str(path),
+    )
+
+
+def _case(case: dict, where: str) -> Case:
+    for name in ("family", "phase", "method"):
+        if not isinstance(case.get(name), str):
+            raise ToolError(f"{where} has no {name} in its case: measure again")
+    for name in ("N", "K", "B", "ranks"):
+        value = case.get(name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ToolError(f"{where} has {name}={value!r}, which must be a positive integer")
+    known = set(Case.__dataclass_fields__) - {"other"}
+    fields = {name: value for name, value in case.items() if name in known}
+    other = {name: value for name, value in case.items() if name not in known}
+    return Case(**fields, other=tuple(sorted((k, json.dumps(v)) for k, v in other.items())))
+
+
+def _samples(entry: dict, where: str) -> tuple[float, ...]:
+    stats = entry.get("stats")
+    data = stats.get("data") if isinstance(stats, dict) else None
+    if not isinstance(data, list) or not data:
+        raise ToolError(
+            f"{where} has no samples (stats.data): write it with --benchmark-json, "
+            "or add --benchmark-save-data"
+        )
+    for value in data:
+        if not _is_number(value) or value <= 0:
+            raise ToolError(f"{where} has a sample of {value!r} s: a time is finite and positive")
+    return tuple(float(value) for value in data)
+
+
+def _section(info: dict, name: str, where: str) -> dict:
+    section = info.get(name)
+    if section is None:
+        return {}
+    if not isinstance(section, dict):
+        raise ToolError(f"{where}: {name} is not an object; see tools/SCHEMA.md")
+    return section
+
+
+def _numbers(values: Any, needed: tuple, optional: tuple, where: str) -> dict[str, float]:
+    values = values if isinstance(values, dict) else {}
+    for name in needed:
+        if not _is_number(values.get(name)):
+            raise ToolError(f"{where}: a region has no {name}; see tools/SCHEMA.md")
+    names = (*needed, *(name for name in optional if _is_number(values.get(name))))
+    return {name: float(values[name]) for name in names}
+
+
+def _finite_only(values: dict) -> dict[str, float]:
+    return {name: value for name, value in values.items() if _is_number(value)}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,186 @@
+"""Tables: the same columns and rows as terminal text, Markdown, CSV or HTML.
+
+A row is a dict; a column picks a key and says how its value is written. Text, Markdown and HTML
+carry the written value, CSV the value itself, to the last digit.
+"""
+
+import csv
+import html
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tools.stats import Interval
+
+
+@dataclass(frozen=True)
+class Column:
+    """`key` of the row, the title, and how a value is written; numbers stand to the right."""
+
+    key: str
+    title: str
+    write: Callable[[Any], str] = str
+    right: bool = False
+
+
+def number(key: str, title: str, write: Callable[[Any], str] = str) -> Column:
+    """A column of numbers."""
+    return Column(key, title, write, right=True)
+
+
+def as_text(columns: Sequence[Column], rows: Iterable[dict]) -> str:
+    """Aligned plain text, with a line under the titles."""
+    cells = [[column.title for column in columns]]
+    cells += [[_written(column, row) for column in columns] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = []
+    for row in cells:
+        parts = [
+            text.rjust(width) if column.right else text.ljust(width)
+            for text, width, column in zip(row, widths, columns, strict=True)
+        ]
+        lines.append("  ".join(parts).rstrip())
+    return "\n".join(lines)
+
+
+def as_markdown(columns: Sequence[Column], rows: Iterable[dict]) -> str:
+    """A Markdown table; what Markdown would read as its own is escaped."""
+    lines = [
+        _markdown_row(column.title for column in columns),
+        _markdown_row("---:" if column.right else "---" for column in columns),
+    ]
+    lines += [_markdown_row(_escape(_written(column, row)) for column in columns) for row in rows]
+    return "\n".join(lines)
+
+
+def as_csv(columns: Sequence[Column], rows: Iterable[dict]) -> str:
+    """CSV with the keys as header; an Interval becomes three columns."""
+    rows = list(rows)
+    spread = {
+        column.key
+        for column in columns
+        if any(isinstance(r.get(column.key), Interval) for r in rows)
+    }
+    header: list[str] = []
+    for column in columns:
+        ends = ("", "_low", "_high") if column.key in spread else ("",)
+        header += [column.key + end for end in ends]
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    for row in rows:
+        line: list[Any] = []
+        for column in columns:
+            value = row.get(column.key)
+            if column.key not in spread:
+                line.append("" if value is None else value)
+            elif isinstance(value, Interval):
+                line += [value.value, value.low, value.high]
+            else:
+                line += ["", "", ""]
+        writer.writerow(line)
+    return out.getvalue()
+
+
+def as_html(columns: Sequence[Column], rows: Iterable[dict], *, sortable: bool = True) -> str:
+    """An HTML table; numbers carry their value in data-sort, so that sorting is by value."""
+    order = ' aria-sort="none"' if sortable else ""
+    head = ""
+    for column in columns:
+        title = html.escape(column.title)
+        title = f'<button type="button">{title}</button>' if sortable else title
+        head += f"<th{_side(column)}{order}>{title}</th>"
+    body = []
+    for row in rows:
+        cells = []
+        for column in columns:
+            value = row.get(column.key)
+            raw = value.value if isinstance(value, Interval) else value
+            numeric = isinstance(raw, int | float) and not isinstance(raw, bool)
+            sort = f' data-sort="{raw!r}"' if numeric else ""
+            text = html.escape(_written(column, row))
+            cells.append(f"<td{_side(column)}{sort}>{text}</td>")
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    name = ' class="sortable"' if sortable else ""
+    return (
+        f'<div class="scroll"><table{name}><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def seconds(value: float) -> str:
+    """12.3 ns, 12.3 µs, 1.23 ms, 1.23 s: three digits that mean something."""
+    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
+        # 0.9995 so that what would be rounded to 1000 of a unit is written in the next one.
+        if abs(value) >= 0.9995 * scale:
+            return f"{_three(value / scale)} {unit}"
+    return f"{_three(value / 1e-9)} ns"
+
+
+def milliseconds(value: float) -> str:
+    """Milliseconds without their unit: one unit down a column compares at a glance."""
+    return _three(value * 1e3)
+
+
+def size(value: float) -> str:
+    """Bytes in the binary unit that fits: 512 B, 1.50 KiB, 288 MiB, 1.12 GiB."""
+    for exponent, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if abs(value) >= 0.9995 * 2**exponent:
+            return f"{_three(value / 2**exponent)} {unit}"
+    return f"{value:.0f} B"
+
+
+def count(value: float) -> str:
+    """A large number with a suffix: 1.23 M."""
+    for scale, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= 0.9995 * scale:
+            return f"{_three(value / scale)}{unit}"
+    return _three(value)
+
+
+def percent(value: float) -> str:
+    """A share as a percentage."""
+    return f"{_three(100 * value)}%"
+
+
+def change(value: float) -> str:
+    """A ratio as a signed percentage: 1.1 is +10.0%."""
+    return f"{100 * (value - 1):+.1f}%"
+
+
+def figure(value: float) -> str:
+    """A figure without a unit, three digits."""
+    return _three(value) if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}"
+
+
+def _three(value: float) -> str:
+    size_ = abs(value)
+    if size_ == 0:
+        return "0"
+    if size_ < 0.001:
+        return f"{value:.1e}"
+    digits = 0 if size_ >= 99.95 else 1 if size_ >= 9.995 else 2 if size_ >= 0.9995 else 3
+    if size_ < 0.09995:
+        digits = 4
+    return f"{value:.{digits}f}"
+
+
+def _written(column: Column, row: dict) -> str:
+    value = row.get(column.key)
+    return "–" if value is None else column.write(value)
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _escape(text: str) -> str:
+    for mark in ("\\", "|", "`", "*", "<"):
+        text = text.replace(mark, "\\" + mark)
+    return text.replace("\n", " ")
+
+
+def _side(column: Column) -> str:
+    return ' class="number"' if column.right else ""
