@@ -16,13 +16,15 @@ from bench.reporting import Progress, SafeResults
 from blockshock.distributed import open_ranks
 from blockshock.measure import environment
 from blockshock.measure.clock import MODES, ReplayClock
-from blockshock.phases.case import Case
+from blockshock.phases.case import PHASES, Case
 from blockshock.phases.engine import Options
 from blockshock.phases.session import CaseFailed, Laboratory
 
 if not torch.cuda.is_available():
     # Without a GPU Triton's interpreter runs the kernels; it must be told before their import.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest_plugins = ["pytester"]  # runs of the benchmarks inside the tests
 
 CLOCK = ReplayClock()
 
@@ -38,7 +40,12 @@ def pytest_addoption(parser):
         metavar="KEY=V[,V]",
         help="override an axis of the sweep, e.g. --set N=4096,8192",
     )
-    add("--ranks", type=int, default=2, help="processes that share a layer (default 2)")
+    add(
+        "--ranks",
+        type=int,
+        default=int(os.environ.get("WORLD_SIZE", 2)),
+        help="processes that share a layer (default 2; under torchrun, all it started)",
+    )
     add(
         "--device",
         choices=("auto", "cpu", "cuda"),
@@ -63,16 +70,16 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpus(n): needs n GPUs; skipped, or failed by --require-gpu")
     if config.option.ranks < 1:
         raise pytest.UsageError(f"--ranks {config.option.ranks}: at least one rank is needed")
-    try:
-        config.stash[SWEEP] = sweeps.load(config.option.sweep), sweeps.parse_set(config.option.set)
-    except sweeps.SweepError as error:
-        raise pytest.UsageError(str(error)) from None
     config.stash[DEVICE] = _device(config.option)
+    config.stash[CASES] = _cases(config)
+    if int(os.environ.get("RANK", 0)):
+        # Under torchrun every rank runs the suite; the first one reports and saves.
+        config.option.results, config.option.verbose = None, -2
     config.pluginmanager.register(SafeResults(config), "block-shock-results")
     config.pluginmanager.register(Progress(config), "block-shock-progress")
 
 
-SWEEP = pytest.StashKey()
+CASES = pytest.StashKey()
 DEVICE = pytest.StashKey()
 LABORATORY = pytest.StashKey()
 
@@ -86,13 +93,8 @@ def pytest_generate_tests(metafunc):
     """Gives every bench function its cases, with identifiers such as block_shock-N4096-B64-bf16."""
     if "record" not in metafunc.fixturenames:
         return
-    config = metafunc.config
-    sweep, settings = config.stash[SWEEP]
     phase = metafunc.function.__name__.removeprefix("bench_")
-    try:
-        cases = sweeps.cases(sweep, phase, config.stash[DEVICE], config.option.ranks, settings)
-    except sweeps.SweepError as error:
-        raise pytest.UsageError(str(error)) from None
+    cases = metafunc.config.stash[CASES][phase]
     names = "method, N, B, dtype, mask, options"
     values = [(c.method, c.N, c.B, c.dtype, c.mask, _options(c)) for c in cases]
     metafunc.parametrize(names, values, ids=[c.name for c in cases])
@@ -174,6 +176,18 @@ def case_of(item) -> Case:
     return Case(phase=item.originalname.removeprefix("bench_"), **params, **options)
 
 
+def _cases(config) -> dict[str, list[Case]]:
+    """The cases of every phase, by the sweep and what overrides it."""
+    option, device = config.option, config.stash[DEVICE]
+    try:
+        sweep, settings = sweeps.load(option.sweep), sweeps.parse_set(option.set)
+        return {
+            phase: sweeps.cases(sweep, phase, device, option.ranks, settings) for phase in PHASES
+        }
+    except sweeps.SweepError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
 def _neighbours(request, case: Case) -> list[Case]:
     """The selected cases of the same point that can run here, in the order of collection."""
     device = request.config.stash[DEVICE]
@@ -192,7 +206,8 @@ def _options(case: Case) -> dict:
 def _device(option) -> str:
     if option.device != "auto":
         return option.device
-    return "cuda" if environment.gpu_count() >= option.ranks else "cpu"
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", option.ranks))  # torchrun may span hosts
+    return "cuda" if environment.gpu_count() >= needed else "cpu"
 
 
 def _found() -> str:

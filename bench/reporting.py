@@ -16,6 +16,9 @@ class Progress:
     def pytest_collection_finish(self, session):
         self.total = sum("record" in item.fixturenames for item in session.items)
         self.began = time.monotonic()
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        if self.total and reporter is not None:
+            reporter.showfspath = False  # a line a case, without one for its file before it
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):

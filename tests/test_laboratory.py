@@ -57,7 +57,7 @@ def test_a_result_says_everything_the_schema_promises(lab, phase):
     assert info["schema"] == session.SCHEMA
     assert info["id"] == f"{phase}/block_shock-N128-B32-bf16"
     assert set(info["regions"]) == REGIONS[phase]
-    assert info["errors"]["output"]["ratio"] <= info["errors"]["output"]["limit"] == 1.5
+    assert info["errors"]["output"]["ratio"] <= info["errors"]["output"]["limit"] < 1.6
     assert info["timing"]["interleaved_with"] == ["dense_tp_row"]
     assert info["floor"]["seconds"] == max(
         info["floor"][term] for term in ("compute", "memory", "wire")
@@ -188,7 +188,7 @@ def test_three_ranks_measure_what_they_can(options):
         case = Case("forward", "dense_tp_row", 192, 32, ranks=3)
         samples, info = Laboratory(three, options(rounds=5)).result(case, [case])
         assert len(samples) == 5
-        assert info["errors"]["output"]["limit"] == 2.0
+        assert info["errors"]["output"]["limit"] == pytest.approx(2.0, rel=0.05)
     assert "even number" in Case("forward", "block_shock", 192, 32, ranks=3).unsupported("cpu")
 
 

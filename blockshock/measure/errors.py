@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 LIMITS = {1: 1.1, 2: 1.5, 4: 2.0, 8: 2.5}
+SAMPLE = 2**16
 USELESS = 0.5  # a yardstick with half the truth's norm as its error cannot tell right from wrong
 
 
@@ -47,9 +48,14 @@ class Figure:
         return asdict(self)
 
 
-def limit(ranks: int) -> float:
-    """What the ratio may be on so many ranks; between the listed numbers, the next higher one's."""
-    return next((bound for size, bound in LIMITS.items() if ranks <= size), math.sqrt(ranks))
+def limit(ranks: int, entries: int) -> float:
+    """What the ratio may be on so many ranks; between the listed numbers, the next higher one's.
+
+    Under 65536 entries chance has a part in the ratio, about 1/√entries of it: three times that is
+    allowed on top.
+    """
+    bound = next((bound for size, bound in LIMITS.items() if ranks <= size), math.sqrt(ranks))
+    return bound if entries >= SAMPLE else bound * (1 + 3 * max(entries, 1) ** -0.5)
 
 
 def figure(actual: Tensor, truth: Tensor, dense: float, *, ranks: int) -> Figure:
@@ -65,7 +71,7 @@ def figure(actual: Tensor, truth: Tensor, dense: float, *, ranks: int) -> Figure
     scaled = difference / torch.maximum(truth.abs(), size)
     values = torch.stack((relative, difference.max(), difference.mean(), scaled.max())).tolist()
     ratio = values[0] / dense if dense else (1.0 if values[0] == 0 else math.inf)
-    return Figure(*values, dense, ratio, limit(ranks))
+    return Figure(*values, dense, ratio, limit(ranks, truth.numel()))
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:

@@ -35,6 +35,7 @@ PHASES = {
     "drift": steps.drift,
 }
 REGION_PASSES = 10
+MIN_ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Options:
     """How to measure. mode: see `measure.clock`; None is the device's default.
 
     rounds: at most so many samples; seconds: about how long the rounds of one case may take, which
-    lowers the rounds of slow steps, but not below 5. pause: seconds the host idles before each
+    lowers the rounds of slow steps, but not below 10 (`MIN_ROUNDS`), which the tools need for an
+    interval. pause: seconds the host idles before each
     timing, to prove that host time does not count. profile: a folder for traces, or None.
     ceilings: of the machine, from `measure_ceilings`.
     """
@@ -152,7 +154,8 @@ def _measure(ready: list[Prepared], stopwatch, options: Options) -> None:
         stopwatch.idle()
         estimates.append(reading())
     slowest = clock.agree_largest(max(estimates), stopwatch.device)
-    rounds = max(5, min(options.rounds, int(options.seconds / slowest)))
+    enough = max(MIN_ROUNDS, int(options.seconds / slowest))
+    rounds = min(options.rounds, enough)
     pause = (lambda: time.sleep(options.pause)) if options.pause else None
     samples = clock.measure(
         stopwatch,

@@ -1,0 +1,133 @@
+"""A run of the benchmarks, as a user starts it: what it prints, saves, refuses and survives."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+
+from blockshock.phases import session
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--set", "N=64", "--set", "B=8", "--set", "optimizer=sgd", "--set", "steps=3")
+
+
+@pytest.fixture
+def bench(pytester):
+    """Runs `pytest bench` on two CPU ranks, inside this process, with small cases."""
+
+    def run(*args, files=("bench",)):
+        paths = [ROOT / file for file in files]
+        return pytester.runpytest_inprocess(
+            "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}", "-p", "no:cacheprovider",
+            "--device=cpu", "--rounds=5", *args, *paths,
+        )  # fmt: skip
+
+    return run
+
+
+def results(path):
+    saved = json.loads(Path(path).read_text())
+    return saved, {b["name"]: b for b in saved["benchmarks"]}
+
+
+def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
+    out = bench(*SMALL, "--results", tmp_path / "r.json")
+    out.assert_outcomes(passed=37)
+    saved, by_name = results(tmp_path / "r.json")
+    assert "bench_forward[block_shock-N64-B8-bf16]" in by_name
+    assert "bench_training[block_shock-packed_master-N64-B8-bf16-sgd]" in by_name
+    out.stdout.fnmatch_lines(["[[]1/37] bench_backward*N64-B8-bf16*ms  (36 left, about*)"])
+    out.stdout.fnmatch_lines(["[[]37/37]*(done)"])
+    facts = saved["machine_info"]["blockshock"]
+    assert facts["device"] == "CPU (2 gloo ranks)"
+    assert facts["ceilings"]["matrix_flops"]["bf16"] > 0
+    for entry in saved["benchmarks"]:
+        info = entry["extra_info"]
+        assert info["schema"] == session.SCHEMA
+        assert "UNSERIALIZABLE" not in json.dumps(entry)
+        assert entry["stats"]["rounds"] == len(entry["stats"]["data"]) == 5
+        assert entry["options"]["timer"] == "conftest.ReplayClock" or "Clock" in str(
+            entry["options"]["timer"]
+        )
+
+
+def test_the_recorded_times_are_the_measured_ones_to_the_last_digit(bench, tmp_path, monkeypatch):
+    measured = {}
+    original = session.Laboratory.result
+
+    def watched(self, case, neighbours):
+        samples, info = original(self, case, neighbours)
+        measured[case.id] = list(samples)
+        return samples, info
+
+    monkeypatch.setattr(session.Laboratory, "result", watched)
+    bench(*SMALL, "--results", tmp_path / "r.json", files=["bench/bench_forward.py"])
+    saved, _ = results(tmp_path / "r.json")
+    assert len(measured) == 6
+    for entry in saved["benchmarks"]:
+        assert entry["stats"]["data"] == measured[entry["extra_info"]["id"]]
+
+
+def test_what_cannot_run_is_skipped_with_the_reason(bench):
+    out = bench("--set", "N=100", "--set", "B=8", files=["bench/bench_forward.py"])
+    out.assert_outcomes(passed=5, skipped=1)
+    out.stdout.fnmatch_lines(["*block_shock-N100*skipped: K = 100 is not a multiple of 64*"])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--set", "n=4096"], "*unknown key 'n'; known: B, K, N,*"),
+        (["--set", "N"], "*'N' is not KEY=VALUE*"),
+        (["--set", "method=blockshock"], "*unknown method 'blockshock'; known: dense_single*"),
+        (["--set", "N=0"], "*N = 0 must be a whole number*"),
+        (["--set", "dtype=float8"], "*unknown dtype 'float8'; use one of bf16, fp16, fp32*"),
+        (["--sweep", "huge"], "*no sweep 'huge'; known: *quick*"),
+        (["--ranks", "0"], "*--ranks 0: at least one*"),
+        (["--results", "/proc/nowhere/r.json"], "*cannot be written*"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_error(bench, args, message):
+    out = bench(*args, files=["bench/bench_forward.py"])
+    assert out.ret == pytest.ExitCode.USAGE_ERROR
+    everything = [*out.outlines, *out.errlines]
+    assert any(Path(line).match(message) or _matches(line, message) for line in everything), (
+        everything
+    )
+    assert not any("Traceback" in line for line in everything)
+
+
+def _matches(line, pattern):
+    from fnmatch import fnmatchcase
+
+    return fnmatchcase(line, pattern)
+
+
+def test_a_missing_gpu_fails_where_one_is_required(bench):
+    out = bench(*SMALL, "--require-gpu", files=["bench/bench_forward.py"])
+    out.assert_outcomes(failed=6)
+    out.stdout.fnmatch_lines(["*--require-gpu: 2 GPUs are needed, found*"])
+
+
+def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, tmp_path):
+    target = tmp_path / "results" / "r.json"
+    target.parent.mkdir()
+    target.write_text("earlier")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # the kernel refuses longer files
+    try:
+        args = ("--results", target, "--set", "method=dense_single")
+        out = bench(*SMALL, *args, files=["bench/bench_forward.py"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert out.ret == pytest.ExitCode.INTERNAL_ERROR
+    out.stdout.fnmatch_lines(["*could not be saved*File too large*untouched*"])
+    assert target.read_text() == "earlier"
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_benchmarks_refuse_to_run_where_they_would_not_be_recorded(bench):
+    out = bench(*SMALL, "--benchmark-disable", files=["bench/bench_forward.py"])
+    out.assert_outcomes(failed=6)
+    out.stdout.fnmatch_lines(["*benchmarks are disabled here*"])

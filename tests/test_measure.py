@@ -1,0 +1,146 @@
+"""Clock, regions, error figures and floor: the instruments, on inputs whose answer is known."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from blockshock.measure import clock, errors, floor
+from blockshock.measure.regions import Recorder, recording, region
+
+CEILINGS = {"matrix_flops": {"bf16": 1e12}, "copy_bytes_per_s": 1e9, "link_bytes_per_s": 1e8}
+
+
+class FakeBenchmark:
+    """What ReplayClock needs of pytest-benchmark, with a timer of one's choice."""
+
+    class _Stats:
+        def __init__(self):
+            self.data = []
+
+    def __init__(self, timer):
+        self.timer = timer
+        self.stats = None
+
+    def pedantic(self, target, *, setup, rounds, iterations):
+        self.stats = self._Stats()
+        self.stats.stats = self.stats
+        for _ in range(rounds):
+            setup()
+            start = self.timer()
+            target()
+            self.stats.data.append(self.timer() - start)
+
+
+def test_replay_records_each_sample_to_the_last_digit():
+    samples = [1e-7 * (1 + i / 3) for i in range(100)] + [math.pi, 5e-324]
+    replay = clock.ReplayClock()
+    benchmark = FakeBenchmark(replay)
+    replay.replay(benchmark, samples)
+    assert benchmark.stats.data == samples
+
+
+def test_replay_refuses_a_benchmark_with_another_timer():
+    with pytest.raises(RuntimeError, match="did not record what the ranks measured"):
+        clock.ReplayClock().replay(FakeBenchmark(time.perf_counter), [0.5, 0.25])
+
+
+def test_rounds_take_turns_and_host_time_between_them_does_not_count():
+    order = []
+    watch = clock.Stopwatch("host", torch.device("cpu"), lambda: None)
+    steps = [lambda name=name: order.append(name) for name in "abc"]
+    times = clock.measure(watch, steps, 3, between=lambda: time.sleep(0.005))
+    assert "".join(order) == "abcbcacab"
+    assert [len(row) for row in times] == [3, 3, 3]
+    assert all(seconds < 0.004 for row in times for seconds in row)
+
+
+def test_short_steps_are_repeated_until_they_can_be_timed():
+    watch = clock.Stopwatch("host", torch.device("cpu"), lambda: None)
+    calls = []
+    run, count = watch.prepare(lambda: calls.append(1))
+    assert count == clock.MAX_CALLS
+    calls.clear()
+    run()
+    assert len(calls) == count
+    assert watch.prepare(lambda: time.sleep(0.002))[1] == 1
+
+
+def test_regions_add_up_their_occurrences_and_their_bytes():
+    recorder = Recorder("cpu")
+    for _ in range(4):
+        with recording(recorder), region("step"):
+            for _ in range(2):
+                with region("part", bytes=10):
+                    time.sleep(0.001)
+        recorder.collect()
+    assert recorder.counts == {"part": (2, 20), "step": (1, 0)}
+    assert len(recorder.samples["part"]) == 4
+    for part, step in zip(recorder.samples["part"], recorder.samples["step"], strict=True):
+        assert 0.002 <= part <= step
+
+
+def test_regions_cost_nothing_without_a_recorder_and_recorders_do_not_nest():
+    with region("idle"):
+        pass
+    with (
+        recording(Recorder("cpu")),
+        pytest.raises(RuntimeError, match="nest"),
+        recording(Recorder("cpu")),
+    ):
+        pass
+    with recording(Recorder("cpu")):
+        pass  # the failure left no recorder behind
+
+
+def test_an_error_figure_is_the_frobenius_ratio_and_its_companions():
+    truth = torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    actual = truth + torch.tensor([[0.3, -0.4]])
+    found = errors.figure(actual, truth, 0.05, ranks=2)
+    assert found.relative == pytest.approx(0.1)
+    assert (found.max, found.mean) == (pytest.approx(0.4), pytest.approx(0.35))
+    assert found.ratio == pytest.approx(2)
+    size = 5 / math.sqrt(2)
+    assert found.max_relative == pytest.approx(max(0.3 / size, 0.4 / 4))
+
+
+@pytest.mark.parametrize(
+    ("actual", "dense"),
+    [(float("nan"), 0.1), (1.2, 0.1), (1.0, float("nan")), (1.6, 0.55), (1.01, 0.0)],
+)
+def test_no_wrong_or_unjudgeable_result_passes(actual, dense):
+    truth = torch.ones(300, 300, dtype=torch.float64)
+    assert not errors.figure(truth * actual, truth, dense, ranks=2).passes
+
+
+def test_require_names_the_figure_the_ratio_and_the_limit():
+    truth = torch.ones(300, 300, dtype=torch.float64)
+    bad = {"grad_input": errors.figure(truth * 1.2, truth, 0.1, ranks=2)}
+    with pytest.raises(errors.CorrectnessError, match=r"grad_input.*0\.2 is 2 times.*1\.5"):
+        errors.require(bad, "block_shock")
+
+
+@pytest.mark.parametrize(("ranks", "bound"), [(1, 1.1), (2, 1.5), (3, 2.0), (4, 2.0), (8, 2.5)])
+def test_limits_are_the_designs(ranks, bound):
+    assert errors.limit(ranks, 2**20) == bound
+    assert errors.limit(ranks, 100) == pytest.approx(1.3 * bound)
+
+
+def test_the_floor_is_the_largest_of_its_terms():
+    cost = floor.Cost(1e9, 4e6, 1e6, 2e5, 3e5)
+    forward = floor.step_floor(cost, CEILINGS, phase="forward", dtype="bf16")
+    assert forward == {"seconds": 5e-3, "compute": 1e-3, "memory": 5e-3, "wire": 2e-3}
+    training = floor.step_floor(
+        cost, CEILINGS, phase="training", dtype="bf16", optimizer="adam", trained_bytes=2e6
+    )
+    assert training["compute"] == pytest.approx(3e-3)
+    assert training["memory"] == pytest.approx((2 * 4e6 + 3 * 1e6 + 8 * 2e6) / 1e9)
+    assert training["wire"] == pytest.approx(5e-3)
+
+
+def test_wire_bytes_are_those_of_the_best_algorithms():
+    assert floor.all_reduce_wire(100, 2) == 100
+    assert floor.all_reduce_wire(100, 4) == 150
+    assert floor.all_gather_wire(100, 4) == 75
+    assert floor.all_reduce_wire(100, 1) == 0

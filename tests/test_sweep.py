@@ -1,0 +1,86 @@
+"""A sweep says exactly the cases it lists, and refuses what it cannot mean."""
+
+import pytest
+
+from bench import sweep as sweeps
+from blockshock.linear import METHODS
+from blockshock.phases.case import PHASES, Case
+
+
+def expand(text, phase="forward", device="cpu", settings=(), tmp=None):
+    file = tmp / "own.yaml"
+    file.write_text(text)
+    sweep = sweeps.load(str(file))
+    return sweeps.cases(sweep, phase, device, 2, sweeps.parse_set(list(settings)))
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sweeps.FOLDER.glob("*.yaml")])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_shipped_sweeps_expand_to_distinct_cases(name, device):
+    sweep = sweeps.load(name)
+    assert sweep["about"]
+    for phase in sweep.get("phases") or PHASES:
+        cases = sweeps.cases(sweep, phase, device, 2, {})
+        assert {case.method for case in cases} == set(METHODS)
+        assert len({case.id for case in cases}) == len(cases)
+
+
+def test_cases_of_a_point_stand_side_by_side(tmp_path):
+    cases = expand("cpu: {N: [64, 128], B: [8, 16]}", tmp=tmp_path)
+    points = [case.point for case in cases]
+    assert len(set(points)) == 4
+    assert points == sorted(points, key=points.index)
+    assert len(cases) == 4 * len(METHODS)
+
+
+def test_later_parts_win_and_set_wins_over_all(tmp_path):
+    text = """
+common: {B: [8], training: {B: [4], optimizer: [adam]}}
+cpu: {N: [64], training: {N: [128]}}
+"""
+    assert {c.N for c in expand(text, tmp=tmp_path)} == {64}
+    trained = expand(text, phase="training", tmp=tmp_path)
+    assert {(c.N, c.B, c.optimizer) for c in trained} == {(128, 4, "adam")}
+    assert {c.N for c in expand(text, phase="training", settings=["N=192"], tmp=tmp_path)} == {192}
+
+
+def test_masks_and_policies_go_to_the_methods_that_take_them(tmp_path):
+    text = "cpu: {N: [64], B: [8], mask: [1100, tile]}".replace("1100", '"1100"')
+    masks = {(c.method, c.mask) for c in expand(text, tmp=tmp_path)}
+    assert ("block_shock", "1100") in masks
+    assert ("block_shock", "tile") in masks
+    assert ("block_shock_folded", "1100") in masks
+    assert ("dense_single", None) in masks
+    assert ("block_shock_folded", "tile") not in masks
+    named = expand(text, settings=["mask=1001"], tmp=tmp_path)
+    assert {c.mask for c in named if c.mask} == {"1001"}
+    packed = expand(text, phase="training", settings=["policy=packed_master"], tmp=tmp_path)
+    assert {c.policy for c in packed if c.method == "block_shock"} == {"packed_master"}
+    assert all(c.policy for c in packed)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cpu: {N: [64], Batch: [8]}", "unknown key 'Batch'; known: B, K"),
+        ("gpu: {N: [64]}", "unknown key 'gpu'; known: about"),
+        ("cpu: {N: [64], training: {n: [8]}}", "unknown key 'n'"),
+        ("cpu: {N: [64]}", "says no B for cpu"),
+        ("phases: [inference]", "unknown phase 'inference'"),
+        ("- a list", "must be a mapping"),
+        ("cpu: {N: [64", "is not YAML"),
+        ("cpu: {N: [64], B: [-1]}", "B = -1 must be a whole number"),
+        ("cpu: {N: [64], B: [1], method: [fast]}", "unknown method 'fast'"),
+    ],
+)
+def test_a_sweep_that_says_something_impossible_is_refused(tmp_path, text, message):
+    with pytest.raises(sweeps.SweepError, match=message):
+        expand(text, tmp=tmp_path)
+
+
+def test_names_show_what_is_not_the_default():
+    assert (
+        Case("forward", "block_shock", 4096, 64, mask="tile").name == "block_shock-N4096-B64-bf16"
+    )
+    other = Case("forward", "block_shock", 4096, 64, K=1024, mask="1100", bias=False, input="mlp")
+    assert other.name == "block_shock-1100-N4096-K1024-B64-bf16-input=mlp-bias=False"
