@@ -124,6 +124,13 @@ def _conclusion(facts: dict) -> list[str]:
     rest = f"Skipped for want of: {', '.join(missing)}." if missing else "Nothing is skipped."
     if facts["runs_on"] is None:
         return ["Nothing can run here: neither GPUs nor ranks on the CPU."]
+    if facts["runs_on"] == "cuda" and count == 1:
+        return [
+            "`make test` and `make bench` run here on two gloo ranks of the CPU: a layer is shared "
+            "by two GPUs.",
+            "`pytest bench --ranks 1` measures what one GPU can do alone: the dense methods. "
+            + rest,
+        ]
     if facts["runs_on"] == "cuda":
         return [f"`make test` and `make bench` run here on {_count(count, 'GPU')}. {rest}"]
     return [

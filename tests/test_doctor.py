@@ -114,7 +114,8 @@ def test_one_gpu_has_no_tables_of_links(two_gpus):
     two_gpus["cuda"]["peers"] = [[True]]
     text = doctor.show(two_gpus)
     assert "links" not in text
-    assert "run here on 1 GPU." in text
+    assert "two gloo ranks of the CPU: a layer is shared by two GPUs" in text
+    assert "--ranks 1" in text
 
 
 def test_a_cuda_that_does_not_start_is_shown_and_the_cpu_remains(two_gpus):

@@ -62,7 +62,7 @@ def test_a_result_says_everything_the_schema_promises(lab, phase):
     assert info["floor"]["seconds"] == max(
         info["floor"][term] for term in ("compute", "memory", "wire")
     )
-    assert 0 < info["rates"]["limit_fraction"]
+    assert info["rates"]["limit_fraction"] > 0
     assert info["rates"]["tokens_per_s"] == pytest.approx(32 / sorted(samples)[4], rel=0.5)
     assert info["memory"]["weight_bytes"] > 0
     assert set(info["paths"]) == {"forward", "backward"}
@@ -200,5 +200,5 @@ def test_times_that_are_no_times_are_refused():
 
 
 def test_a_timing_mode_of_another_device_is_refused():
-    with pytest.raises(ValueError, match="graph, events, sync|host"):
+    with pytest.raises(ValueError, match=r"graph, events, sync|host"):
         clock.Stopwatch("host" if torch.cuda.is_available() else "graph", torch.device("cpu"), None)

@@ -105,7 +105,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """forward/block_shock-N4096-B64-bf16: the same in every run, what `tools.compare` matches."""
+        """forward/block_shock-N4096-B64-bf16: the same in every run; `tools.compare` matches it."""
         return f"{self.phase}/{self.name}"
 
     @property
