@@ -81,7 +81,7 @@ def product(
         return x.new_empty(0, compressed.shape[0])
     padding = -batch % BATCH_MULTIPLE
     x = F.pad(x, (0, 0, 0, padding)) if padding else x.contiguous()
-    y = run(x, compressed, bias, algorithms.choose(x, compressed, values, codes, bias))
+    y = run(x, compressed, bias, algorithms.choose(x, compressed, values, codes))
     return y[:batch].clone() if padding else y  # not a view: callers add to it in place
 
 

@@ -156,13 +156,12 @@ class BlockShock(nn.Module):
     def paths(self, batch: int) -> dict[str, str]:
         """What computes the products of a batch of rows, once they have run."""
         N, K = self.packed.shape
-        bias = functions.bias_of_first(self.bias, self.group) is not None
         backward = (
-            _path(self.packed.transposed, batch, K, N, False)
+            _path(self.packed.transposed, batch, K, N)
             if self.packed.has_transpose
             else "dense product with the expanded term: the mask is not transposable"
         )
-        return {"forward": _path(self.packed, batch, N, K, bias), "backward": backward}
+        return {"forward": _path(self.packed, batch, N, K), "backward": backward}
 
     def weight_bytes(self) -> tuple[int, int]:
         """(estimated, actual) bytes of the weight in all its forms on this rank.
@@ -257,8 +256,8 @@ class _Product(torch.autograd.Function):
         return dx, dw, None
 
 
-def _path(packed: Packed24, batch: int, N: int, K: int, bias: bool) -> str:
+def _path(packed: Packed24, batch: int, N: int, K: int) -> str:
     if packed.compressed is None:
         return "dense product with the expanded term: plain PyTorch on the CPU"
-    algorithm = algorithms.known(batch, N, K, packed.values.dtype, bias)
+    algorithm = algorithms.known(batch, N, K, packed.values.dtype)
     return f"cuSPARSELt, algorithm {algorithm}"
