@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from blockshock import sources
 from blockshock.distributed import functions, reduce
 from blockshock.linear import parts
-from blockshock.measure.floor import Cost, all_gather_wire, all_reduce_wire
+from blockshock.measure.floor import Cost, all_gather_wire, all_reduce_wire, product_cost
 
 POLICIES = {"frozen": {}, "plain": {}}  # how a dense weight can be trained: not at all, or as it is
 
@@ -61,7 +61,7 @@ class DenseSingle(nn.Module):
         """Per rank, one forward product."""
         N, K = self.weight.shape
         size = self.weight.element_size()
-        return Cost(2 * batch * N * K, N * K * size, batch * (N + K) * size, 0, 0)
+        return product_cost(batch, N, K, size)
 
 
 class DenseTPRow(nn.Module):
@@ -117,10 +117,11 @@ class DenseTPRow(nn.Module):
         """Per rank, one forward product."""
         N, width = self.weight.shape
         size = self.weight.element_size()
-        return Cost(
-            flops=2 * batch * N * width,
-            weight_bytes=N * width * size,
-            activation_bytes=batch * (N + width) * size,
+        return product_cost(
+            batch,
+            N,
+            width,
+            size,
             wire_forward=all_reduce_wire(batch * N * size, self.ranks),
             wire_backward=all_gather_wire(batch * width * self.ranks * size, self.ranks),
         )
@@ -173,10 +174,11 @@ class DenseTPColumn(nn.Module):
         """Per rank, one forward product."""
         height, K = self.weight.shape
         size = self.weight.element_size()
-        return Cost(
-            flops=2 * batch * height * K,
-            weight_bytes=height * K * size,
-            activation_bytes=batch * (height + K) * size,
+        return product_cost(
+            batch,
+            height,
+            K,
+            size,
             wire_forward=all_gather_wire(batch * height * self.ranks * size, self.ranks),
             wire_backward=all_reduce_wire(batch * K * size, self.ranks),
         )

@@ -20,7 +20,7 @@ from blockshock import masks as masks24
 from blockshock import sources
 from blockshock.distributed import functions, reduce
 from blockshock.linear import parts
-from blockshock.measure.floor import Cost, all_gather_wire, all_reduce_wire
+from blockshock.measure.floor import Cost, all_gather_wire, all_reduce_wire, product_cost
 
 
 class BlockShockFolded(nn.Module):
@@ -90,10 +90,11 @@ class BlockShockFolded(nn.Module):
         """Per rank, one forward product."""
         N, width = self.weight.shape
         size, (ranks, _) = self.weight.element_size(), self.columns.shape
-        return Cost(
-            flops=2 * batch * N * width,
-            weight_bytes=N * width * size,
-            activation_bytes=batch * (N + width) * size,
+        return product_cost(
+            batch,
+            N,
+            width,
+            size,
             wire_forward=all_reduce_wire(batch * N * size, ranks),
             wire_backward=all_gather_wire(batch * width * ranks * size, ranks),
         )

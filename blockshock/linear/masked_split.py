@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from blockshock import sources
 from blockshock.distributed import functions, reduce
 from blockshock.linear import parts
-from blockshock.measure.floor import Cost, all_reduce_wire
+from blockshock.measure.floor import Cost, all_reduce_wire, product_cost
 
 
 class MaskedSplit(nn.Module):
@@ -78,10 +78,11 @@ class MaskedSplit(nn.Module):
         """Per rank, one forward product; the zeros are multiplied and read like any entry."""
         N, width = self.weight.shape
         size = self.weight.element_size()
-        return Cost(
-            flops=2 * batch * N * width,
-            weight_bytes=N * width * size,
-            activation_bytes=batch * (N + width) * size,
+        return product_cost(
+            batch,
+            N,
+            width,
+            size,
             wire_forward=all_reduce_wire(batch * N * size, self.ranks),
             wire_backward=all_reduce_wire(batch * self.K * size, self.ranks),
         )

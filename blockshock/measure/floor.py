@@ -34,6 +34,14 @@ class Cost:
     wire_backward: float
 
 
+def product_cost(
+    B: int, N: int, K: int, itemsize: int, *, wire_forward: float = 0, wire_backward: float = 0
+) -> Cost:
+    """What X Wᵀ costs as a dense product, X [B, K] and W [N, K] of `itemsize` bytes an entry."""
+    weight, activations = N * K * itemsize, B * (N + K) * itemsize
+    return Cost(2 * B * N * K, weight, activations, wire_forward, wire_backward)
+
+
 def all_reduce_wire(size: float, ranks: int) -> float:
     """Bytes each rank must send to all-reduce `size` bytes (reduce-scatter and all-gather)."""
     return 2 * (ranks - 1) / ranks * size
