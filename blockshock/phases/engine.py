@@ -108,7 +108,7 @@ def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepa
     """Builds, checks and warms up one case; `run` stays None when it was refused or failed."""
     device, prepared = problem.device, Prepared(case, None, None, {})
     _release(device)
-    before = _allocated(device)
+    before = _allocated(device) - problem.held_bytes()  # truths come into being on first use
     layer, refusal = _build(case, problem)
     # Ranks refuse together or not at all, except for memory: one rank's lack of it is everyone's.
     if clock.agree_largest(float(refusal is not None), device):
@@ -126,7 +126,7 @@ def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepa
         outcome["failed"] = _wrong(case, figures, same)
         return prepared
     outcome.update(experiment.extra)
-    outcome["memory"] = _memory(layer, experiment, before, device)
+    outcome["memory"] = _memory(layer, experiment, before + problem.held_bytes(), device)
     outcome["floor"] = _floor(case, layer, experiment, options)
     outcome["paths"] = layer.paths(case.B) if hasattr(layer, "paths") else {}
     outcome["truth"] = str(problem.truth_dtype).removeprefix("torch.")

@@ -101,6 +101,11 @@ class Problem:
             y[:, start:stop] = x @ self._true_rows(start, stop).t()
         return y if self.bias is None else y.add_(self.bias)
 
+    def held_bytes(self) -> int:
+        """Bytes of all tensors held, truths computed so far among them: no method's memory."""
+        storages = {t.untyped_storage().data_ptr(): t.nbytes for t in _tensors(vars(self))}
+        return sum(storages.values())
+
     def _true_rows(self, start: int, stop: int) -> Tensor:
         return self.weight.rows(start, stop).to(self.truth_dtype)
 
@@ -116,3 +121,17 @@ class TrueWeightGradient:
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start..stop of dW."""
         return self._dy[:, start:stop].to(self.dtype).t() @ self._x
+
+
+def _tensors(value):
+    """The tensors in a value: its own, in its items, in its attributes."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))
