@@ -70,7 +70,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpus(n): needs n GPUs; skipped, or failed by --require-gpu")
     if config.option.ranks < 1:
         raise pytest.UsageError(f"--ranks {config.option.ranks}: at least one rank is needed")
+    if config.option.rounds < 1:
+        raise pytest.UsageError(f"--rounds {config.option.rounds}: at least one sample is needed")
     config.stash[DEVICE] = _device(config.option)
+    host = config.stash[DEVICE] == "cpu"
+    if config.option.timing and (config.option.timing == "host") != host:
+        valid = "host" if host else "graph, events, sync"
+        raise pytest.UsageError(
+            f"--timing {config.option.timing} on {config.stash[DEVICE]}; valid there: {valid}"
+        )
     config.stash[CASES] = _cases(config)
     if int(os.environ.get("RANK", 0)):
         # Under torchrun every rank runs the suite; the first one reports and saves.

@@ -1,5 +1,6 @@
 """How a run tells where it stands, and how its results reach the disk: whole or not at all."""
 
+import os
 import time
 from pathlib import Path
 
@@ -73,7 +74,9 @@ class SafeResults:
         if not config.option.results or hasattr(config, "workerinput"):
             return
         self.target = Path(config.option.results)
-        self.partial = self.target.with_name(f".{self.target.name}.partial")
+        self.partial = self.target.with_name(f".{self.target.name}.{os.getpid()}.partial")
+        if self.target.exists() and not self.target.is_file():
+            raise pytest.UsageError(f"--results {self.target} is no file; name one, such as r.json")
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             handle = self.partial.open("wb")

@@ -9,10 +9,11 @@
     cuda: {N: [4096, 8192], B: [64, 4096]}
 
 Every axis is a list, and every combination is a case. `method` and `mask` may be `all`; a mask list
-applies to the methods that take one of its masks, the others keep their usual one, and so for
-`policy`. Later wins: common, device, common's phase, device's phase, `--set`.
+applies to the methods that take one of its masks, the others keep their usual one; and so for
+`policy`, where the others keep what trains them. Later wins: common, device, common's phase, device's phase, `--set`.
 """
 
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -34,10 +35,14 @@ AXES = {
     "policy": "all",
     "optimizer": ["sgd"],
     "loss": ["mse_target"],
+    "target": ["normal"],
     "steps": [8],
     "seed": [0],
 }
-ONLY = {"policy": "training", "optimizer": "training", "loss": "training", "steps": "drift"}
+ONLY = {  # axes of one phase
+    **dict.fromkeys(("policy", "optimizer", "loss", "target"), "training"),
+    "steps": "drift",
+}
 
 
 class SweepError(ValueError):
@@ -89,12 +94,16 @@ def cases(sweep: dict, phase: str, device: str, ranks: int, settings: dict) -> l
     for part in (*parts, *(part.get(phase) or {} for part in parts), settings):
         axes.update({key: value for key, value in part.items() if key in AXES})
     axes = {key: _listed(key, value, device) for key, value in axes.items()}
+    _check_names(axes)
     fixed = ("method", "mask", "policy", *(k for k, only in ONLY.items() if only != phase))
     names = [key for key in axes if key not in fixed]
     found = []
     for values in product(*(axes[name] for name in names)):
         point = dict(zip(names, values, strict=True), phase=phase, ranks=ranks)
         found += _methods(point, axes, phase)
+    twice = [name for name, count in Counter(case.id for case in found).items() if count > 1]
+    if twice:
+        raise SweepError(f"the sweep lists {twice[0]} twice; every value of an axis once")
     return found
 
 
@@ -106,8 +115,12 @@ def _methods(point: dict, axes: dict, phase: str) -> list[Case]:
         if method not in methods:
             raise SweepError(f"unknown method {method!r}; known: {', '.join(methods)}")
         cls = methods[method]
-        policies = _chosen(axes["policy"], tuple(cls.policies)) if phase == "training" else (None,)
-        for mask, policy in product(_chosen(axes["mask"], cls.masks), policies):
+        masks = _chosen(axes["mask"], cls.masks, cls.masks[:1]) or (None,)
+        policies = (None,)
+        if phase == "training":
+            training = tuple(policy for policy in cls.policies if policy != "frozen")
+            policies = _chosen(axes["policy"], tuple(cls.policies), training)
+        for mask, policy in product(masks, policies):
             try:
                 found.append(Case(method=method, mask=mask, policy=policy, **point))
             except ValueError as error:
@@ -115,13 +128,23 @@ def _methods(point: dict, axes: dict, phase: str) -> list[Case]:
     return found
 
 
-def _chosen(wanted: list, taken: tuple) -> tuple:
-    """What a method is measured with, of what it takes: all, the usual (first), or the listed."""
-    if not taken:
-        return (None,)
+def _chosen(wanted: list, taken: tuple, usual: tuple) -> tuple:
+    """What a method is measured with, of what it takes: all, the listed, or else its usual."""
     if wanted == ["all"]:
         return taken
-    return tuple(name for name in taken if name in wanted) or taken[:1]
+    return tuple(name for name in taken if name in wanted) or usual
+
+
+def _check_names(axes: dict) -> None:
+    """Masks and policies that no method takes would be left out without a word."""
+    methods = FAMILIES["linear"].values()
+    for key, known in (
+        ("mask", {"all", "usual"}.union(*(cls.masks for cls in methods))),
+        ("policy", {"all"}.union(*(cls.policies for cls in methods))),
+    ):
+        for name in axes[key]:
+            if name not in known:
+                raise SweepError(f"unknown {key} {name!r}; known: {', '.join(sorted(known))}")
 
 
 def _listed(key: str, value, device: str) -> list:

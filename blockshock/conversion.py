@@ -9,11 +9,12 @@ Every rank of the group must call both with the same model. The converted model 
 model's outputs and gradients; its own state_dict holds this rank's parts and loads back to the bit.
 """
 
+import inspect
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
-import torch
 from torch import nn
 
 from blockshock.distributed import reduce
@@ -49,18 +50,19 @@ def convert(
 
     where: a glob over the layers' names ("*.mlp.*"), or a function of (name, layer). options: for
     the method's `from_dense`, such as mask="tile_magnitude". A layer that the method cannot hold
-    (a size, a dtype, one rank), that shares its weight with another module, or that is a subclass
-    of nn.Linear is left, with the reason. Raises ValueError for an unknown method or option, and
-    for a weight that is not finite.
+    (a size, a dtype, one rank), that shares something with another module, that has hooks, or that
+    is a subclass of nn.Linear is left, with the reason. Raises ValueError, and changes nothing, for
+    an unknown method or option, a weight that is not finite, and ranks whose weights differ.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
     if isinstance(model, nn.Linear):
         raise ValueError("the model is itself one nn.Linear; use METHODS[method].from_dense")
     wanted = where if callable(where) else lambda name, layer: fnmatch(name, where)
-    cls, report = METHODS[method], Conversion(method)
-    users = _users_of_weights(model)
-    for name, layer in list(model.named_modules()):
+    cls, report, users = METHODS[method], Conversion(method), _users(model)
+    _check_options(cls, options)
+    built = {}
+    for name, layer in model.named_modules(remove_duplicate=False):
         if not isinstance(layer, nn.Linear):
             continue
         reason = "not asked for by `where`" if not wanted(name, layer) else None
@@ -68,8 +70,13 @@ def convert(
         if reason:
             report.left[name] = reason
         else:
-            _replace(model, name, _converted(layer, cls, group, options))
-            report.replaced.append(name)
+            built[name] = _converted(layer, cls, group, options)
+    for name, layer in built.items():  # not before all could be built
+        if hasattr(layer, "check_pair"):
+            layer.check_pair()
+    for name, layer in built.items():
+        _replace(model, name, layer)
+        report.replaced.append(name)
     return report
 
 
@@ -97,8 +104,12 @@ def _keep(layer: nn.Linear, cls, users: dict[int, int], group, mask) -> str | No
     """Why a layer stays as it is, or None."""
     if type(layer) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(layer).__name__}), which may be used by its weight"
-    if users[id(layer.weight)] > 1:
-        return "its weight is shared with another module"
+    if "weight" not in layer._parameters:
+        return "its weight is computed (weight_norm, spectral_norm), not held"
+    if any(users[id(own)] > 1 for own in (layer, *layer._parameters.values()) if own is not None):
+        return "it, its weight or its bias is shared with another module"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "it has hooks, which would be lost"
     N, K = layer.weight.shape
     return cls.unsupported(
         N,
@@ -110,24 +121,33 @@ def _keep(layer: nn.Linear, cls, users: dict[int, int], group, mask) -> str | No
     )
 
 
+def _check_options(cls, options: dict) -> None:
+    taken = set(inspect.signature(cls.from_dense).parameters) - {"weight", "bias", "group"}
+    for name in options:
+        if name not in taken:
+            known = ", ".join(sorted(taken)) or "none"
+            raise ValueError(
+                f"{cls.__name__}.from_dense takes no option {name!r}; it takes {known}"
+            )
+
+
 def _converted(layer: nn.Linear, cls, group, options) -> nn.Module:
-    try:
-        new = cls.from_dense(layer.weight, layer.bias, group=group, **options)
-    except TypeError as error:
-        raise ValueError(f"{cls.__name__} does not take these options: {error}") from None
+    new = cls.from_dense(layer.weight, layer.bias, group=group, **options)
     new.weight.requires_grad_(layer.weight.requires_grad)
     if layer.bias is not None:
         new.bias.requires_grad_(layer.bias.requires_grad)
     return new.train(layer.training)
 
 
-def _users_of_weights(model: nn.Module) -> dict[int, int]:
-    """How many modules hold each parameter, by its id."""
-    users: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if isinstance(parameter, torch.Tensor):
-                users[id(parameter)] = users.get(id(parameter), 0) + 1
+def _users(model: nn.Module) -> Counter[int]:
+    """How many names each module and each parameter of the model has, by its id."""
+    users = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    users.update(
+        id(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
     return users
 
 

@@ -44,7 +44,8 @@ class Packed24:
         if device.type != "cuda":
             values = torch.empty(rows, columns // 2, dtype=dtype, device=device)
             return cls(values, codes, None)
-        compressed = torch.empty(rows, columns * 9 // 16, dtype=dtype, device=device)
+        width = columns * 9 // 16  # half the values, and metadata of an eighth of their size
+        compressed = torch.empty(rows, width, dtype=dtype, device=device)
         values = compressed.view(-1)[: rows * columns // 2].view(rows, columns // 2)
         return cls(values, codes, compressed)
 
@@ -57,13 +58,20 @@ class Packed24:
 
     @classmethod
     def from_codes(cls, values: Tensor, codes: Tensor) -> "Packed24":
-        """From kept values [N, K/2] and codes [N, K/4], both copied."""
+        """From kept values [N, K/2] and codes [N, K/4], both copied; the codes are checked."""
         rows, columns = values.shape[0], values.shape[1] * 2
         packed = cls.empty(rows, columns, dtype=values.dtype, device=values.device)
         packed.values.copy_(values)
         packed.codes.copy_(codes)
         packed._write_metadata()
         return packed
+
+    def with_transpose_if_possible(self) -> "Packed24":
+        """`with_transpose` where the mask allows it, else nothing. Returns self."""
+        try:
+            return self.with_transpose()
+        except ValueError:
+            return self
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,6 +85,8 @@ class Packed24:
         The mask is checked for two of four.
         """
         check_shape(*weight.shape)
+        if start % sparse24.ROWS_MULTIPLE:
+            raise ValueError(f"start = {start}: rows are written in blocks that begin at 64·n")
         stop = start + weight.shape[0]
         masks.check(mask)
         self.codes[start:stop] = masks.encode(mask)
@@ -156,11 +166,11 @@ class Packed24:
         return own + (self._transposed.nbytes if self._transposed is not None else 0)
 
     def _write_metadata(self) -> None:
-        if self.compressed is None:
-            return
         for start in range(0, self.shape[0], 1024):
             mask = masks.decode(self.codes[start : start + 1024])
-            sparse24.write_metadata(self.compressed, mask, start)
+            masks.check(mask)
+            if self.compressed is not None:
+                sparse24.write_metadata(self.compressed, mask, start)
 
 
 def estimated_bytes(rows: int, columns: int, itemsize: int) -> int:

@@ -21,9 +21,10 @@ def data(N, K, B, dtype, seed=0):
     return weight, bias, x.to(DTYPES[dtype]), dy.to(DTYPES[dtype])
 
 
-def errors(method, N, K, B, dtype, bias=True, lead=(), break_it=None, **options):
+def errors(method, N, K, B, dtype, bias=True, lead=(), strided=False, break_it=None, **options):
     """Ratios to plain dense's error of Y, dX, dW, db on this rank, and whether all ranks agree."""
     weight, b, x, dy = data(N, K, B, dtype)
+    x = x.t().contiguous().t() if strided else x
     b = b if bias else None
     layer = METHODS[method].from_dense(weight, b, **options)
     if break_it:
@@ -65,6 +66,16 @@ def errors(method, N, K, B, dtype, bias=True, lead=(), break_it=None, **options)
     same = [reduce.same_on_all_ranks(own[name]) for name in ("output", "grad_input")]
     exact = torch.equal(layer.to_dense(), weight)
     return {"ratios": ratios, "same_bits": all(same), "exact_weight": exact}
+
+
+def empty(method, N, K):
+    """Shape of Y, of dX and the sum of |dW| for an input without rows."""
+    weight, b, _, _ = data(N, K, 8, "bf16")
+    layer = METHODS[method].from_dense(weight, b)
+    x = weight.new_empty(2, 0, K).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    return tuple(y.shape), tuple(x.grad.shape), layer.weight.grad.abs().sum().item()
 
 
 def repeated_bits(method, N, B, dtype):
@@ -113,9 +124,9 @@ def refusal(method, N, K, dtype, poison=None, **options):
     return None
 
 
-def train(method, steps, optimizer, fused, call_upkeep, **options):
-    """The dense weight after some training steps, and the plain dense layer's."""
-    weight, b, x, dy = data(128, 128, 32, "fp32")
+def train(method, steps, optimizer, fused, call_upkeep, dtype, size, **options):
+    """How far the weight's change in some training steps, and dX after them, are from dense's."""
+    weight, b, x, dy = data(size, size, 32, dtype)
     layers = [
         METHODS[m].from_dense(weight, b, **o) for m, o in ((method, options), ("dense_single", {}))
     ]

@@ -8,6 +8,8 @@ import json
 import math
 import random
 
+USUAL_MASKS = {"masked_split": "tile", "block_shock": "tile", "block_shock_folded": "1100"}
+
 METHODS = (
     "dense_single",
     "dense_tp_row",
@@ -107,6 +109,7 @@ def entry(method, n, b, *, phase="forward", seconds=None, data=None, **changes):
     floor["seconds"] = max(floor.values())
     info = {
         "schema": 1,
+        "usual_mask": USUAL_MASKS.get(case["method"]),
         "id": f"{phase}/{name}",
         "case": case,
         "device": "cuda",

@@ -21,11 +21,11 @@ class Model(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Embedding(128, 64)
-        self.attention = nn.MultiheadAttention(64, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(64, 192), nn.GELU(), nn.Linear(192, 64, bias=False))
-        self.narrow = nn.Linear(64, 63)
-        self.head = nn.Linear(64, 128, bias=False)
+        self.embed = nn.Embedding(192, 128)
+        self.attention = nn.MultiheadAttention(128, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(128, 256), nn.GELU(), nn.Linear(256, 128, bias=False))
+        self.narrow = nn.Linear(128, 63)
+        self.head = nn.Linear(128, 192, bias=False)
         self.head.weight = self.embed.weight
 
     def forward(self, tokens):
@@ -83,8 +83,8 @@ def round_trip(method):
 
 def moved_and_copied(method):
     """Outputs after a deep copy, a cast there and back, and a state of another mask."""
-    x = torch.randn(16, 64, device=device()).to(torch.bfloat16)
-    weight = torch.randn(192, 64, device=device()).to(torch.bfloat16)
+    x = torch.randn(16, 128, device=device()).to(torch.bfloat16)
+    weight = torch.randn(192, 128, device=device()).to(torch.bfloat16)
     layer = METHODS[method].from_dense(weight)
     expected = layer(x)
     twin = copy.deepcopy(layer)
@@ -146,6 +146,59 @@ def test_an_unknown_method_or_option_is_refused():
         blockshock.convert(nn.Sequential(nn.Linear(64, 64)), "dense_single", pattern="1100")
     with pytest.raises(ValueError, match="from_dense"):
         blockshock.convert(nn.Linear(64, 64), "dense_single")
+
+
+def test_what_is_shared_hooked_or_computed_is_left_and_a_failure_changes_nothing():
+    shared = nn.Linear(64, 64)
+    hooked, computed = nn.Linear(64, 64), nn.utils.spectral_norm(nn.Linear(64, 64))
+    hooked.register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": hooked, "d": computed})
+    report = blockshock.convert(model, "dense_single")
+    assert not report.replaced
+    assert {name: reason.split()[-1] for name, reason in report.left.items()} == {
+        "a": "module",
+        "b": "module",
+        "c": "lost",
+        "d": "held",
+    }
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    with torch.no_grad():
+        model[1].weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match="nan"):
+        blockshock.convert(model, "dense_single")
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
+def different_replicas():
+    torch.manual_seed(reduce.group_rank())
+    try:
+        blockshock.convert(nn.Sequential(nn.Linear(128, 64)).to(device(), torch.bfloat16),
+                           "block_shock", mask="magnitude")  # fmt: skip
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_ranks_with_different_weights_are_refused(ranks):
+    assert all("broadcast the model" in answer for answer in ranks.run(different_replicas))
+
+
+def loaded_nonsense():
+    layer = METHODS["block_shock"].from_dense(
+        torch.ones(64, 128, device=device(), dtype=torch.bfloat16)
+    )
+    state = layer.state_dict()
+    state["codes"] = torch.zeros_like(state["codes"])
+    layer.load_state_dict(state)
+    try:
+        layer(torch.ones(8, 128, device=device(), dtype=torch.bfloat16))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def test_codes_that_are_no_mask_are_refused_when_they_are_loaded(ranks):
+    assert all("two" in answer or "2" in answer for answer in ranks.run(loaded_nonsense))
 
 
 def test_without_ranks_the_split_methods_leave_every_layer_and_say_why():

@@ -1,6 +1,7 @@
 """The laboratory measures what it says, and one case's failure costs nothing but that case."""
 
 import math
+import statistics
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +22,12 @@ REGIONS = {
     "backward": {"forward", "backward", "allreduce", "total"},
     "training": {"forward", "loss", "backward", "allreduce", "optimizer", "compress", "total"},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def two_ranks(ranks):
+    if ranks.size != 2:
+        pytest.skip(f"these cases are for two ranks, {ranks.size} run")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +70,7 @@ def test_a_result_says_everything_the_schema_promises(lab, phase):
         info["floor"][term] for term in ("compute", "memory", "wire")
     )
     assert info["rates"]["limit_fraction"] > 0
-    assert info["rates"]["tokens_per_s"] == pytest.approx(32 / sorted(samples)[4], rel=0.5)
+    assert info["rates"]["tokens_per_s"] == pytest.approx(32 / sorted(samples)[4])
     assert info["memory"]["weight_bytes"] > 0
     assert set(info["paths"]) == {"forward", "backward"}
 
@@ -77,7 +84,7 @@ def test_a_training_step_is_told_apart_in_regions(lab, policy):
     parts = sum(info["regions"][name]["p50"] for name in expected - {"total", "allreduce"})
     assert parts <= 1.5 * info["regions"]["total"]["p50"]
     checked = {"output", "grad_input"} if policy == "frozen" else {"weight_update"}
-    assert checked <= set(info["errors"])
+    assert set(info["errors"]) == {*checked, "grad_bias"}
 
 
 def test_layout_fixes_are_counted_with_their_bytes(lab):
@@ -98,11 +105,12 @@ def test_drift_stands_beside_plain_dense(lab):
 
 def test_a_host_that_idles_between_rounds_changes_no_time(ranks, options):
     case = Case("forward", "dense_single", 128, 32)
-    plain, _ = Laboratory(ranks, options(rounds=12)).result(case, [case])
-    slow, _ = Laboratory(ranks, options(rounds=12, pause=0.005)).result(case, [case])
-    assert min(slow) < 0.005 > min(plain)
-    # 12 rounds of a pause would add 60 ms in all, 5 ms to each time if it leaked.
-    assert sum(slow) - sum(plain) < 0.012
+    samples = {}
+    for pause in (0.0, 0.005):
+        measured, info = Laboratory(ranks, options(rounds=15, pause=pause)).result(case, [case])
+        samples[pause] = statistics.median(measured) * info["timing"]["calls_per_sample"]
+    # What leaked would add up to 5 ms to every sample, which is many calls long.
+    assert abs(samples[0.005] - samples[0.0]) < 0.002
 
 
 @pytest.mark.parametrize(
@@ -172,6 +180,34 @@ def test_a_weight_from_a_file_is_measured(ranks, options, tmp_path):
     )
     _, info = Laboratory(ranks, options(rounds=5)).result(case, [case])
     assert info["case"]["weight"].endswith("mlp.up")
+
+
+def test_an_activation_from_a_file_and_options_of_an_input_are_measured(ranks, options, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "acts.safetensors"
+    safetensors.save_file({"layer.3": torch.randn(40, 128), "other": torch.randn(4, 4)}, path)
+    lab = Laboratory(ranks, options(rounds=5))
+    for text in (f"file:{path}:layer.3", "mlp:activation=swiglu+layer_norm=true"):
+        case = Case("forward", "dense_single", 128, 32, input=text)
+        assert lab.result(case, [case])[1]["case"]["input"] == text
+    for text, told in ((f"file:{path}:layer.4", "layer.3"), ("mlp:activated=gelu", "activated")):
+        case = Case("forward", "dense_single", 128, 32, input=text)
+        with pytest.raises(CaseFailed, match=told):
+            lab.result(case, [case])
+
+
+def test_inputs_with_a_mean_train_at_a_rate_that_does_not_explode(lab):
+    case = Case("training", "dense_single", 64, 128, K=128, policy="plain", optimizer="sgd")
+    lab.result(case, [case])
+    steep = replace(case, input="mlp", dtype="fp32")
+    _, info = lab.result(steep, [steep])
+    assert info["errors"]["weight_update"]["dense_relative"] < 0.01
+
+
+def test_a_case_for_other_ranks_is_refused(lab):
+    case = Case("forward", "dense_single", 128, 32, ranks=4)
+    with pytest.raises(CaseFailed, match="for 4 ranks and 2 run"):
+        lab.result(case, [case])
 
 
 def test_profile_writes_a_trace_and_a_kernel_table(ranks, options, tmp_path):

@@ -48,12 +48,20 @@ def test_output_and_gradients_match_dense(ranks, method, options, dtype):
     [(128, 320, 1, (1,)), (320, 128, 63, (7, 9)), (64, 64, 1000, (2, 5, 100)), (192, 256, 5, ())],
 )
 def test_ugly_shapes_match_dense(ranks, method, N, K, B, lead):
-    skip_unsupported(ranks, method, N, K, "fp32" if ranks.device == "cpu" else "bf16")
     dtype = "fp32" if ranks.device == "cpu" else "bf16"
-    for answer in ranks.run(jobs.errors, method, N, K, B, dtype, lead=lead):
+    skip_unsupported(ranks, method, N, K, dtype)
+    strided = B == 63
+    for answer in ranks.run(jobs.errors, method, N, K, B, dtype, lead=lead, strided=strided):
         assert answer["exact_weight"]
         # So few entries are no sample of rounding errors: they allow three times dense's.
         assert all(ratio < 3 for ratio, _ in answer["ratios"].values()), answer["ratios"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_input_without_rows_gives_an_output_without_rows(ranks, method):
+    size = 64 * ranks.size
+    for answer in ranks.run(jobs.empty, method, 64, size):
+        assert answer == ((2, 0, 64), (2, 0, size), 0.0)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,7 +86,7 @@ def test_the_tolerance_finds_a_wrong_mask_and_a_lost_term(ranks, damage):
     # 64 × 64 so that one group of four among 1024 stands out; fp32 on the CPU, where rounding is
     # far below it.
     dtype = "bf16" if ranks.device == "cuda" else "fp32"
-    size = 64
+    size = 32 * ranks.size
     answers = ranks.run(
         jobs.errors, "block_shock", size, size, 512, dtype, mask="magnitude", break_it=damage
     )
@@ -103,9 +111,11 @@ def test_sizes_that_are_not_multiples_of_64_are_refused(ranks, N, K, named):
 
 
 def test_a_wrong_mask_or_master_is_refused(ranks):
-    assert "1100" in ranks.run(jobs.refusal, "block_shock", 64, 64, "bf16", mask="0110")[0]
-    assert "packed" in ranks.run(jobs.refusal, "block_shock", 64, 64, "bf16", master="sparse")[0]
-    answer = ranks.run(jobs.refusal, "block_shock_folded", 64, 64, "bf16", mask="tile")[0]
+    N, K = 64, 32 * ranks.size
+    assert "1100" in ranks.run(jobs.refusal, "block_shock", N, K, "bf16", mask="0110")[0]
+    assert "1100" in ranks.run(jobs.refusal, "masked_split", N, K, "bf16", mask="0110")[0]
+    assert "packed" in ranks.run(jobs.refusal, "block_shock", N, K, "bf16", master="sparse")[0]
+    answer = ranks.run(jobs.refusal, "block_shock_folded", N, K, "bf16", mask="tile")[0]
     assert "whole columns" in answer
 
 
@@ -132,8 +142,13 @@ def test_an_odd_number_of_ranks_is_refused(size):
     ],
 )
 def test_ten_training_steps_follow_dense(ranks, method, options, optimizer, upkeep):
-    skip_unsupported(ranks, method, 128, 128, "fp32")
+    on_gpu = ranks.device == "cuda"
+    dtype, size = ("bf16" if on_gpu else "fp32"), 64 * ranks.size
+    # In bf16 the weights themselves are rounded in each step; a stale or lost part costs far more.
+    change, dx = (0.1, 0.02) if on_gpu else (1e-3, 1e-5)
     for fused in (False, True):
-        for answer in ranks.run(jobs.train, method, 10, optimizer, fused, upkeep, **options):
-            assert answer["weight"] < 1e-3
-            assert answer["dx"] < 1e-5
+        for answer in ranks.run(
+            jobs.train, method, 10, optimizer, fused, upkeep, dtype, size, **options
+        ):
+            assert answer["weight"] < change
+            assert answer["dx"] < dx

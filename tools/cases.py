@@ -18,7 +18,6 @@ METHODS = (
 )
 PHASES = ("correctness", "forward", "backward", "training", "drift")
 # A mask is part of a method's label only where it is not this one.
-USUAL_MASKS = {"masked_split": "tile", "block_shock": "tile", "block_shock_folded": "1100"}
 CPU_CAVEAT = "CPU: says nothing about GPUs"
 
 
@@ -75,6 +74,7 @@ class Result:
     paths: dict[str, str] = field(default_factory=dict)
     clocks: dict[str, Any] | None = None
     file: str = ""
+    usual_mask: str | None = None  # of the method, as the run that measured it says
 
     @property
     def median(self) -> float:
@@ -88,7 +88,7 @@ class Result:
         """The name in plots and tables: method, an unusual mask, and the policy in training."""
         case = self.case
         parts = [case.method]
-        if case.mask is not None and case.mask != USUAL_MASKS.get(case.method):
+        if case.mask not in (None, self.usual_mask):
             parts.append(case.mask)
         if case.phase == "training" and case.policy not in (None, "plain"):
             parts.append(case.policy)

@@ -27,6 +27,8 @@ def save(path: str | Path, content: str | bytes) -> Path:
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = None
+    if path.exists() and not path.is_file():
+        raise ToolError(f"{path} was not written: it is no file; name one")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -102,6 +102,7 @@ def _result(entry: Any, path: str | Path) -> Result:
         raise ToolError(f"{where} has no id or no case: the file was changed; measure again")
     return Result(
         id=info["id"],
+        usual_mask=info.get("usual_mask"),
         case=_case(case, where),
         samples=_samples(entry, where),
         device=str(info.get("device", "")),

@@ -68,7 +68,7 @@ def interleave(gathered: Tensor, columns: Tensor | None) -> Tensor:
         if columns is None:
             return gathered.transpose(0, 1).reshape(batch, ranks * width)
         full = gathered.new_empty(batch, ranks * width)
-        return full.index_copy_(1, columns.view(-1), gathered.transpose(0, 1).reshape(batch, -1))
+        return full.index_copy_(1, columns.view(-1), gathered.transpose(0, 1).reshape(full.shape))
 
 
 def same_on_all_ranks(tensor: Tensor, group=None) -> bool:

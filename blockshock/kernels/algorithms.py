@@ -10,6 +10,7 @@ In fp16 the library (0.8.0, H200) compiles its kernel anew at every call: 0.19 s
 bf16 takes 0.4 ms. Replayed in a CUDA graph neither costs any.
 """
 
+import fcntl
 import json
 import os
 import tempfile
@@ -57,8 +58,8 @@ def choose(x: Tensor, compressed: Tensor, values: Tensor, codes: Tensor) -> int:
                 "run this shape once before the capture"
             )
         with torch.no_grad():
-            table[key] = _search(key, x.shape, compressed, values.detach(), codes)
-        _store(table)
+            found = _search(key, x.shape, compressed, values.detach(), codes)
+        table.update(_store({key: found}))
     return table[key]
 
 
@@ -84,12 +85,15 @@ def _read(file: Path) -> dict[str, int]:
     return {k: v for k, v in table.items() if isinstance(v, int)} if isinstance(table, dict) else {}
 
 
-def _store(table: dict[str, int]) -> None:
-    """Merges with what other ranks wrote meanwhile; the rename makes the file whole or absent."""
-    file, written = cache_file(), None
+def _store(found: dict[str, int]) -> dict[str, int]:
+    """Adds to the file and returns what it holds now: of ranks that search at once, the first one's
+    choice stands, so that the next run repeats this one's sums to the bit."""
+    file, written, folder = cache_file(), None, None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        merged = _read(file) | table
+        folder = os.open(file.parent, os.O_RDONLY)
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        merged = found | _read(file)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as out:
             written = Path(out.name)
             json.dump(merged, out, indent=1, sort_keys=True)
@@ -98,6 +102,11 @@ def _store(table: dict[str, int]) -> None:
         # A read-only or full disk costs a search next time, nothing else.
         if written is not None:
             written.unlink(missing_ok=True)
+        return found
+    finally:
+        if folder is not None:
+            os.close(folder)
+    return merged
 
 
 def _search(key: str, shape, compressed: Tensor, values: Tensor, codes: Tensor) -> int:
@@ -111,7 +120,7 @@ def _search(key: str, shape, compressed: Tensor, values: Tensor, codes: Tensor) 
     x, bias = (values.new_empty(size).normal_(generator=random) for size in (shape, (rows,)))
     dense = pack.expand(values, codes)
     truths = [(b, F.linear(x, dense, b)) for b in (None, bias)]
-    timed = []
+    timed, refusal = [], None
     for algorithm in range(_UNTRIED[values.dtype]):
         try:
             right = all(
@@ -126,11 +135,12 @@ def _search(key: str, shape, compressed: Tensor, values: Tensor, codes: Tensor) 
         except RuntimeError as error:
             if "AlgSetAttribute" in str(error):
                 break  # the library has no algorithm of this number, nor of any higher one
+            refusal = error
     if not timed:
         raise AlgorithmError(
             f"no cuSPARSELt algorithm multiplies {key} correctly on "
             f"{torch.cuda.get_device_name()}; use method block_shock_folded or a dense method"
-        )
+        ) from refusal
     return min(timed)[1]
 
 

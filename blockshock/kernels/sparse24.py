@@ -37,11 +37,6 @@ def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
     return None
 
 
-def compressed_size(rows: int, columns: int) -> int:
-    """Elements of the compressed buffer: kept values, and metadata in units of the dtype."""
-    return rows * columns * 9 // 16
-
-
 def write_metadata(compressed: Tensor, mask: Tensor, start: int) -> None:
     """Writes the metadata of `mask`, rows start.. of the matrix, into the compressed buffer.
 

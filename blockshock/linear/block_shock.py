@@ -110,13 +110,13 @@ class BlockShock(nn.Module):
         flat = functions.replicate(parts.flatten(x, self.K, self.weight), self.group)
         partial = _Product.apply(flat[:, self.term.columns], self.weight, self)
         y = functions.sum_partials(partial, self.bias, self.group)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def upkeep(self) -> None:
         """Brings the compressed forms into step after the weight was written; see `master`.
 
-        `forward` does it by itself when it finds the weight changed. Called at the end of a
-        training step it keeps the cost where it arises, and inside a captured graph.
+        `forward` does it by itself when it finds the weight changed. A step that is captured in a
+        CUDA graph must call it after the optimizer: in a replay nothing looks for changes.
         """
         with torch.no_grad(), region("compress"):
             if self.master == "packed":
@@ -136,6 +136,19 @@ class BlockShock(nn.Module):
         """(dYᵀ X) ∘ M(g) in the form of the parameter: dy [B, N], x [B, K/S]."""
         kept = pack.gather_kept(dy.t() @ x, self.codes)
         return pack.expand(kept, self.codes) if self.master == "dense" else kept
+
+    def check_pair(self) -> None:
+        """Raises ValueError unless the partner rank holds the exact complement. A collective.
+
+        Masks are made on each rank from its own copy of the weight: copies that differ show here.
+        """
+        codes = reduce.all_gather(self.codes, self.group)
+        partner = codes[reduce.group_rank(self.group) ^ 1]
+        if not torch.equal(masks24.complement(partner), self.codes):
+            raise ValueError(
+                "the two terms of a pair are not each other's complement: the ranks were given "
+                "different weights; broadcast the model from one rank first"
+            )
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank: the sum of all terms."""
@@ -228,8 +241,7 @@ class BlockShock(nn.Module):
             kept = self.weight.detach()
             if self.master == "dense":
                 kept = pack.gather_kept(kept, self.codes)
-            packed = Packed24.from_codes(kept, self.codes)
-            self._adopt(packed.with_transpose() if self.packed.has_transpose else packed)
+            self._adopt(Packed24.from_codes(kept, self.codes).with_transpose_if_possible())
         elif self._written and self.master == "dense":
             self.upkeep()
         elif self._written:

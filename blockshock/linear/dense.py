@@ -47,7 +47,7 @@ class DenseSingle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         flat = parts.flatten(x, self.weight.shape[1], self.weight)
-        return F.linear(flat, self.weight, self.bias).view(*x.shape[:-1], -1)
+        return F.linear(flat, self.weight, self.bias).view(*x.shape[:-1], self.weight.shape[0])
 
     def to_dense(self) -> Tensor:
         """The weight [N, K]."""
@@ -97,7 +97,7 @@ class DenseTPRow(nn.Module):
         x_k = functions.take_columns(flat, None, self.group)
         partial = F.linear(x_k, self.weight, functions.bias_of_first(self.bias, self.group))
         y = functions.sum_partials(partial, self.bias, self.group)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank."""
@@ -160,7 +160,7 @@ class DenseTPColumn(nn.Module):
         x_all = functions.replicate(flat, self.group)
         y_n = F.linear(x_all, self.weight, functions.bias_of_own(self.bias, self.group))
         y = functions.join_columns(y_n, self.bias, self.group)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank."""

@@ -65,7 +65,7 @@ class BlockShockFolded(nn.Module):
         x_c = functions.take_columns(flat, self.columns, self.group)
         partial = F.linear(x_c, self.weight, functions.bias_of_first(self.bias, self.group))
         y = functions.sum_partials(partial, self.bias, self.group)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank."""

@@ -60,7 +60,7 @@ class MaskedSplit(nn.Module):
         bias = functions.bias_of_first(self.bias, self.group)
         partial = F.linear(flat[:, self.term.columns], weight, bias)
         y = functions.sum_partials(partial, self.bias, self.group)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank: the sum of all terms."""

@@ -82,7 +82,8 @@ def even_unsupported(name: str, size: int, ranks: int) -> str | None:
 
 def rows_unsupported(pattern: str, N: int) -> str | None:
     """Why a pattern cannot mask N rows, or None."""
-    if masks.PATTERNS[pattern].transposable and N % 4:
+    known = masks.PATTERNS.get(pattern)  # an unknown one is refused by `masks.make`, with a list
+    if known and known.transposable and N % 4:
         return f"N = {N} is not a multiple of 4, the height of a tile; pad it or use mask 1100"
     return None
 

@@ -1,6 +1,7 @@
 """What this machine can do at most, measured once a session on every rank; the slowest counts.
 
-    matrix_flops       a large dense product of random data, FLOP/s, for each dtype
+    matrix_flops       dense products of random data, FLOP/s, for each dtype: the best of two sizes,
+                       in short bursts (a long run is limited by power)
     copy_bytes_per_s   device-to-device copy, bytes read plus bytes written
     link_bytes_per_s   bytes each rank sends per second in a large all-reduce: 2 (R-1)/R of its size
                        (0 on one rank, where no floor has a wire term)
@@ -17,16 +18,18 @@ import torch.distributed as dist
 from blockshock.measure.clock import agree_largest
 from blockshock.measure.floor import all_reduce_wire
 
-# (side of the square product, bytes copied, bytes all-reduced, repetitions) by kind of device
-SIZES = {"cuda": (8192, 2**31, 2**28, 10), "cpu": (512, 2**26, 2**22, 3)}
+# (sides of square products, bytes copied, bytes all-reduced, repetitions) by kind of device
+SIZES = {"cuda": ((4096, 8192), 2**31, 2**28, 10), "cpu": ((256, 512), 2**26, 2**22, 3)}
 
 
 def measure(dtypes: dict[str, torch.dtype], device: torch.device) -> dict:
     """The ceilings, for machine_info["blockshock"]["ceilings"]. A collective."""
-    side, copied, reduced, times = SIZES[device.type]
+    sides, copied, reduced, times = SIZES[device.type]
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     flops = {
-        name: 2 * side**3 / _seconds(_product(side, dtype, device), times, device)
+        name: max(
+            2 * side**3 / _seconds(_product(side, dtype, device), times, device) for side in sides
+        )
         for name, dtype in dtypes.items()
     }
     source = torch.empty(copied, dtype=torch.uint8, device=device).random_()

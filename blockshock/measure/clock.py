@@ -1,6 +1,7 @@
 """Device time: steps measured in rounds inside the ranks, replayed later for pytest-benchmark.
 
-A sample is the device time of one call of a step. Every round times each step once, one after the
+A sample is the device time of a step: the mean of `calls` calls in a row, so many that a sample is
+not too short to be timed. Every round times each step once, one after the
 other (interleaved), so that heat and clocks treat all alike; before each timing the ranks meet in
 a tiny all-reduce, and the slowest rank's time is the one that counts. Host time between rounds is
 outside every pair of stamps.
@@ -23,6 +24,9 @@ import torch.distributed as dist
 
 MODES = ("graph", "events", "sync", "host")
 MAX_CALLS = 20
+# The device idles this long (about 0.1 ms on an H200) before the ranks meet, so that the host has
+# queued the meeting, the stamps and the work before the device comes to them.
+LEAD_CYCLES = 200_000
 SAMPLE_SECONDS = 4e-4  # short steps are repeated until a sample is about this long: an event
 # resolves 0.5 µs, and a graph launch costs about 1 µs on the device (H200)
 
@@ -49,6 +53,8 @@ class Stopwatch:
 
     def start(self, run: Callable[[], None]):
         """Times one run; returns a function that gives its seconds once the device is idle."""
+        if self.mode in ("graph", "events"):
+            torch.cuda._sleep(LEAD_CYCLES)
         self.align()
         if self.mode in ("host", "sync"):
             self.idle()

@@ -12,6 +12,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PHASES = ("correctness", "forward", "backward", "training", "drift")
 OPTIMIZERS = ("sgd", "momentum", "adam")
 FAMILIES = {"linear": METHODS}
+SHOWN = ("input", "loss", "target", "weight", "bias", "seed")  # in a name, when not the default
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class Case:
     """One measurement: a method of a family in a phase, with sizes, dtype and options.
 
     N, K, B: rows and columns of the weight, rows of the input. mask, policy, optimizer: None where
-    the method or phase has none. input, loss: names in `workloads`. weight: None for a seeded
-    normal weight, or "FILE" or "FILE:TENSOR". steps: of drift. ranks: that share the layer.
+    the method or phase has none. loss, target: names in `workloads`. input: a name there, with
+    options as in "mlp:activation=silu+layer_norm=true", or "file:PATH[:TENSOR]". weight: None for a
+    seeded normal weight, or "PATH[:TENSOR]". steps: of drift. ranks: that share the layer.
     """
 
     phase: str
@@ -34,6 +36,7 @@ class Case:
     optimizer: str | None = None
     input: str = "gaussian"
     loss: str = "mse_target"
+    target: str = "normal"
     weight: str | None = None
     bias: bool = True
     steps: int | None = None
@@ -50,6 +53,7 @@ class Case:
         _known("policy", self.policy, (None, *self.cls.policies))
         _known("optimizer", self.optimizer, (None, *OPTIMIZERS))
         _known("loss", self.loss, workloads.LOSSES)
+        _known("target", self.target, workloads.TARGETS)
         _known("input", self.input.partition(":")[0], workloads.INPUTS)
         for name in ("N", "B", "K", "steps", "ranks"):
             value = getattr(self, name)
@@ -94,8 +98,8 @@ class Case:
         parts += [f"T{self.steps}"] if self.steps else []
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in ("input", "loss", "weight", "bias") and value != field.default:
-                parts.append(f"{field.name}={str(value).replace('/', '_')}")
+            if field.name in SHOWN and value != field.default:
+                parts.append(f"{field.name}={str(value).replace('/', '~')}")
         return "-".join(parts)
 
     @property
@@ -129,6 +133,8 @@ class Case:
         """Why the case cannot run, or None: what is needed and what was found."""
         if self.phase == "drift" and self.N != self.K:
             return f"drift feeds the output back: it needs N = K, found N = {self.N}, K = {self.K}"
+        if self.policy == "frozen" and not self.bias:
+            return "policy frozen trains the bias alone, and bias is false; set bias=true"
         return self.cls.unsupported(
             self.N,
             self.K,

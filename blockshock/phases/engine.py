@@ -13,7 +13,7 @@ exception ends the ranks: the parent then measures the remaining cases with fres
 
 import gc
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ PHASES = {
     "training": training.training,
     "drift": steps.drift,
 }
-REGION_PASSES = 10
+REGION_PASSES = 20
 MIN_ROUNDS = 10
 
 
@@ -67,7 +67,6 @@ class Prepared:
     outcome: dict
     run: object = None
     calls: int = 1
-    extras: dict = field(default_factory=dict)
 
 
 def measure_ceilings() -> dict:
@@ -82,7 +81,11 @@ def measure_point(cases: list[Case], options: Options) -> list[dict]:
     mode = options.mode or ("graph" if device.type == "cuda" else "host")
     stopwatch = clock.Stopwatch(mode, device, _aligner(device))
     note(f"making the data of {cases[0].point_label}")
-    problem = Problem(cases[0], device)
+    try:
+        problem = Problem(cases[0], device)
+    except (ValueError, ImportError) as error:  # a file or an option, alike on every rank
+        return [{"refused": str(error)} for _ in cases]
+    _warm_up(problem)
     outcomes, ready = [], []
     for case in cases:
         note(f"preparing {case.id}")
@@ -110,9 +113,12 @@ def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepa
     _release(device)
     before = _allocated(device) - problem.held_bytes()  # truths come into being on first use
     layer, refusal = _build(case, problem)
+    if isinstance(refusal, torch.OutOfMemoryError):
+        prepared.outcome["crowded"] = True  # it may fit alone
+        refusal = f"out of memory while building: {str(refusal).partition('. GPU')[0]}"
     # Ranks refuse together or not at all, except for memory: one rank's lack of it is everyone's.
     if clock.agree_largest(float(refusal is not None), device):
-        prepared.outcome["refused"] = refusal or "another rank could not build it"
+        prepared.outcome["refused"] = str(refusal or "another rank could not build it")
         return prepared
     experiment = PHASES[case.phase](case, layer, problem)
     figures = experiment.check()
@@ -136,13 +142,17 @@ def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepa
 
 
 def _build(case: Case, problem: Problem):
-    """(layer, None), or (None, why not)."""
+    """(layer, None), or (None, the error)."""
     try:
         return case.cls.from_dense(problem.weight, problem.bias, **case.options()), None
-    except ValueError as error:
-        return None, str(error)
-    except torch.OutOfMemoryError as error:
-        return None, f"out of memory while building: {str(error).partition('. GPU')[0]}"
+    except (ValueError, torch.OutOfMemoryError) as error:
+        return None, error
+
+
+def _warm_up(problem: Problem) -> None:
+    """A product, so that the workspace of the library is not counted as the first case's memory."""
+    x = problem.x[:8]
+    x @ x.t()
 
 
 def _measure(ready: list[Prepared], stopwatch, options: Options) -> None:
@@ -165,6 +175,12 @@ def _measure(ready: list[Prepared], stopwatch, options: Options) -> None:
         notes=[lambda p=prepared: note(f"timing {p.case.id}") for prepared in ready],
     )
     for prepared, times in zip(ready, samples, strict=True):
+        finite = all(torch.isfinite(p).all() for p in prepared.layer.parameters())
+        if clock.agree_largest(float(not finite), stopwatch.device):
+            prepared.outcome["failed"] = (
+                f"{prepared.case.id}: the weights are not finite any more after the timed steps, so "
+                "its times are no times of training; choose another input or optimizer"
+            )
         prepared.outcome["times"] = times
         prepared.outcome["timing"] = {
             "mode": stopwatch.mode,

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from blockshock import sources, workloads
@@ -29,11 +30,14 @@ class Problem:
         shared = {"dtype": self.dtype, "device": device, "seed": self.seed}
         self.weight = self._weight(case, shared)
         self.bias = sources.seeded_bias(self.N, **shared) if case.bias else None
-        kind, _, path = case.input.partition(":")
-        options = {"path": path} if path else {}
-        self.x = workloads.make_input(kind, self.B, self.K, **shared, **options)
+        kind, options = parse_input(case.input)
+        try:
+            self.x = workloads.make_input(kind, self.B, self.K, **shared, **options)
+        except TypeError as error:
+            raise ValueError(f"input {case.input!r} does not take these options: {error}") from None
         self.dy = workloads.make_target("normal", self.B, self.N, **shared)
-        self.target = workloads.make_target("normal", self.B, self.N, **shared)
+        shared["seed"] += 1  # the upstream gradient is no copy of the target
+        self.target = workloads.make_target(case.target, self.B, self.N, **shared)
         small = self.N * self.K <= FLOAT64_ENTRIES
         self.truth_dtype = torch.float64 if small else torch.float32
 
@@ -101,6 +105,18 @@ class Problem:
             y[:, start:stop] = x @ self._true_rows(start, stop).t()
         return y if self.bias is None else y.add_(self.bias)
 
+    @cached_property
+    def steepness(self) -> float:
+        """The largest eigenvalue of XᵀX / B over that of gaussian input, (1 + √(K/B))².
+
+        By power iteration from a fixed start, in float32.
+        """
+        x = self.x.float()
+        v = torch.ones(self.K, device=self.device)
+        for _ in range(20):
+            v = x.t() @ (x @ (v / v.norm())) / self.B
+        return v.norm().item() / (1 + (self.K / self.B) ** 0.5) ** 2
+
     def held_bytes(self) -> int:
         """Bytes of all tensors held, truths computed so far among them: no method's memory."""
         storages = {t.untyped_storage().data_ptr(): t.nbytes for t in _tensors(vars(self))}
@@ -121,6 +137,19 @@ class TrueWeightGradient:
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows start..stop of dW."""
         return self._dy[:, start:stop].to(self.dtype).t() @ self._x
+
+
+def parse_input(text: str) -> tuple[str, dict]:
+    """A case's input -> the workload's name and its options.
+
+    "mlp:activation=silu+layer_norm=true", "file:acts.npy", "file:model.safetensors:layer.3".
+    """
+    kind, _, rest = text.partition(":")
+    if kind == "file":
+        path, _, name = rest.partition(":")
+        return kind, {"path": path, "name": name or None}
+    pairs = [option.partition("=") for option in rest.split("+") if option]
+    return kind, {key: yaml.safe_load(value) for key, _, value in pairs}
 
 
 def _tensors(value):

@@ -40,6 +40,11 @@ class Laboratory:
 
         Raises CaseFailed when it was refused, was wrong, or a rank failed while it was at work.
         """
+        if case.ranks != self.ranks.size:
+            raise CaseFailed(
+                f"{case.id} is for {case.ranks} ranks and {self.ranks.size} run; make the case with "
+                f"ranks={self.ranks.size}"
+            )
         if case.id not in self._done:
             waiting = [c for c in neighbours if c.id not in self._done and c.id != case.id]
             self._measure([case, *waiting])
@@ -62,14 +67,20 @@ class Laboratory:
                 continue
             clocks = {"before": before, "after": self._clocks()}
             for case, per_rank in zip(waiting, zip(*outcomes, strict=True), strict=True):
-                self._done[case.id] = _merge(
-                    case, per_rank, self.ranks.device, clocks, self.options
-                )
+                if len(waiting) > 1 and any("crowded" in outcome for outcome in per_rank):
+                    self._measure([case])
+                else:
+                    self._done[case.id] = _merge(case, per_rank, self.ranks.device, clocks)
             return
 
     def _blame(self, failure: RankFailure, waiting: list[Case]) -> list[Case]:
         """Notes the failure on the case that was at work; returns the cases still to measure."""
         guilty = next((c for c in waiting if failure.note.endswith(c.id)), None)
+        if failure.note.startswith("timing") and len(waiting) > 1:
+            # A GPU works behind its host: the note may be ahead of the case that failed.
+            for case in waiting:
+                self._measure([case])
+            return []
         if guilty is None:  # it happened before any case: none of them can be measured
             for case in waiting:
                 self._done[case.id] = CaseFailed(str(failure))
@@ -89,8 +100,11 @@ class Laboratory:
         )
 
 
-def _merge(case: Case, per_rank, device: str, clocks: dict, options: Options) -> dict | Exception:
-    """One result from the outcomes of all ranks: the slowest time, the largest error and memory."""
+def _merge(case: Case, per_rank, device: str, clocks: dict) -> dict | Exception:
+    """One result from the outcomes of all ranks: the slowest time, the largest error and memory.
+
+    The regions are those of one rank, the slowest, so that they fit together.
+    """
     for key in ("refused", "failed"):
         reasons = [outcome[key] for outcome in per_rank if key in outcome]
         if reasons:
@@ -102,12 +116,15 @@ def _merge(case: Case, per_rank, device: str, clocks: dict, options: Options) ->
     info = {
         "schema": SCHEMA,
         "id": case.id,
+        "usual_mask": next(iter(case.cls.masks), None),
         "case": case.as_dict(),
         "device": device,
         "timing": first["timing"],
         "errors": _worst([outcome["errors"] for outcome in per_rank]),
         "truth": first["truth"],
-        "regions": _slowest_regions([outcome["regions"] for outcome in per_rank]),
+        "regions": max(
+            (outcome["regions"] for outcome in per_rank), key=lambda found: found["total"]["p50"]
+        ),
         "memory": _largest([outcome["memory"] for outcome in per_rank]),
         "floor": first["floor"],
         "rates": _rates(case, median, first["floor"]),
@@ -125,18 +142,13 @@ def _worst(errors: list[dict]) -> dict:
     }
 
 
-def _slowest_regions(regions: list[dict]) -> dict:
-    return {
-        name: {key: max(rank[name][key] for rank in regions) for key in figures}
-        for name, figures in regions[0].items()
-    }
-
-
 def _largest(memory: list[dict]) -> dict:
-    return {
+    """The largest of the ranks for each figure, and what each rank has."""
+    largest = {
         key: None if value is None else max(rank[key] for rank in memory)
         for key, value in memory[0].items()
     }
+    return {**largest, "ranks": memory}
 
 
 def _rates(case: Case, seconds: float, floor: dict) -> dict:

@@ -95,7 +95,8 @@ def correctness(case: Case, layer, problem: Problem) -> Experiment:
             figures["grad_bias"] = _against(experiment, "grad_bias", bias, problem.grad_bias, case)
         return figures
 
-    experiment = Experiment(step, check, "correctness")
+    size = sum(parameter.nbytes for parameter in layer.parameters())
+    experiment = Experiment(step, check, "correctness", trained_bytes=size)
     return experiment
 
 

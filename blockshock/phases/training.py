@@ -4,9 +4,11 @@ The loss is `workloads.LOSSES[case.loss]`, summed over features and averaged ove
 gradient is 2 (Y − T) / B whatever N is, and fp16 does not underflow. The policies are the method's
 own (`policies` in its class); under "frozen" only the bias is trained and dX computed.
 
-The check trains ten steps and compares the change of this rank's weights, W₁₀ − W₀, with the same
-ten steps of a dense float64 layer; the yardstick is a plain dense layer in the case's dtype. The
-change, not the weight: a missing gradient would hide behind the weight it should have changed.
+The check compares the bias's gradient with the truth, then trains ten steps and compares the change
+of this rank's weights, W₁₀ − W₀, with the same ten steps of a dense float64 layer; the yardstick is
+a plain dense layer in the case's dtype. The change, not the weight: a missing gradient would hide
+behind the weight it should have changed. (Ten steps of a bias say less than its gradient: in bf16
+their rounding hides them.)
 """
 
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockshock import sources, workloads
-from blockshock.measure.errors import relative_error
+from blockshock.measure.errors import figure, relative_error
 from blockshock.measure.regions import region
 from blockshock.phases.case import Case
 from blockshock.phases.problem import Problem
@@ -27,10 +29,8 @@ def training(case: Case, layer, problem: Problem) -> Experiment:
     """One optimizer step of the layer."""
     trained = case.policy != "frozen"
     layer.weight.requires_grad_(trained)
-    if not trained and layer.bias is None:
-        raise ValueError("policy frozen trains the bias alone; set bias: true")
     x = problem.x.clone().requires_grad_()
-    optimizer = make_optimizer(case, layer.parameters())
+    optimizer = make_optimizer(case, layer.parameters(), problem.steepness)
     upkeep = getattr(layer, "upkeep", None) if trained else None
 
     def step():
@@ -48,19 +48,26 @@ def training(case: Case, layer, problem: Problem) -> Experiment:
             upkeep()
 
     def check():
+        figures = {}
         if not trained:
             frozen = backward(case, layer, problem)
             figures = frozen.check()
             experiment.replicated.update(frozen.replicated)
             layer.bias.requires_grad_()
-            return figures
-        before = layer.weight.detach().clone()
-        for _ in range(STEPS):
-            step()
-        change = layer.weight.detach().to(problem.truth_dtype) - before
-        truth, dense = _ten_true_steps(case, problem)
-        experiment.replicated["bias"] = layer.bias if layer.bias is not None else x.grad
-        return {"weight_update": weight_figure(change, layer, truth, dense, case)}
+        if layer.bias is not None:
+            layer.bias.grad = None
+            layer(problem.x).backward(problem.dy)
+            truth = problem.grad_bias
+            figures["grad_bias"] = figure(layer.bias.grad, *truth, ranks=case.ranks)
+            experiment.replicated["grad_bias"] = layer.bias.grad
+        if trained:
+            before = layer.weight.detach().clone()
+            for _ in range(STEPS):
+                step()
+            change = layer.weight.detach().to(problem.truth_dtype) - before
+            truth, dense = _ten_true_steps(case, problem)
+            figures["weight_update"] = weight_figure(change, layer, truth, dense, case)
+        return figures
 
     products = "training" if trained else "backward"
     size = sum(p.nbytes for p in layer.parameters() if p.requires_grad)
@@ -68,15 +75,17 @@ def training(case: Case, layer, problem: Problem) -> Experiment:
     return experiment
 
 
-def make_optimizer(case: Case, parameters) -> torch.optim.Optimizer:
+def make_optimizer(case: Case, parameters, steepness: float) -> torch.optim.Optimizer:
     """The case's optimizer; on CUDA fused, with its state on the device, so a step can be captured.
 
-    The rates move weights of size 1/√K by about a third of themselves in ten steps.
+    The rates move weights of size 1/√K by about a third of themselves in ten steps on gaussian
+    input. steepness: how much steeper the loss is on this input (`Problem.steepness`); gradient
+    descent diverges unless its rate falls with it.
     """
     parameters = [p for p in parameters if p.requires_grad]
     # Not on the CPU: there torch 2.13's fused SGD leaves bf16 parameters as they are.
     fused = parameters[0].device.type == "cuda"
-    rate = 0.01 * (case.B / case.K) ** 0.5
+    rate = 0.01 * (case.B / case.K) ** 0.5 / max(1.0, steepness)
     if case.optimizer == "adam":
         return torch.optim.Adam(parameters, 0.03 * case.K**-0.5, fused=fused, capturable=fused)
     momentum = 0.9 if case.optimizer == "momentum" else 0.0
@@ -91,7 +100,7 @@ def loss_of(case: Case, y: Tensor, target: Tensor) -> Tensor:
 
 
 def _ten_true_steps(case: Case, problem: Problem):
-    """(W₁₀ − W₀ of the float64 layer as a weight source, the yardstick's relative error)."""
+    """(W₁₀ − W₀ of the true layer as a weight source, the yardstick's relative error)."""
     key = (case.optimizer, case.loss)
     cache = problem.__dict__.setdefault("trained", {})
     if key not in cache:
@@ -106,7 +115,8 @@ def _train(case: Case, problem: Problem, dtype: torch.dtype) -> Tensor:
     weight = nn.Parameter(problem.dense_weight(dtype))
     bias = None if problem.bias is None else nn.Parameter(problem.bias.to(dtype, copy=True))
     before = weight.detach().to(problem.truth_dtype, copy=True)
-    optimizer = make_optimizer(case, [p for p in (weight, bias) if p is not None])
+    parameters = [p for p in (weight, bias) if p is not None]
+    optimizer = make_optimizer(case, parameters, problem.steepness)
     x = problem.x.to(dtype)
     for _ in range(STEPS):
         optimizer.zero_grad(set_to_none=True)

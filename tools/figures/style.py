@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from tools.cases import USUAL_MASKS, Result, Results, method_order, order, setting_text
+from tools.cases import Result, Results, method_order, order, setting_text
 from tools.tables import count
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#59636e", "#dce1e6", "#fffffe"
@@ -215,7 +215,7 @@ def line_style(result: Result) -> dict:
         colour, marker = METHOD_STYLES[method]
     else:
         colour, marker = SPARE_STYLES[sum(method.encode()) % len(SPARE_STYLES)]
-    mask = result.case.mask if result.case.mask != USUAL_MASKS.get(method) else None
+    mask = result.case.mask if result.case.mask != result.usual_mask else None
     policy = result.case.policy if result.case.phase == "training" else None
     # Earlier methods are drawn wider, so that lines which coincide are all seen.
     place = min(method_order(method)[0], 5)
@@ -290,5 +290,5 @@ def _few_lines(results: list[Result]) -> list[Result]:
     return [
         result
         for result in results
-        if result.case.mask in (None, USUAL_MASKS.get(result.case.method, result.case.mask))
+        if result.case.mask in (None, result.usual_mask or result.case.mask)
     ]
