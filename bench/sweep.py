@@ -10,7 +10,8 @@
 
 Every axis is a list, and every combination is a case. `method` and `mask` may be `all`; a mask list
 applies to the methods that take one of its masks, the others keep their usual one; and so for
-`policy`, where the others keep what trains them. Later wins: common, device, common's phase, device's phase, `--set`.
+`policy`, where the others keep what trains them. Later wins: common, device, common's phase,
+device's phase, `--set`.
 """
 
 from collections import Counter

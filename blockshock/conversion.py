@@ -71,7 +71,7 @@ def convert(
             report.left[name] = reason
         else:
             built[name] = _converted(layer, cls, group, options)
-    for name, layer in built.items():  # not before all could be built
+    for layer in built.values():  # nothing is replaced before all could be built
         if hasattr(layer, "check_pair"):
             layer.check_pair()
     for name, layer in built.items():
@@ -126,9 +126,7 @@ def _check_options(cls, options: dict) -> None:
     for name in options:
         if name not in taken:
             known = ", ".join(sorted(taken)) or "none"
-            raise ValueError(
-                f"{cls.__name__}.from_dense takes no option {name!r}; it takes {known}"
-            )
+            raise ValueError(f"{cls.__name__} takes no option {name!r}; it takes {known}")
 
 
 def _converted(layer: nn.Linear, cls, group, options) -> nn.Module:

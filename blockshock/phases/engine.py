@@ -178,7 +178,7 @@ def _measure(ready: list[Prepared], stopwatch, options: Options) -> None:
         finite = all(torch.isfinite(p).all() for p in prepared.layer.parameters())
         if clock.agree_largest(float(not finite), stopwatch.device):
             prepared.outcome["failed"] = (
-                f"{prepared.case.id}: the weights are not finite any more after the timed steps, so "
+                f"{prepared.case.id}: the weights are no more finite after the timed steps, so "
                 "its times are no times of training; choose another input or optimizer"
             )
         prepared.outcome["times"] = times

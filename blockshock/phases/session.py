@@ -42,7 +42,7 @@ class Laboratory:
         """
         if case.ranks != self.ranks.size:
             raise CaseFailed(
-                f"{case.id} is for {case.ranks} ranks and {self.ranks.size} run; make the case with "
+                f"{case.id} is for {case.ranks} ranks and {self.ranks.size} run; make it with "
                 f"ranks={self.ranks.size}"
             )
         if case.id not in self._done:
