@@ -38,6 +38,7 @@ class Case:
     bias: bool | None = None
     input: str | None = None
     loss: str | None = None
+    target: str | None = None
     weight: str | None = None
     ranks: int | None = None
     steps: int | None = None
@@ -163,7 +164,7 @@ def setting(case: Case) -> tuple:
     mask and policy, the sizes N and B, and the seed.
     """
     inner = None if case.K == case.N else case.K
-    data = (case.bias, case.input, case.loss, case.weight)
+    data = (case.bias, case.input, case.loss, case.target, case.weight)
     return (case.dtype, case.ranks, *data, inner, case.optimizer, case.other)
 
 
@@ -180,6 +181,8 @@ def setting_text(case: Case) -> str:
         parts.append(f"input {case.input}")
     if case.loss not in (None, "mse_target"):
         parts.append(f"loss {case.loss}")
+    if case.target not in (None, "normal"):
+        parts.append(f"target {case.target}")
     if case.weight is not None:
         parts.append(f"weight {case.weight}")
     if case.K not in (None, case.N):

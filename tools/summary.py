@@ -1,4 +1,4 @@
-"""The README's results table, from the results themselves.
+"""The README's results table and verdicts, from the results themselves.
 
     python -m tools.summary FILE... [--readme README.md] [--check]
 
@@ -12,7 +12,7 @@ import argparse
 from tools.cases import CPU_CAVEAT, METHODS, Result, Results, interleaved, method_order
 from tools.figures.style import Absent, settings
 from tools.files import ToolError, read_text, run, save
-from tools.hypotheses import DENSE, SHOCKS
+from tools.hypotheses import DENSE, SHOCKS, judge_all
 from tools.results import load_all
 from tools.stats import Interval, ratio
 from tools.tables import as_markdown, milliseconds, number
@@ -22,7 +22,7 @@ REFERENCE = DENSE[0]
 
 
 def table(results: Results) -> str:
-    """Caption and Markdown table: forward time of each method, and ratios to dense_tp_row."""
+    """Caption, Markdown table (forward time of each method, ratios to dense_tp_row), verdicts."""
     try:
         groups = settings(results.of("forward"), "forward")
     except Absent as reason:
@@ -43,7 +43,16 @@ def table(results: Results) -> str:
         if REFERENCE in here:
             row |= {f"{m}/": _over(here[m], here[REFERENCE]) for m in compared if m in here}
         rows.append(row)
-    return _caption(results, text) + "\n\n" + as_markdown(columns, rows)
+    verdicts = [
+        f"- **{verdict.name} {verdict.status}**: *{verdict.claim}* {_sentence(verdict.headline)}"
+        for verdict in judge_all(results)
+    ]
+    parts = [_caption(results, text), as_markdown(columns, rows), "\n".join(verdicts)]
+    return "\n\n".join(part.strip() for part in parts)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
 def replaced(readme: str, content: str, path: str) -> str:
