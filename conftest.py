@@ -83,6 +83,7 @@ def pytest_configure(config):
     if int(os.environ.get("RANK", 0)):
         # Under torchrun every rank runs the suite; the first one reports and saves.
         config.option.results, config.option.verbose = None, -2
+        config.option.benchmark_quiet = True
     config.pluginmanager.register(SafeResults(config), "block-shock-results")
     config.pluginmanager.register(Progress(config), "block-shock-progress")
 

@@ -46,7 +46,7 @@ def errors(method, N, K, B, dtype, bias=True, lead=(), strided=False, break_it=N
         "grad_bias": dy64.sum(0),
     }
     dense = {
-        "output": plain,
+        "output": plain.detach(),
         "grad_input": plain_x.grad,
         "grad_weight": plain_weight.grad,
         "grad_bias": dy.sum(0),

@@ -202,7 +202,8 @@ def test_codes_that_are_no_mask_are_refused_when_they_are_loaded(ranks):
 
 
 def test_without_ranks_the_split_methods_leave_every_layer_and_say_why():
-    assert reduce.group_size() == 1
+    if reduce.group_size() > 1:
+        pytest.skip("this process is one of torchrun's ranks")
     report = blockshock.convert(nn.Sequential(nn.Linear(64, 64)), "block_shock")
     assert not report.replaced
     assert "even number of ranks" in report.left["0"]
