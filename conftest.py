@@ -84,8 +84,9 @@ def pytest_configure(config):
         # Under torchrun every rank runs the suite; the first one reports and saves.
         config.option.results, config.option.verbose = None, -2
         config.option.benchmark_quiet = True
+    else:
+        config.pluginmanager.register(Progress(config), "block-shock-progress")
     config.pluginmanager.register(SafeResults(config), "block-shock-results")
-    config.pluginmanager.register(Progress(config), "block-shock-progress")
 
 
 CASES = pytest.StashKey()
