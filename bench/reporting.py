@@ -95,7 +95,7 @@ class SafeResults:
             return (yield)
         try:
             result = yield
-            self._keep()
+            self._keep(session)
         except OSError as error:
             session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
             self._say(
@@ -109,9 +109,16 @@ class SafeResults:
             self.partial.unlink(missing_ok=True)
         return result
 
-    def _keep(self) -> None:
-        if self.partial.stat().st_size:
-            self.partial.replace(self.target)
+    def _keep(self, session) -> None:
+        if not self.partial.stat().st_size:
+            return
+        target = self.target
+        if session.exitstatus == pytest.ExitCode.INTERRUPTED and target.exists():
+            target = target.with_suffix(".partial.json")
+            self._say(
+                session, f"interrupted: {self.target} stays; what was measured is in {target}"
+            )
+        self.partial.replace(target)
 
     def _say(self, session, text: str) -> None:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")

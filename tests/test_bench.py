@@ -21,7 +21,7 @@ def bench(pytester):
         paths = [ROOT / file for file in files]
         return pytester.runpytest_inprocess(
             "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}", "-p", "no:cacheprovider",
-            "--device=cpu", "--rounds=5", *args, *paths,
+            "--device=cpu", "--rounds=5", *args, *paths, no_reraise_ctrlc=True,
         )  # fmt: skip
 
     return run
@@ -99,6 +99,32 @@ def test_a_wrong_option_is_one_clear_error(bench, args, message):
     everything = [*out.outlines, *out.errlines]
     assert any(fnmatchcase(line, message) for line in everything), everything
     assert not any("Traceback" in line for line in everything)
+
+
+@pytest.mark.parametrize("sweep", ["quick", "n_sweep", "batch_sweep", "official"])
+def test_every_shipped_sweep_can_be_collected(bench, sweep):
+    out = bench("--sweep", sweep, "--collect-only", "-q")
+    assert out.ret == 0
+    out.stdout.fnmatch_lines(["*bench_forward.py*", "* tests collected*"])
+
+
+def test_an_interrupt_leaves_a_complete_result_as_it_is(bench, tmp_path, monkeypatch):
+    target = tmp_path / "r.json"
+    target.write_text("complete")
+    original, asked = session.Laboratory.result, []
+
+    def interrupted(self, case, neighbours):
+        asked.append(case)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return original(self, case, neighbours)
+
+    monkeypatch.setattr(session.Laboratory, "result", interrupted)
+    out = bench(*SMALL, "--results", target, files=["bench/bench_forward.py"])
+    assert out.ret == pytest.ExitCode.INTERRUPTED
+    assert target.read_text() == "complete"
+    assert len(results(tmp_path / "r.partial.json")[1]) == 2
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix) == ["r.json", "r.partial.json"]
 
 
 def test_seeds_are_cases_of_their_own(bench, tmp_path):

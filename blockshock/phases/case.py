@@ -133,6 +133,8 @@ class Case:
         """Why the case cannot run, or None: what is needed and what was found."""
         if self.phase == "drift" and self.N != self.K:
             return f"drift feeds the output back: it needs N = K, found N = {self.N}, K = {self.K}"
+        if self.optimizer == "adam" and self.dtype == "fp16":
+            return "adam in fp16 divides by zero: its eps of 1e-8 rounds to 0; use sgd, or bf16"
         if self.policy == "frozen" and not self.bias:
             return "policy frozen trains the bias alone, and bias is false; set bias=true"
         return self.cls.unsupported(
