@@ -8,10 +8,11 @@
     cpu:  {N: [256, 512], B: [16]}
     cuda: {N: [4096, 8192], B: [64, 4096]}
 
-Every axis is a list, and every combination is a case. `method` and `mask` may be `all`; a mask list
-applies to the methods that take one of its masks, the others keep their usual one; and so for
-`policy`, where the others keep what trains them. Later wins: common, device, common's phase,
-device's phase, `--set`.
+Every axis is a list, and every combination is a case. `method` may be `all`. `mask`, `kernel` and
+`reduce` may be `all` or `usual`; a list applies to the methods that take one of its names, the
+others keep their usual one; and so for `policy`, where the others keep what trains them. Where only
+some methods are meant, these axes are a mapping, `mask: {block_shock: [tile, "1100"]}`, and the
+others keep their usual one. Later wins: common, device, common's phase, device's phase, `--set`.
 """
 
 from collections import Counter
@@ -20,12 +21,14 @@ from pathlib import Path
 
 import yaml
 
-from blockshock.phases.case import FAMILIES, PHASES, Case
+from blockshock.phases.case import FAMILIES, PHASES, Case, choices
 
 FOLDER = Path(__file__).parent / "sweeps"
 AXES = {
     "method": "all",
     "mask": "usual",
+    "kernel": "usual",
+    "reduce": "usual",
     "N": None,
     "K": [None],
     "B": None,
@@ -40,6 +43,7 @@ AXES = {
     "steps": [8],
     "seed": [0],
 }
+CHOSEN = ("mask", "kernel", "reduce", "policy")  # axes of what each method takes of its own
 ONLY = {  # axes of one phase
     **dict.fromkeys(("policy", "optimizer", "loss", "target"), "training"),
     "steps": "drift",
@@ -81,7 +85,7 @@ def parse_set(settings: list[str]) -> dict[str, list]:
         _known_keys({key: values}, AXES, f"--set {setting}")
         words = values.split(",")
         # A mask such as 0110 or 1100 is a name, not a number.
-        parsed = words if key == "mask" else [yaml.safe_load(word) for word in words]
+        parsed = words if key in CHOSEN else [yaml.safe_load(word) for word in words]
         axes[key] = parsed[0] if parsed == ["all"] else parsed
     return axes
 
@@ -96,7 +100,7 @@ def cases(sweep: dict, phase: str, device: str, ranks: int, settings: dict) -> l
         axes.update({key: value for key, value in part.items() if key in AXES})
     axes = {key: _listed(key, value, device) for key, value in axes.items()}
     _check_names(axes)
-    fixed = ("method", "mask", "policy", *(k for k, only in ONLY.items() if only != phase))
+    fixed = ("method", *CHOSEN, *(k for k, only in ONLY.items() if only != phase))
     names = [key for key in axes if key not in fixed]
     found = []
     for values in product(*(axes[name] for name in names)):
@@ -109,48 +113,68 @@ def cases(sweep: dict, phase: str, device: str, ranks: int, settings: dict) -> l
 
 
 def _methods(point: dict, axes: dict, phase: str) -> list[Case]:
-    """The cases of all methods, masks and policies at one point."""
+    """The cases of all methods at one point, each with what it takes of the axes of `CHOSEN`."""
     methods = FAMILIES["linear"]
     found = []
     for method in methods if axes["method"] == ["all"] else axes["method"]:
         if method not in methods:
             raise SweepError(f"unknown method {method!r}; known: {', '.join(methods)}")
-        cls = methods[method]
-        masks = _chosen(axes["mask"], cls.masks, cls.masks[:1]) or (None,)
-        policies = (None,)
-        if phase == "training":
-            training = tuple(policy for policy in cls.policies if policy != "frozen")
-            policies = _chosen(axes["policy"], tuple(cls.policies), training)
-        for mask, policy in product(masks, policies):
+        taken = [_of_axis(key, axes[key], method, phase) for key in CHOSEN]
+        for values in product(*taken):
+            own = dict(zip(CHOSEN, values, strict=True))
             try:
-                found.append(Case(method=method, mask=mask, policy=policy, **point))
+                found.append(Case(method=method, **own, **point))
             except ValueError as error:
                 raise SweepError(str(error)) from None
     return found
 
 
+def _of_axis(key: str, axis: list | dict, method: str, phase: str) -> tuple:
+    """The values of one axis of `CHOSEN` that a method is measured with."""
+    if ONLY.get(key, phase) != phase:
+        return (None,)
+    taken = _taken(FAMILIES["linear"][method], key)
+    usual = taken[:1]
+    if key == "policy":
+        usual = tuple(policy for policy in taken if policy != "frozen")
+    wanted = axis.get(method, []) if isinstance(axis, dict) else axis
+    return _chosen(wanted, taken, usual) or (None,)
+
+
 def _chosen(wanted: list, taken: tuple, usual: tuple) -> tuple:
     """What a method is measured with, of what it takes: all, the listed, or else its usual."""
-    if wanted == ["all"]:
+    if "all" in wanted:
         return taken
+    if "usual" in wanted:
+        wanted = [*wanted, *usual]
     return tuple(name for name in taken if name in wanted) or usual
 
 
 def _check_names(axes: dict) -> None:
-    """Masks and policies that no method takes would be left out without a word."""
-    methods = FAMILIES["linear"].values()
-    for key, known in (
-        ("mask", {"all", "usual"}.union(*(cls.masks for cls in methods))),
-        ("policy", {"all"}.union(*(cls.policies for cls in methods))),
-    ):
-        for name in axes[key]:
-            if name not in known:
-                raise SweepError(f"unknown {key} {name!r}; known: {', '.join(sorted(known))}")
+    """Names that no method takes would be left out without a word."""
+    methods = FAMILIES["linear"]
+    for key in CHOSEN:
+        axis = axes[key]
+        for method, names in axis.items() if isinstance(axis, dict) else ((None, axis),):
+            if method is not None and method not in methods:
+                raise SweepError(f"{key}: unknown method {method!r}; known: {', '.join(methods)}")
+            takers = methods.values() if method is None else [methods[method]]
+            known = {"all", "usual"}.union(*(_taken(cls, key) for cls in takers))
+            for name in names:
+                if name not in known:
+                    valid = ", ".join(sorted(known))
+                    raise SweepError(f"unknown {key} {name!r}; known: {valid}")
 
 
-def _listed(key: str, value, device: str) -> list:
+def _taken(cls, key: str) -> tuple:
+    return tuple(cls.policies) if key == "policy" else choices(cls, key)
+
+
+def _listed(key: str, value, device: str) -> list | dict:
     if value is None:
         raise SweepError(f"the sweep says no {key} for {device}; add it, or use --set {key}=...")
+    if isinstance(value, dict):
+        return {method: _listed(key, names, device) for method, names in value.items()}
     return value if isinstance(value, list) else [value]
 
 

@@ -73,6 +73,8 @@ def test_a_result_says_everything_the_schema_promises(lab, phase):
     assert info["rates"]["tokens_per_s"] == pytest.approx(32 / sorted(samples)[4])
     assert info["memory"]["weight_bytes"] > 0
     assert set(info["paths"]) == {"forward", "backward"}
+    assert info["usual"]["mask"] == info["usual_mask"] == "tile"
+    assert set(info["usual"]) == {"mask", "kernel", "reduce"}
 
 
 @pytest.mark.parametrize("policy", ["frozen", "dense_master", "packed_master"])

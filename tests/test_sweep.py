@@ -1,10 +1,34 @@
 """A sweep says exactly the cases it lists, and refuses what it cannot mean."""
 
+from typing import ClassVar
+
 import pytest
 
 from bench import sweep as sweeps
 from blockshock.linear import METHODS
 from blockshock.phases.case import PHASES, Case
+
+
+class Chooser:
+    """A method that has a choice of kernels and of sums."""
+
+    masks = ("tile", "1100")
+    kernels = ("auto", "library", "own")
+    reduces = ("collective", "direct")
+    policies: ClassVar = {"frozen": {}, "dense_master": {"master": "dense"}}
+    asked: ClassVar = []
+
+    @classmethod
+    def unsupported(cls, N, K, *, dtype, device_type, ranks, mask=None, kernel=None, reduce=None):
+        cls.asked.append((mask, kernel, reduce))
+        return "own kernels need luck" if kernel == "own" else None
+
+
+@pytest.fixture
+def chooser(monkeypatch):
+    monkeypatch.setitem(METHODS, "chooser", Chooser)
+    monkeypatch.setattr(Chooser, "asked", [])
+    return Chooser
 
 
 def expand(text, phase="forward", device="cpu", settings=(), tmp=None):
@@ -59,6 +83,74 @@ def test_masks_and_policies_go_to_the_methods_that_take_them(tmp_path):
     assert all(c.policy for c in packed)
 
 
+def test_the_usual_kernel_and_sum_are_meant_where_none_is_named(chooser):
+    case = Case("training", "chooser", 128, 8, mask="1100", policy="dense_master")
+    assert (case.kernel, case.reduce) == ("auto", "collective")
+    assert case == Case(
+        "training", "chooser", 128, 8, mask="1100", policy="dense_master", kernel="auto",
+        reduce="collective",
+    )  # fmt: skip
+    assert case.label == "chooser-1100-dense_master"
+    assert case.options() == {
+        "master": "dense", "mask": "1100", "kernel": "auto", "reduce": "collective",
+    }  # fmt: skip
+
+
+def test_an_unusual_kernel_and_sum_are_in_the_name_and_asked_of_the_method(chooser):
+    case = Case("forward", "chooser", 128, 8, kernel="own", reduce="direct")
+    assert case.id == "forward/chooser-own-reduce=direct-N128-B8-bf16"
+    assert case.unsupported("cpu") == "own kernels need luck"
+    assert chooser.asked == [(None, "own", "direct")]
+
+
+def test_a_method_without_kernels_is_not_asked_about_them(chooser):
+    plain = Case("forward", "dense_single", 128, 8)
+    assert (plain.kernel, plain.reduce, plain.options()) == (None, None, {})
+    assert plain.unsupported("cpu") is None
+    assert plain.point == Case("forward", "chooser", 128, 8, kernel="own", reduce="direct").point
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("chooser", {"kernel": "fast"}, "does not take kernel 'fast'; it takes auto, library, own"),
+        ("chooser", {"reduce": "own"}, "does not take reduce 'own'; it takes collective, direct"),
+        ("dense_single", {"kernel": "auto"}, "does not take kernel 'auto'; it takes none"),
+    ],
+)
+def test_a_kernel_or_sum_of_no_such_name_is_refused(chooser, method, options, message):
+    with pytest.raises(ValueError, match=message):
+        Case("forward", method, 128, 8, **options)
+
+
+@pytest.mark.parametrize(
+    ("setting", "taken"),
+    [
+        ([], {("auto", "collective")}),
+        (
+            ["kernel=all"],
+            {("auto", "collective"), ("library", "collective"), ("own", "collective")},
+        ),
+        (["kernel=own"], {("own", "collective")}),
+        (["kernel=usual,own"], {("auto", "collective"), ("own", "collective")}),
+        (["reduce=direct,collective", "kernel=own"], {("own", "direct"), ("own", "collective")}),
+    ],
+)
+def test_kernels_and_sums_go_to_the_methods_that_take_them(chooser, tmp_path, setting, taken):
+    cases = expand("cpu: {N: [64], B: [8]}", settings=setting, tmp=tmp_path)
+    assert {(c.kernel, c.reduce) for c in cases if c.method == "chooser"} == taken
+    assert {(c.kernel, c.reduce) for c in cases if c.method == "dense_single"} == {(None, None)}
+
+
+def test_an_axis_can_be_meant_for_some_methods_only(chooser, tmp_path):
+    text = 'cpu: {N: [64], B: [8], mask: {block_shock: [tile, "1100"]}, kernel: {chooser: all}}'
+    cases = expand(text, tmp=tmp_path)
+    masks = {(c.method, c.mask) for c in cases}
+    assert {("block_shock", "1100"), ("block_shock", "tile"), ("masked_split", "tile")} <= masks
+    assert ("masked_split", "1100") not in masks
+    assert {c.kernel for c in cases if c.method == "chooser"} == {"auto", "library", "own"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -71,6 +163,10 @@ def test_masks_and_policies_go_to_the_methods_that_take_them(tmp_path):
         ("cpu: {N: [64", "is not YAML"),
         ("cpu: {N: [64], B: [-1]}", "B = -1 must be a whole number"),
         ("cpu: {N: [64], B: [1], method: [fast]}", "unknown method 'fast'"),
+        ("cpu: {N: [64], B: [1], kernel: [fast]}", "unknown kernel 'fast'; known: all, "),
+        ("cpu: {N: [64], B: [1], reduce: [fast]}", "unknown reduce 'fast'; known: all, "),
+        ("cpu: {N: [64], B: [1], mask: {fast: [tile]}}", "mask: unknown method 'fast'"),
+        ("cpu: {N: [64], B: [1], mask: {dense_single: [tile]}}", "unknown mask 'tile'; known: all"),
     ],
 )
 def test_a_sweep_that_says_something_impossible_is_refused(tmp_path, text, message):

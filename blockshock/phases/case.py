@@ -20,7 +20,9 @@ class Case:
     """One measurement: a method of a family in a phase, with sizes, dtype and options.
 
     N, K, B: rows and columns of the weight, rows of the input. mask, policy, optimizer: None where
-    the method or phase has none. loss, target: names in `workloads`. input: a name there, with
+    the method or phase has none. kernel, reduce: what multiplies and what sums over ranks, of the
+    method's own `kernels` and `reduces`; None becomes its usual one, and stays where it has none.
+    loss, target: names in `workloads`. input: a name there, with
     options as in "mlp:activation=silu+layer_norm=true", or "file:PATH[:TENSOR]". weight: None for a
     seeded normal weight, or "PATH[:TENSOR]". steps: of drift. ranks: that share the layer.
     """
@@ -32,6 +34,8 @@ class Case:
     K: int | None = None
     dtype: str = "bf16"
     mask: str | None = None
+    kernel: str | None = None
+    reduce: str | None = None
     policy: str | None = None
     optimizer: str | None = None
     input: str = "gaussian"
@@ -61,9 +65,14 @@ class Case:
                 raise ValueError(f"{name} = {value!r} must be a whole number, 1 or more")
         if self.K is None:
             object.__setattr__(self, "K", self.N)
-        if self.mask is not None and self.mask not in self.cls.masks:
-            taken = ", ".join(self.cls.masks) or "none"
-            raise ValueError(f"{self.method} does not take mask {self.mask!r}; it takes {taken}")
+        for name in ("kernel", "reduce"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, usual(self.cls, name))
+        for name in ("mask", "kernel", "reduce"):
+            value, taken = getattr(self, name), choices(self.cls, name)
+            if value is not None and value not in taken:
+                known = ", ".join(taken) or "none"
+                raise ValueError(f"{self.method} does not take {name} {value!r}; it takes {known}")
 
     @property
     def cls(self):
@@ -79,10 +88,14 @@ class Case:
     def label(self) -> str:
         """The method, with what distinguishes it from its neighbours at the same point."""
         parts = [self.method]
-        if self.mask is not None and self.mask != self.cls.masks[0]:
+        if self.mask not in (None, usual(self.cls, "mask")):
             parts.append(self.mask)
         if self.policy is not None:
             parts.append(self.policy)
+        if self.kernel != usual(self.cls, "kernel"):
+            parts.append(self.kernel)
+        if self.reduce != usual(self.cls, "reduce"):
+            parts.append(f"reduce={self.reduce}")
         return "-".join(parts)
 
     @property
@@ -116,7 +129,9 @@ class Case:
     def point(self) -> "Case":
         """What the methods measured side by side have in common, as a case of dense_single."""
         policy = None if self.policy is None else "frozen"
-        return replace(self, method="dense_single", mask=None, policy=policy)
+        return replace(
+            self, method="dense_single", mask=None, kernel=None, reduce=None, policy=policy
+        )
 
     @property
     def problem_seed(self) -> int:
@@ -127,7 +142,8 @@ class Case:
     def options(self) -> dict:
         """Keyword arguments for the method's `from_dense`."""
         own = dict(self.cls.policies[self.policy]) if self.policy else {}
-        return own if self.mask is None else {**own, "mask": self.mask}
+        chosen = {name: getattr(self, name) for name in ("mask", "kernel", "reduce")}
+        return own | {name: value for name, value in chosen.items() if value is not None}
 
     def unsupported(self, device_type: str) -> str | None:
         """Why the case cannot run, or None: what is needed and what was found."""
@@ -137,6 +153,7 @@ class Case:
             return "adam in fp16 divides by zero: its eps of 1e-8 rounds to 0; use sgd, or bf16"
         if self.policy == "frozen" and not self.bias:
             return "policy frozen trains the bias alone, and bias is false; set bias=true"
+        chosen = {name: getattr(self, name) for name in ("kernel", "reduce")}
         return self.cls.unsupported(
             self.N,
             self.K,
@@ -144,11 +161,24 @@ class Case:
             device_type=device_type,
             ranks=self.ranks,
             mask=self.mask,
+            **{name: value for name, value in chosen.items() if choices(self.cls, name)},
         )
 
     def as_dict(self) -> dict:
         """For the result file."""
         return asdict(self)
+
+
+def choices(cls, name: str) -> tuple[str, ...]:
+    """What a method's class takes as its "mask", "kernel" or "reduce"; () where it has none."""
+    return tuple(
+        getattr(cls, {"mask": "masks", "kernel": "kernels", "reduce": "reduces"}[name], ())
+    )
+
+
+def usual(cls, name: str) -> str | None:
+    """The one of `choices` that is meant where none is named, or None."""
+    return next(iter(choices(cls, name)), None)
 
 
 def _known(what: str, value, valid) -> None:

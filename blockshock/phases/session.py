@@ -10,7 +10,7 @@ from dataclasses import replace
 from blockshock.distributed import RankFailure
 from blockshock.measure import clock, environment
 from blockshock.phases import engine
-from blockshock.phases.case import Case
+from blockshock.phases.case import Case, usual
 from blockshock.phases.engine import Options
 
 SCHEMA = 1
@@ -116,7 +116,8 @@ def _merge(case: Case, per_rank, device: str, clocks: dict) -> dict | Exception:
     info = {
         "schema": SCHEMA,
         "id": case.id,
-        "usual_mask": next(iter(case.cls.masks), None),
+        "usual_mask": usual(case.cls, "mask"),
+        "usual": {name: usual(case.cls, name) for name in ("mask", "kernel", "reduce")},
         "case": case.as_dict(),
         "device": device,
         "timing": first["timing"],
