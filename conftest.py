@@ -15,7 +15,7 @@ from bench import sweep as sweeps
 from bench.reporting import Progress, SafeResults
 from blockshock.distributed import open_ranks
 from blockshock.measure import environment
-from blockshock.measure.clock import MODES, ReplayClock
+from blockshock.measure.clock import CACHES, MODES, ReplayClock
 from blockshock.phases.case import PHASES, Case
 from blockshock.phases.engine import Options
 from blockshock.phases.session import CaseFailed, Laboratory
@@ -56,6 +56,7 @@ def pytest_addoption(parser):
     add("--results", metavar="FILE", help="write the benchmark JSON here, whole or not at all")
     add("--rounds", type=int, default=30, help="at most so many samples a case (default 30)")
     add("--timing", choices=MODES, help="default: graph on GPUs, host on the CPU")
+    add("--l2", choices=CACHES, default="warm", help="what a sample finds in the L2 (GPUs)")
     add(
         "--profile",
         metavar="DIR",
@@ -79,6 +80,8 @@ def pytest_configure(config):
         raise pytest.UsageError(
             f"--timing {config.option.timing} on {config.stash[DEVICE]}; valid there: {valid}"
         )
+    if config.option.l2 == "cold" and host:
+        raise pytest.UsageError("--l2 cold on cpu: only a GPU's L2 can be emptied; leave it out")
     config.stash[CASES] = _cases(config)
     if int(os.environ.get("RANK", 0)):
         # Under torchrun every rank runs the suite; the first one reports and saves.
@@ -150,9 +153,10 @@ def ranks(request):
 def laboratory(request, ranks):
     """Measures cases on the ranks; see `blockshock.phases.session`."""
     option = request.config.option
-    lab = Laboratory(
-        ranks, Options(mode=option.timing, rounds=option.rounds, profile=option.profile)
+    measuring = Options(
+        mode=option.timing, l2=option.l2, rounds=option.rounds, profile=option.profile
     )
+    lab = Laboratory(ranks, measuring)
     request.config.stash[LABORATORY] = lab
     return lab
 

@@ -88,6 +88,8 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
         (["--set", "N=64,64"], "*lists *dense_single-N64-B16-bf16 twice*"),
         (["--rounds", "0"], "*--rounds 0: at least one*"),
         (["--timing", "graph"], "*--timing graph on cpu; valid there: host*"),
+        (["--l2", "cold"], "*--l2 cold on cpu: only a GPU's L2 can be emptied*"),
+        (["--l2", "hot"], "*--l2: invalid choice: 'hot'*"),
         (["--results", "/dev/null"], "*/dev/null is no file*"),
         (["--ranks", "0"], "*--ranks 0: at least one*"),
         (["--results", "/proc/nowhere/r.json"], "*cannot be written*"),

@@ -72,6 +72,8 @@ def test_a_result_says_everything_the_schema_promises(lab, phase):
     assert info["rates"]["limit_fraction"] > 0
     assert info["rates"]["tokens_per_s"] == pytest.approx(32 / sorted(samples)[4])
     assert info["memory"]["weight_bytes"] > 0
+    assert "build_peak_bytes" in info["memory"]
+    assert info["timing"]["l2"] == "warm"
     assert set(info["paths"]) == {"forward", "backward"}
     assert info["usual"]["mask"] == info["usual_mask"] == "tile"
     assert set(info["usual"]) == {"mask", "kernel", "reduce"}
@@ -140,26 +142,33 @@ def test_a_faulty_method_is_named_and_its_neighbours_are_measured(
         assert fault not in info["timing"]["interleaved_with"]
 
 
-def test_a_case_that_lacks_memory_beside_others_is_tried_alone(faults, monkeypatch):
-    asked = []
+def small_room(cases, options):
+    """engine.measure_point in a rank whose memory is full after the first case."""
+    rooms, held = iter([2.0, 0.5, 0.5]), iter(range(99))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.memory, "room", lambda device: next(rooms))
+        patch.setattr(engine.memory, "reserved", lambda device: next(held))
+        return faulty.MEASURE_POINT(cases, options)
 
-    class Pool:
-        size, device = 2, "cpu"
 
-        def run(self, function, *args, timeout=None):
-            if function is engine.measure_ceilings:
-                return [{}] * 2
-            asked.append([case.method for case in args[0]])
-            raise session.RankFailure(
-                "no memory", kind="raised", rank=0, exc_type="OutOfMemoryError",
-                note=f"preparing {args[0][-1].id}",
-            )  # fmt: skip
+def test_a_case_is_put_off_where_less_is_free_than_the_one_before_it_took(
+    ranks, options, monkeypatch
+):
+    monkeypatch.setattr(engine, "measure_point", small_room)
+    point = cases("forward", ["dense_single", "dense_tp_row", "dense_tp_column"])
+    lab = Laboratory(ranks, options(rounds=5))
+    for case in point:
+        assert lab.result(case, point)[1]["timing"]["interleaved_with"] == []
 
-    lab = Laboratory(Pool(), Options())
-    point = cases("forward", ["dense_single", "dense_tp_row"])
-    with pytest.raises(CaseFailed, match="no memory"):
-        lab.result(point[0], point)
-    assert asked == [["dense_single", "dense_tp_row"], ["dense_tp_row"], ["dense_single"]]
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("method", ["dense_tp_row", "dense_tp_column"])
+def test_a_shard_is_built_without_the_whole_weight(lab, method):
+    case = Case("forward", method, 16384, 16)
+    memory = lab.result(case, [case])[1]["memory"]
+    block = 1024 * 16384 * 2
+    drawn = 256 * 16384 * 4
+    assert memory["build_peak_bytes"] < memory["weight_bytes"] + 3 * block + 3 * drawn
 
 
 def test_a_weight_with_nan_ends_in_a_message_that_names_the_place(ranks, options, tmp_path):

@@ -2,6 +2,7 @@
 
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,6 +66,46 @@ def test_short_steps_are_repeated_until_they_can_be_timed():
     run()
     assert len(calls) == count
     assert watch.prepare(lambda: time.sleep(0.002))[1] == 1
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU with an L2 of 1000 bytes, as far as a stopwatch in mode sync needs one."""
+    properties = SimpleNamespace(L2_cache_size=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return torch.device("cuda")
+
+
+def test_a_cold_sample_is_one_call_after_the_l2_was_overwritten(gpu, monkeypatch):
+    order = []
+    monkeypatch.setattr(clock, "flusher", lambda device: lambda: order.append("flush"))
+    for l2, expected in (("cold", ["flush", "meet", "step"]), ("warm", ["meet", *["step"] * 20])):
+        watch = clock.Stopwatch("sync", gpu, lambda: order.append("meet"), l2=l2)
+        run, calls = watch.prepare(lambda: order.append("step"))
+        for _ in range(2):
+            order.clear()
+            watch.start(run)
+            assert order == expected
+        assert calls == expected.count("step")
+
+
+def test_what_is_overwritten_is_larger_than_the_l2(gpu):
+    zero = clock.flusher(torch.device("cpu"))
+    buffer = zero.__self__
+    assert buffer.nbytes > 1000
+    buffer.fill_(1)
+    zero()
+    assert not buffer.any()
+
+
+def test_a_cold_l2_is_refused_where_there_is_none_or_none_is_told(gpu, monkeypatch):
+    for device, l2, told in (("cpu", "cold", "only a GPU"), ("cpu", "tepid", "use one of warm")):
+        with pytest.raises(ValueError, match=told):
+            clock.Stopwatch("host", torch.device(device), None, l2=l2)
+    torch.cuda.get_device_properties(gpu).L2_cache_size = 0
+    with pytest.raises(ValueError, match="does not say how large"):
+        clock.Stopwatch("sync", gpu, None, l2="cold")
 
 
 def test_regions_add_up_their_occurrences_and_their_bytes():

@@ -11,7 +11,9 @@ outside every pair of stamps.
     sync     eager calls between two host readings with the device idle at both
     host     the CPU's mode: host readings, no device
 
-L2 is warm in all modes: the calls follow each other on the same data.
+L2 is warm: the calls follow each other on the same data. With `l2="cold"`, on GPUs, a sample is one
+call, and before it a buffer larger than the L2 is overwritten, so that nothing of the step's is
+left there. What it wrote is still to be written back when the call evicts it, as after any kernel.
 """
 
 import contextlib
@@ -23,7 +25,11 @@ import torch
 import torch.distributed as dist
 
 MODES = ("graph", "events", "sync", "host")
+CACHES = ("warm", "cold")
 MAX_CALLS = 20
+FLUSH = (
+    4  # times the L2: so much is overwritten, so that no way of replacing lines keeps an old one
+)
 # The device idles this long (about 0.1 ms on an H200) before the ranks meet, so that the host has
 # queued the meeting, the stamps and the work before the device comes to them.
 LEAD_CYCLES = 200_000
@@ -32,21 +38,34 @@ SAMPLE_SECONDS = 4e-4  # short steps are repeated until a sample is about this l
 
 
 class Stopwatch:
-    """Measures steps on one rank in one mode. `align` makes the ranks start together."""
+    """Measures steps on one rank in one mode. `align` makes the ranks start together.
 
-    def __init__(self, mode: str, device: torch.device, align: Callable[[], None]):
+    l2: "warm", or "cold" on GPUs. Raises ValueError for a mode or a cache the device has not.
+    """
+
+    def __init__(
+        self, mode: str, device: torch.device, align: Callable[[], None], *, l2: str = "warm"
+    ):
         if mode not in MODES or (mode == "host") != (device.type == "cpu"):
             valid = "host" if device.type == "cpu" else "graph, events, sync"
             raise ValueError(f"timing mode {mode!r} on {device.type}; valid there: {valid}")
-        self.mode, self.device, self.align = mode, device, align
+        if l2 not in CACHES:
+            raise ValueError(f"unknown l2 {l2!r}; use one of {', '.join(CACHES)}")
+        if l2 == "cold" and device.type == "cpu":
+            raise ValueError("l2 cold on cpu: only a GPU's L2 can be emptied; use l2 warm")
+        self.mode, self.device, self.align, self.l2 = mode, device, align, l2
+        self.flush = flusher(device) if l2 == "cold" else None
 
     def prepare(self, step: Callable[[], None]) -> tuple[Callable[[], None], int]:
         """Makes a step ready to be timed; returns the runnable and how many calls it makes.
 
         The number of calls is agreed among the ranks, so that they run the same collectives.
+        With a cold L2 it is one: a second call would find what the first one left.
         """
-        seconds = self._estimate(step)
-        calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS / seconds)))
+        calls = 1
+        if self.l2 == "warm":
+            seconds = self._estimate(step)
+            calls = min(MAX_CALLS, max(1, math.ceil(SAMPLE_SECONDS / seconds)))
         if self.mode != "graph":
             return lambda: _repeat(step, calls), calls
         return capture(lambda: _repeat(step, calls)).replay, calls
@@ -55,6 +74,8 @@ class Stopwatch:
         """Times one run; returns a function that gives its seconds once the device is idle."""
         if self.mode in ("graph", "events"):
             torch.cuda._sleep(LEAD_CYCLES)
+        if self.flush:
+            self.flush()
         self.align()
         if self.mode in ("host", "sync"):
             self.idle()
@@ -86,6 +107,14 @@ class Stopwatch:
         """Waits until the device has done all its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+
+def flusher(device: torch.device) -> Callable[[], None]:
+    """A function that overwrites a buffer larger than the device's L2."""
+    size = torch.cuda.get_device_properties(device).L2_cache_size
+    if not size:
+        raise ValueError(f"l2 cold on {device}: it does not say how large its L2 is; use l2 warm")
+    return torch.empty(FLUSH * size, dtype=torch.uint8, device=device).zero_
 
 
 def measure(

@@ -7,11 +7,11 @@
     regions   an instrumented pass of its own
 
 What the ranks must agree on is agreed by a collective, so that they always run the same steps. A
-refusal (ValueError) or a lack of memory while building is an outcome of that case alone. Any other
-exception ends the ranks: the parent then measures the remaining cases with fresh ones.
+refusal (ValueError) or a lack of memory while building is an outcome of that case alone; so is less
+room than a case before it took ("crowded": the parent asks again, without those that had room). Any
+other exception ends the ranks: the parent then measures the remaining cases with fresh ones.
 """
 
-import gc
 import time
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ from blockshock.distributed.ranks import device as rank_device
 from blockshock.measure import ceilings, clock, errors
 from blockshock.measure.floor import step_floor
 from blockshock.measure.regions import Recorder, recording
-from blockshock.phases import profiling, steps, training
+from blockshock.phases import memory, profiling, steps, training
 from blockshock.phases.case import DTYPES, Case
 from blockshock.phases.problem import Problem
 
@@ -40,7 +40,7 @@ MIN_ROUNDS = 10
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure. mode: see `measure.clock`; None is the device's default.
+    """How to measure. mode, l2: see `measure.clock`; mode None is the device's default.
 
     rounds: at most so many samples; seconds: about how long the rounds of one case may take, which
     lowers the rounds of slow steps, but not below 10 (`MIN_ROUNDS`), which the tools need for an
@@ -50,6 +50,7 @@ class Options:
     """
 
     mode: str | None = None
+    l2: str = "warm"
     rounds: int = 30
     seconds: float = 2.0
     pause: float = 0.0
@@ -67,6 +68,7 @@ class Prepared:
     outcome: dict
     run: object = None
     calls: int = 1
+    took: int = 0  # bytes: the most it needed to be built and checked
 
 
 def measure_ceilings() -> dict:
@@ -79,20 +81,24 @@ def measure_point(cases: list[Case], options: Options) -> list[dict]:
     """One outcome per case: `samples` and figures, or `refused` / `failed` with a reason."""
     device = rank_device()
     mode = options.mode or ("graph" if device.type == "cuda" else "host")
-    stopwatch = clock.Stopwatch(mode, device, _aligner(device))
+    stopwatch = clock.Stopwatch(mode, device, _aligner(device), l2=options.l2)
     note(f"making the data of {cases[0].point_label}")
     try:
         problem = Problem(cases[0], device)
     except (ValueError, ImportError) as error:  # a file or an option, alike on every rank
         return [{"refused": str(error)} for _ in cases]
     _warm_up(problem)
-    outcomes, ready = [], []
+    outcomes, ready, need = [], [], 0
     for case in cases:
         note(f"preparing {case.id}")
+        if clock.agree_largest(float(memory.room(device) < need), device):
+            outcomes.append({"refused": "no room beside its neighbours", "crowded": True})
+            continue
         prepared = _prepare(case, problem, stopwatch, options)
         outcomes.append(prepared.outcome)
         if prepared.run is not None:
             ready.append(prepared)
+            need = max(need, prepared.took)
     _measure(ready, stopwatch, options)
     for prepared in ready:
         note(f"instrumenting {prepared.case.id}")
@@ -103,16 +109,17 @@ def measure_point(cases: list[Case], options: Options) -> list[dict]:
                 prepared.experiment.step, prepared.case, options.profile
             )
     del problem, ready
-    _release(device)
+    memory.release(device)
     return outcomes
 
 
 def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepared:
     """Builds, checks and warms up one case; `run` stays None when it was refused or failed."""
     device, prepared = problem.device, Prepared(case, None, None, {})
-    _release(device)
-    before = _allocated(device) - problem.held_bytes()  # truths come into being on first use
-    layer, refusal = _build(case, problem)
+    memory.release(device)
+    held = memory.reserved(device)
+    before = memory.allocated(device) - problem.held_bytes()  # truths come into being on first use
+    layer, refusal, build_peak = _build(case, problem)
     if isinstance(refusal, torch.OutOfMemoryError):
         prepared.outcome["crowded"] = True  # it may fit alone
         refusal = f"out of memory while building: {str(refusal).partition('. GPU')[0]}"
@@ -132,21 +139,35 @@ def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepa
         outcome["failed"] = _wrong(case, figures, same)
         return prepared
     outcome.update(experiment.extra)
-    outcome["memory"] = _memory(layer, experiment, before + problem.held_bytes(), device)
+    _, peak = memory.peak(experiment.step, device, before + problem.held_bytes())
+    estimated, actual = memory.of_weight(layer)
+    outcome["memory"] = {
+        "peak_bytes": peak,
+        "build_peak_bytes": build_peak,
+        "weight_bytes": actual,
+        "weight_bytes_estimated": estimated,
+    }
     outcome["floor"] = _floor(case, layer, experiment, options)
     outcome["paths"] = layer.paths(case.B) if hasattr(layer, "paths") else {}
     outcome["truth"] = str(problem.truth_dtype).removeprefix("torch.")
     prepared.layer, prepared.experiment = layer, experiment
+    prepared.took = memory.reserved(device) - held  # a capture gives back what is not used
     prepared.run, prepared.calls = stopwatch.prepare(experiment.step)
     return prepared
 
 
 def _build(case: Case, problem: Problem):
-    """(layer, None), or (None, the error)."""
+    """(layer, None, bytes allocated at most over what was there), or (None, the error, None)."""
+    device = problem.device
+
+    def build():
+        return case.cls.from_dense(problem.weight, problem.bias, **case.options())
+
     try:
-        return case.cls.from_dense(problem.weight, problem.bias, **case.options()), None
+        layer, peak = memory.peak(build, device, memory.allocated(device))
     except (ValueError, torch.OutOfMemoryError) as error:
-        return None, error
+        return None, error, None
+    return layer, None, peak
 
 
 def _warm_up(problem: Problem) -> None:
@@ -185,7 +206,7 @@ def _measure(ready: list[Prepared], stopwatch, options: Options) -> None:
         prepared.outcome["timing"] = {
             "mode": stopwatch.mode,
             "calls_per_sample": prepared.calls,
-            "l2": "warm",
+            "l2": stopwatch.l2,
             "interleaved_with": [p.case.label for p in ready if p is not prepared],
         }
 
@@ -240,22 +261,6 @@ def _floor(case: Case, layer, experiment, options: Options) -> dict | None:
     )
 
 
-def _memory(layer, experiment, before: int, device: torch.device) -> dict:
-    """Bytes: the peak of one step over what was there before the layer, and the weight's own."""
-    peak = None
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        experiment.step()
-        torch.cuda.synchronize(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
-    if hasattr(layer, "weight_bytes"):
-        estimated, actual = layer.weight_bytes()
-    else:
-        estimated = layer.weight.nbytes
-        actual = estimated + sum(b.nbytes for b in layer.buffers())
-    return {"peak_bytes": peak, "weight_bytes": actual, "weight_bytes_estimated": estimated}
-
-
 def _wrong(case: Case, figures: dict, same: bool) -> str:
     try:
         errors.require(figures, case.id)
@@ -271,14 +276,3 @@ def _aligner(device: torch.device):
     token = torch.zeros(1, device=device)
     # Not `reduce.all_reduce`: the meeting is no region of the step.
     return lambda: dist.all_reduce(token)
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def _release(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()

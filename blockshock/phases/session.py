@@ -1,8 +1,8 @@
 """In the parent: the ranks are asked for the cases of a point, and their answers become results.
 
 A failure ends all ranks, but only the case that was being worked on is lost: the others are
-measured again with fresh ranks. A case that ran out of memory beside its neighbours is tried once
-more alone, and its result then says that it stood alone.
+measured again with fresh ranks. Cases that found no room beside their neighbours are measured after
+them, together; what runs out of memory there as well, alone. A result says what it stood beside.
 """
 
 from dataclasses import replace
@@ -27,12 +27,22 @@ class Laboratory:
     def __init__(self, ranks, options: Options):
         self.ranks, self.options = ranks, options
         self._done: dict[str, dict | Exception] = {}
+        self._no_ceilings: RankFailure | None = None
 
     def ceilings(self) -> dict:
-        """What the machine can do at most; measured on first use and kept with every result."""
-        if self.options.ceilings is None:
-            found = self.ranks.run(engine.measure_ceilings)[0]
-            self.options = replace(self.options, ceilings=found)
+        """What the machine can do at most; measured on first use and kept with every result.
+
+        Raises the RankFailure of the second of two attempts, and from then on the same one.
+        """
+        for last in (False, True):
+            if self.options.ceilings is None and self._no_ceilings is None:
+                try:
+                    found = self.ranks.run(engine.measure_ceilings)[0]
+                    self.options = replace(self.options, ceilings=found)
+                except RankFailure as failure:
+                    self._no_ceilings = failure if last else None
+        if self._no_ceilings is not None:
+            raise self._no_ceilings
         return self.options.ceilings
 
     def result(self, case: Case, neighbours: list[Case]) -> tuple[list[float], dict]:
@@ -54,7 +64,12 @@ class Laboratory:
         return done["samples"], done["extra_info"]
 
     def _measure(self, cases: list[Case]) -> None:
-        self.ceilings()
+        try:
+            self.ceilings()
+        except RankFailure as failure:
+            told = f"what this machine can do at most could not be measured: {failure}"
+            self._done |= {case.id: CaseFailed(told) for case in cases}
+            return
         waiting = list(cases)
         while waiting:
             before = self._clocks()
@@ -66,12 +81,17 @@ class Laboratory:
                 waiting = self._blame(failure, waiting)
                 continue
             clocks = {"before": before, "after": self._clocks()}
+            crowded = []
             for case, per_rank in zip(waiting, zip(*outcomes, strict=True), strict=True):
                 if len(waiting) > 1 and any("crowded" in outcome for outcome in per_rank):
-                    self._measure([case])
+                    crowded.append(case)
                 else:
                     self._done[case.id] = _merge(case, per_rank, self.ranks.device, clocks)
-            return
+            if crowded == waiting:
+                for case in crowded:
+                    self._measure([case])
+                return
+            waiting = crowded
 
     def _blame(self, failure: RankFailure, waiting: list[Case]) -> list[Case]:
         """Notes the failure on the case that was at work; returns the cases still to measure."""
@@ -111,7 +131,10 @@ def _merge(case: Case, per_rank, device: str, clocks: dict) -> dict | Exception:
             return CaseFailed(reasons[0])
     first = per_rank[0]
     calls = first["timing"]["calls_per_sample"]
-    samples = clock.slowest([outcome["times"] for outcome in per_rank], calls)
+    try:
+        samples = clock.slowest([outcome["times"] for outcome in per_rank], calls)
+    except ValueError as error:
+        return CaseFailed(f"{case.id}: {error}")
     median = sorted(samples)[len(samples) // 2]
     info = {
         "schema": SCHEMA,
