@@ -7,6 +7,7 @@ The options stand here, in the root, so that pytest knows them from any subfolde
 """
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from blockshock.measure import environment
 from blockshock.measure.clock import CACHES, MODES, ReplayClock
 from blockshock.phases.case import PHASES, Case
 from blockshock.phases.engine import Options
+from blockshock.phases.problem import check_data
 from blockshock.phases.session import CaseFailed, Laboratory
 
 if not torch.cuda.is_available():
@@ -62,7 +64,7 @@ def pytest_addoption(parser):
         metavar="DIR",
         nargs="?",
         const="build/profile",
-        help="write a torch.profiler trace and a kernel table per case",
+        help="write a torch.profiler trace and a kernel table per case (--profile=DIR: there)",
     )
 
 
@@ -73,6 +75,7 @@ def pytest_configure(config):
         raise pytest.UsageError(f"--ranks {config.option.ranks}: at least one rank is needed")
     if config.option.rounds < 1:
         raise pytest.UsageError(f"--rounds {config.option.rounds}: at least one sample is needed")
+    _check_profile(config.option.profile)
     config.stash[DEVICE] = _device(config.option)
     host = config.stash[DEVICE] == "cpu"
     if config.option.timing and (config.option.timing == "host") != host:
@@ -205,11 +208,15 @@ def _cases(config) -> dict[str, list[Case]]:
     option, device = config.option, config.stash[DEVICE]
     try:
         sweep, settings = sweeps.load(option.sweep), sweeps.parse_set(option.set)
-        return {
+        cases = {
             phase: sweeps.cases(sweep, phase, device, option.ranks, settings) for phase in PHASES
         }
-    except sweeps.SweepError as error:
+        listed = [case for of_phase in cases.values() for case in of_phase]
+        for case in {(c.weight, c.input, c.N, c.K, c.B): c for c in listed}.values():
+            check_data(case)
+    except (ValueError, ImportError) as error:  # a SweepError, or what a file is not
         raise pytest.UsageError(str(error)) from None
+    return cases
 
 
 def _neighbours(request, case: Case) -> list[Case]:
@@ -228,10 +235,27 @@ def _options(case: Case) -> dict:
 
 
 def _device(option) -> str:
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", option.ranks))  # torchrun may span hosts
+    enough = environment.gpu_count() >= needed
+    if option.device == "cuda" and not enough:
+        raise pytest.UsageError(
+            f"--device cuda: {needed} GPUs are needed, one for each rank, {_found()}; use "
+            "--device cpu, or fewer --ranks"
+        )
     if option.device != "auto":
         return option.device
-    needed = int(os.environ.get("LOCAL_WORLD_SIZE", option.ranks))  # torchrun may span hosts
-    return "cuda" if environment.gpu_count() >= needed else "cpu"
+    return "cuda" if enough else "cpu"
+
+
+def _check_profile(folder: str | None) -> None:
+    """`--profile` may stand alone, and then takes the path of a benchmark behind it for DIR."""
+    path = Path(folder or ".").absolute()
+    tests = path.suffix == ".py" or "::" in path.name or path.is_file()
+    if folder and (tests or [*path.glob("bench_*.py"), *path.glob("test_*.py")]):
+        raise pytest.UsageError(
+            f"--profile {folder}: traces are not written there; put --profile last, or write "
+            "--profile=DIR"
+        )
 
 
 def _found() -> str:

@@ -1,7 +1,9 @@
 """How a run tells where it stands, and how its results reach the disk: whole or not at all."""
 
 import os
+import platform
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,12 @@ class Progress:
 
     def __init__(self, config):
         self.config, self.done, self.total, self.began = config, 0, 0, time.monotonic()
+        self.waiting = Counter()  # cases not yet told, by point
+        self.measured = set()  # points
 
     def pytest_collection_finish(self, session):
-        self.total = sum("record" in item.fixturenames for item in session.items)
+        items = [item for item in session.items if "record" in item.fixturenames]
+        self.total, self.waiting = len(items), Counter(_point(item) for item in items)
         self.began = time.monotonic()
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if self.total and reporter is not None:
@@ -25,7 +30,7 @@ class Progress:
     def pytest_runtest_makereport(self, item, call):
         report = yield
         if "record" in getattr(item, "fixturenames", ()):
-            report.bench_result = None
+            report.bench_result, report.bench_point = None, _point(item)
             fixture = item.funcargs.get("benchmark")
             if report.when == "call" and report.passed and fixture is not None and fixture.stats:
                 report.bench_result = fixture.stats.stats.median
@@ -34,7 +39,8 @@ class Progress:
     def pytest_report_teststatus(self, report):
         if hasattr(report, "bench_result") and not (report.when == "teardown" and report.passed):
             category = "" if report.passed and report.when == "setup" else report.outcome
-            return category, "", ""  # the line below says it
+            # No letter: the line below says it. The word stands in the summary at the end.
+            return category, "", "" if report.passed else report.outcome.upper()
         return None
 
     def pytest_runtest_logreport(self, report):
@@ -42,6 +48,9 @@ class Progress:
         if not hasattr(report, "bench_result") or not final:
             return
         self.done += 1
+        self.waiting[report.bench_point] -= 1
+        if not report.skipped:
+            self.measured.add(report.bench_point)
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is None:
             return
@@ -50,12 +59,20 @@ class Progress:
         reporter.write_line(f"[{self.done}/{self.total}] {name}  {_what(report)}  ({self._left()})")
 
     def _left(self) -> str:
+        """The cases of a point are measured together, before the first of them is told."""
         left = self.total - self.done
         if not left:
             return "done"
-        seconds = (time.monotonic() - self.began) / self.done * left
+        if not self.measured:
+            return f"{left} left"
+        points = sum(n > 0 and p not in self.measured for p, n in self.waiting.items())
+        seconds = (time.monotonic() - self.began) / len(self.measured) * points
         shown = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
         return f"{left} left, about {shown}"
+
+
+def _point(item) -> str:
+    return item.get_closest_marker("benchmark").kwargs["group"]
 
 
 def _what(report) -> str:
@@ -66,6 +83,24 @@ def _what(report) -> str:
     return "FAILED"
 
 
+def _remove_stale(folder: Path, begin: str) -> None:
+    """Removes what a run left that was killed: `begin`PID.partial of no process of this host."""
+    for file in folder.iterdir():
+        pid = file.name.removeprefix(begin).removesuffix(".partial")
+        if file.name == f"{begin}{pid}.partial" and pid.isdigit() and not _alive(int(pid)):
+            file.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
 class SafeResults:
     """`--results FILE`: pytest-benchmark writes beside the file, which is replaced at the end."""
 
@@ -74,11 +109,13 @@ class SafeResults:
         if not config.option.results or hasattr(config, "workerinput"):
             return
         self.target = Path(config.option.results)
-        self.partial = self.target.with_name(f".{self.target.name}.{os.getpid()}.partial")
+        begin = f".{self.target.name}.{platform.node()}."
+        self.partial = self.target.with_name(f"{begin}{os.getpid()}.partial")
         if self.target.exists() and not self.target.is_file():
             raise pytest.UsageError(f"--results {self.target} is no file; name one, such as r.json")
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_stale(self.target.parent, begin)
             handle = self.partial.open("wb")
         except OSError as error:
             raise pytest.UsageError(f"--results {self.target} cannot be written: {error}") from None

@@ -44,6 +44,7 @@ AXES = {
     "seed": [0],
 }
 CHOSEN = ("mask", "kernel", "reduce", "policy")  # axes of what each method takes of its own
+SINGLE = (str, int, float, bool, type(None))
 ONLY = {  # axes of one phase
     **dict.fromkeys(("policy", "optimizer", "loss", "target"), "training"),
     "steps": "drift",
@@ -62,6 +63,8 @@ def load(name: str) -> dict:
         raise SweepError(f"there is no sweep {name!r}; known: {known}, or give a path to a .yaml")
     try:
         sweep = yaml.safe_load(file.read_text())
+    except (OSError, UnicodeError) as error:
+        raise SweepError(f"{file} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         raise SweepError(f"{file} is not YAML: {error}") from None
     if not isinstance(sweep, dict):
@@ -69,7 +72,10 @@ def load(name: str) -> dict:
     _known_keys(sweep, {"about", "phases", "common", "cpu", "cuda"}, str(file))
     for part in ("common", "cpu", "cuda"):
         _check_axes(sweep.get(part) or {}, f"{file}, {part}")
-    for phase in sweep.get("phases") or PHASES:
+    phases = sweep.get("phases") or PHASES
+    if not isinstance(phases, list | tuple):
+        raise SweepError(f"{file}: phases must be a list, such as [{phases}]")
+    for phase in phases:
         if phase not in PHASES:
             raise SweepError(f"{file}: unknown phase {phase!r}; known: {', '.join(PHASES)}")
     return sweep
@@ -85,7 +91,12 @@ def parse_set(settings: list[str]) -> dict[str, list]:
         _known_keys({key: values}, AXES, f"--set {setting}")
         words = values.split(",")
         # A mask such as 0110 or 1100 is a name, not a number.
-        parsed = words if key in CHOSEN else [yaml.safe_load(word) for word in words]
+        try:
+            parsed = words if key in CHOSEN else [yaml.safe_load(word) for word in words]
+        except yaml.YAMLError:
+            raise SweepError(
+                f"--set {setting!r}: a value is not a number, a name or text"
+            ) from None
         axes[key] = parsed[0] if parsed == ["all"] else parsed
     return axes
 
@@ -161,6 +172,8 @@ def _check_names(axes: dict) -> None:
             takers = methods.values() if method is None else [methods[method]]
             known = {"all", "usual"}.union(*(_taken(cls, key) for cls in takers))
             for name in names:
+                if not isinstance(name, str):
+                    raise SweepError(f"{key} {name!r} is no name; put it in quotes")
                 if name not in known:
                     valid = ", ".join(sorted(known))
                     raise SweepError(f"unknown {key} {name!r}; known: {valid}")
@@ -173,9 +186,13 @@ def _taken(cls, key: str) -> tuple:
 def _listed(key: str, value, device: str) -> list | dict:
     if value is None:
         raise SweepError(f"the sweep says no {key} for {device}; add it, or use --set {key}=...")
-    if isinstance(value, dict):
+    if isinstance(value, dict) and key in CHOSEN:
         return {method: _listed(key, names, device) for method, names in value.items()}
-    return value if isinstance(value, list) else [value]
+    values = value if isinstance(value, list) else [value]
+    for single in values:
+        if not isinstance(single, SINGLE):
+            raise SweepError(f"{key}: {single!r} is not one number, name or text")
+    return values
 
 
 def _check_axes(part: dict, where: str) -> None:
@@ -185,6 +202,8 @@ def _check_axes(part: dict, where: str) -> None:
 
 
 def _known_keys(mapping: dict, known, where: str) -> None:
+    if not isinstance(mapping, dict):
+        raise SweepError(f"{where} must be a mapping of axes to values, and is {mapping!r}")
     for key in mapping:
         if key not in known:
             raise SweepError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")

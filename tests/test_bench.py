@@ -1,12 +1,18 @@
 """A run of the benchmarks, as a user starts it: what it prints, saves, refuses and survives."""
 
 import json
+import os
+import platform
 import resource
+import subprocess
+from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from bench import reporting
 from blockshock.phases import session
 
 ROOT = Path(__file__).parents[1]
@@ -72,6 +78,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
     out = bench("--set", "N=100", "--set", "B=8", files=["bench/bench_forward.py"])
     out.assert_outcomes(passed=5, skipped=1)
     out.stdout.fnmatch_lines(["*block_shock-N100*skipped: K = 100 is not a multiple of 64*"])
+    out.stdout.fnmatch_lines(["SKIPPED [[]1]*K = 100 is not a multiple of 64*"])
 
 
 @pytest.mark.parametrize(
@@ -90,6 +97,15 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
         (["--timing", "graph"], "*--timing graph on cpu; valid there: host*"),
         (["--l2", "cold"], "*--l2 cold on cpu: only a GPU's L2 can be emptied*"),
         (["--l2", "hot"], "*--l2: invalid choice: 'hot'*"),
+        (["--set", "N=["], "*--set 'N=[[]': a value is not a number, a name or text*"),
+        (["--set", "bias=maybe"], "*bias = 'maybe' must be true or false*"),
+        (["--set", "weight=nowhere.npy"], "*nowhere.npy: no such file; give the path*"),
+        (["--set", "input=file:nowhere.safetensors:x"], "*nowhere.safetensors: no such file*"),
+        (["--set", "input=mlp:activated=gelu"], "*'mlp:activated=gelu' does not take*activated*"),
+        (["--set", "input=mlp:activation=["], "*'mlp:activation=[[]' is not KIND:OPTION=VALUE*"),
+        (["--device=cuda", "--ranks=512"], "*--device cuda: 512 GPUs are needed*--device cpu*"),
+        (["--profile", str(ROOT / "bench/bench_forward.py")], "*put --profile last*"),
+        (["--profile", str(ROOT / "bench")], "*put --profile last, or write --profile=DIR*"),
         (["--results", "/dev/null"], "*/dev/null is no file*"),
         (["--ranks", "0"], "*--ranks 0: at least one*"),
         (["--results", "/proc/nowhere/r.json"], "*cannot be written*"),
@@ -101,6 +117,18 @@ def test_a_wrong_option_is_one_clear_error(bench, args, message):
     everything = [*out.outlines, *out.errlines]
     assert any(fnmatchcase(line, message) for line in everything), everything
     assert not any("Traceback" in line for line in everything)
+
+
+def test_a_file_of_another_shape_is_one_clear_error(bench, tmp_path):
+    numpy = pytest.importorskip("numpy")
+    numpy.save(tmp_path / "w.npy", numpy.ones((64, 32), dtype=numpy.float32))
+    weight = bench("--set", f"weight={tmp_path}/w.npy", "--set", "N=64")
+    weight.stderr.fnmatch_lines(["*w.npy is (64, 32), the case has N = 64, K = 64; set N and K*"])
+    data = bench("--set", f"input=file:{tmp_path}/w.npy", "--set", "N=32", "--set", "B=65")
+    data.stderr.fnmatch_lines(["*w.npy has shape (64, 32), the case reads B = 65 rows of K = 32*"])
+    assert (weight.ret, data.ret) == (pytest.ExitCode.USAGE_ERROR,) * 2
+    fits = ("--set", f"input=file:{tmp_path}/w.npy", "--set", "N=32", "--set", "B=64")
+    assert bench(*fits, "--collect-only", "-q").ret == 0
 
 
 @pytest.mark.parametrize("sweep", ["quick", "n_sweep", "batch_sweep", "official"])
@@ -145,6 +173,7 @@ def test_a_missing_gpu_fails_where_one_is_required(bench):
     out = bench(*SMALL, "--require-gpu", files=["bench/bench_forward.py"])
     out.assert_outcomes(failed=6)
     out.stdout.fnmatch_lines(["*--require-gpu: 2 GPUs are needed, found*"])
+    out.stdout.fnmatch_lines(["FAILED *bench_forward.py::bench_forward[[]dense_single*"])
 
 
 def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, tmp_path):
@@ -168,3 +197,41 @@ def test_benchmarks_refuse_to_run_where_they_would_not_be_recorded(bench):
     out = bench(*SMALL, "--benchmark-disable", files=["bench/bench_forward.py"])
     out.assert_outcomes(failed=6)
     out.stdout.fnmatch_lines(["*benchmarks are disabled here*"])
+
+
+def test_the_time_that_is_left_counts_points_and_not_cases(monkeypatch):
+    progress = reporting.Progress(None)
+    progress.total, progress.began = 9, 100.0
+    progress.waiting = Counter({"first": 3, "second": 3, "third": 3})
+    progress.config = SimpleNamespace(pluginmanager=SimpleNamespace(get_plugin=lambda name: None))
+    now = iter([110.0, 110.0, 110.0, 130.0])
+    monkeypatch.setattr(reporting.time, "monotonic", lambda: next(now))
+
+    def tell(point, skipped=False):
+        report = SimpleNamespace(
+            when="setup" if skipped else "call", passed=not skipped, skipped=skipped,
+            bench_point=point, bench_result=None,
+        )  # fmt: skip
+        progress.pytest_runtest_logreport(report)
+        return progress._left()
+
+    assert tell("first", skipped=True) == "8 left"
+    assert tell("first") == "7 left, about 20 s"
+    assert tell("first") == "6 left, about 20 s"
+    assert tell("second", skipped=True) == "5 left, about 20 s"
+    assert tell("second") == "4 left, about 15 s"
+
+
+def test_what_a_killed_run_left_is_removed_and_what_others_write_is_not(bench, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = [
+        f".r.json.{platform.node()}.{dead.pid}.partial",
+        f".r.json.{platform.node()}.{os.getppid()}.partial",
+        f".r.json.elsewhere.{dead.pid}.partial",
+        f".s.json.{platform.node()}.{dead.pid}.partial",
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    bench("--results", tmp_path / "r.json", "--collect-only", "-q")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix == ".partial") == sorted(names[1:])

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from blockshock.distributed import Ranks
 from blockshock.linear import METHODS
@@ -14,6 +15,7 @@ from blockshock.measure import clock
 from blockshock.phases import engine, session
 from blockshock.phases.case import Case
 from blockshock.phases.engine import Options
+from blockshock.phases.problem import Problem
 from blockshock.phases.session import CaseFailed, Laboratory
 from tests import faulty
 
@@ -205,6 +207,26 @@ def test_an_activation_from_a_file_and_options_of_an_input_are_measured(ranks, o
         case = Case("forward", "dense_single", 128, 32, input=text)
         with pytest.raises(CaseFailed, match=told):
             lab.result(case, [case])
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most entries of a result in the truth's dtype."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+            self.entries = max(self.entries, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("truth", ["output", "grad_input", "grad_weight_error"])
+def test_the_truth_is_computed_in_row_blocks(truth):
+    problem = Problem(Case("correctness", "dense_single", 4096, 8, K=128), torch.device("cpu"))
+    with Largest() as largest:
+        getattr(problem, truth)
+    assert 0 < largest.entries <= 1024 * 128
 
 
 def test_inputs_with_a_mean_train_at_a_rate_that_does_not_explode(lab):

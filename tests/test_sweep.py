@@ -161,6 +161,19 @@ def test_an_axis_can_be_meant_for_some_methods_only(chooser, tmp_path):
         ("phases: [inference]", "unknown phase 'inference'"),
         ("- a list", "must be a mapping"),
         ("cpu: {N: [64", "is not YAML"),
+        ("cpu: {N: [64], B: [8], forward: 3}", "own.yaml, cpu, forward must be a mapping .* 3"),
+        ("cpu: [64]", "own.yaml, cpu must be a mapping"),
+        ("phases: forward", r"phases must be a list, such as \[forward\]"),
+        ("cpu: {N: [[64]], B: [8]}", r"N: \[64\] is not one number, name or text"),
+        ("cpu: {N: {64: 1}, B: [8]}", "N: {64: 1} is not one number"),
+        ("cpu: {N: [64], B: [8], method: [[a]]}", r"method: \['a'\] is not one"),
+        ("cpu: {N: [yes], B: [8]}", "N = True must be a whole number"),
+        ("cpu: {N: [null], B: [8]}", "N = None must be a whole number"),
+        ("cpu: {N: [64], B: [8], seed: [-1]}", "seed = -1 must be a whole number, 0 or more"),
+        ("cpu: {N: [64], B: [8], bias: [maybe]}", "bias = 'maybe' must be true or false"),
+        ("cpu: {N: [64], B: [8], input: [3]}", "input = 3 must be text"),
+        ("cpu: {N: [64], B: [8], weight: [3]}", "weight = 3 must be text"),
+        ("cpu: {N: [64], B: [8], mask: [1100]}", "mask 1100 is no name; put it in quotes"),
         ("cpu: {N: [64], B: [-1]}", "B = -1 must be a whole number"),
         ("cpu: {N: [64], B: [1], method: [fast]}", "unknown method 'fast'"),
         ("cpu: {N: [64], B: [1], kernel: [fast]}", "unknown kernel 'fast'; known: all, "),
@@ -172,6 +185,35 @@ def test_an_axis_can_be_meant_for_some_methods_only(chooser, tmp_path):
 def test_a_sweep_that_says_something_impossible_is_refused(tmp_path, text, message):
     with pytest.raises(sweeps.SweepError, match=message):
         expand(text, tmp=tmp_path)
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    for path in (file, tmp_path / "folder.yaml"):
+        (tmp_path / "folder.yaml").mkdir(exist_ok=True)
+        with pytest.raises(sweeps.SweepError, match="cannot be read"):
+            sweeps.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("phase", "options", "refused"),
+    [
+        ("training", {"policy": "plain", "optimizer": "sgd"}, True),
+        ("training", {"policy": "frozen", "optimizer": "sgd"}, False),
+        ("correctness", {}, True),
+        ("forward", {}, False),
+        ("backward", {}, False),
+        ("drift", {}, False),
+    ],
+)
+def test_what_is_checked_against_a_whole_float32_layer_ends_at_its_size(phase, options, refused):
+    large = Case(phase, "dense_single", 81920, 16, **options).unsupported("cuda")
+    assert bool(large) == refused
+    if refused:
+        assert large.startswith(f"{phase} is checked against a whole float32 layer")
+        assert "N = 81920" in large
+    assert Case(phase, "dense_single", 32768, 16, **options).unsupported("cuda") is None
 
 
 def test_names_show_what_is_not_the_default():

@@ -12,6 +12,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PHASES = ("correctness", "forward", "backward", "training", "drift")
 OPTIMIZERS = ("sgd", "momentum", "adam")
 FAMILIES = {"linear": METHODS}
+WHOLE_ENTRIES = 2**30  # of a weight; what compares whole weights in float32 needs several of them
+TEXTS = ("family", "phase", "method", "dtype", "input", "loss", "target")
+NAMES = ("mask", "kernel", "reduce", "policy", "optimizer", "weight")  # None, or text
 SHOWN = ("input", "loss", "target", "weight", "bias", "seed")  # in a name, when not the default
 
 
@@ -49,6 +52,7 @@ class Case:
     family: str = "linear"
 
     def __post_init__(self):
+        self._check_types()
         _known("family", self.family, FAMILIES)
         _known("phase", self.phase, PHASES)
         _known("method", self.method, FAMILIES[self.family])
@@ -59,10 +63,6 @@ class Case:
         _known("loss", self.loss, workloads.LOSSES)
         _known("target", self.target, workloads.TARGETS)
         _known("input", self.input.partition(":")[0], workloads.INPUTS)
-        for name in ("N", "B", "K", "steps", "ranks"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} = {value!r} must be a whole number, 1 or more")
         if self.K is None:
             object.__setattr__(self, "K", self.N)
         for name in ("kernel", "reduce"):
@@ -73,6 +73,19 @@ class Case:
             if value is not None and value not in taken:
                 known = ", ".join(taken) or "none"
                 raise ValueError(f"{self.method} does not take {name} {value!r}; it takes {known}")
+
+    def _check_types(self):
+        for name in (*TEXTS, *NAMES):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name in TEXTS or value is not None):
+                raise ValueError(f"{name} = {value!r} must be text; put it in quotes")
+        for name in ("N", "B", "K", "steps", "ranks", "seed"):
+            value, least = getattr(self, name), 0 if name == "seed" else 1
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if not whole and not (value is None and name in ("K", "steps")):
+                raise ValueError(f"{name} = {value!r} must be a whole number, {least} or more")
+        if not isinstance(self.bias, bool):
+            raise ValueError(f"bias = {self.bias!r} must be true or false")
 
     @property
     def cls(self):
@@ -153,6 +166,15 @@ class Case:
             return "adam in fp16 divides by zero: its eps of 1e-8 rounds to 0; use sgd, or bf16"
         if self.policy == "frozen" and not self.bias:
             return "policy frozen trains the bias alone, and bias is false; set bias=true"
+        compares = self.phase == "correctness" or (
+            self.phase == "training" and self.policy != "frozen"
+        )
+        if self.N * self.K > WHOLE_ENTRIES and compares:
+            return (
+                f"{self.phase} is checked against a whole float32 layer, up to 2^30 entries, and "
+                f"N = {self.N}, K = {self.K} has more; use N and K up to 32768"
+                + (", or policy frozen" if self.phase == "training" else "")
+            )
         chosen = {name: getattr(self, name) for name in ("kernel", "reduce")}
         return self.cls.unsupported(
             self.N,

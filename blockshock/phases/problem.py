@@ -7,6 +7,7 @@ results as `truth`). Beside it stands the yardstick: the same in the case's own 
 dense products.
 """
 
+import math
 from functools import cached_property
 
 import torch
@@ -28,30 +29,14 @@ class Problem:
         self.device, self.dtype, self.seed = device, case.torch_dtype, case.problem_seed
         self.N, self.K, self.B = case.N, case.K, case.B
         shared = {"dtype": self.dtype, "device": device, "seed": self.seed}
-        self.weight = self._weight(case, shared)
+        self.weight = make_weight(case, **shared)
         self.bias = sources.seeded_bias(self.N, **shared) if case.bias else None
-        kind, options = parse_input(case.input)
-        try:
-            self.x = workloads.make_input(kind, self.B, self.K, **shared, **options)
-        except TypeError as error:
-            raise ValueError(f"input {case.input!r} does not take these options: {error}") from None
+        self.x = _input(case.input, self.B, self.K, **shared)
         self.dy = workloads.make_target("normal", self.B, self.N, **shared)
         shared["seed"] += 1  # the upstream gradient is no copy of the target
         self.target = workloads.make_target(case.target, self.B, self.N, **shared)
         small = self.N * self.K <= FLOAT64_ENTRIES
         self.truth_dtype = torch.float64 if small else torch.float32
-
-    def _weight(self, case: Case, shared: dict):
-        if case.weight is None:
-            return sources.SeededWeight(self.N, self.K, **shared)
-        path, _, name = case.weight.partition(":")
-        source = sources.FileWeight(path, name or None, dtype=self.dtype, device=self.device)
-        if tuple(source.shape) != (self.N, self.K):
-            raise ValueError(
-                f"the weight in {case.weight} is {tuple(source.shape)}, the case has N = {self.N}, "
-                f"K = {self.K}; set N and K to the file's"
-            )
-        return source
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole W [N, K], for the yardstick; made anew each time and not kept."""
@@ -139,6 +124,48 @@ class TrueWeightGradient:
         return self._dy[:, start:stop].to(self.dtype).t() @ self._x
 
 
+def make_weight(case: Case, *, dtype: torch.dtype, device: torch.device, seed: int):
+    """The case's weight as a source. Raises ValueError for a file that does not hold it."""
+    if case.weight is None:
+        return sources.SeededWeight(case.N, case.K, dtype=dtype, device=device, seed=seed)
+    path, _, name = case.weight.partition(":")
+    source = sources.FileWeight(path, name or None, dtype=dtype, device=device)
+    if tuple(source.shape) != (case.N, case.K):
+        raise ValueError(
+            f"the weight in {case.weight} is {tuple(source.shape)}, the case has N = {case.N}, "
+            f"K = {case.K}; set N and K to the file's"
+        )
+    return source
+
+
+def check_data(case: Case) -> None:
+    """Raises ValueError, or ImportError, for a weight or an input that cannot be made.
+
+    What files hold is not read, and inputs are tried with one row.
+    """
+    small = {"dtype": torch.float32, "device": torch.device("cpu"), "seed": 0}
+    make_weight(case, **small)
+    kind, options = parse_input(case.input)
+    if kind != "file":
+        _input(case.input, 1, 64, **small)
+        return
+    file = sources.FileTensor(options["path"], options["name"])
+    rows = math.prod(file.shape[:-1])
+    if len(file.shape) < 2 or file.shape[-1] != case.K or rows < case.B:
+        raise ValueError(
+            f"{file} has shape {file.shape}, the case reads B = {case.B} rows of K = {case.K}; "
+            "set K to the file's, and B not above its rows"
+        )
+
+
+def _input(text: str, B: int, K: int, **shared) -> Tensor:
+    kind, options = parse_input(text)
+    try:
+        return workloads.make_input(kind, B, K, **shared, **options)
+    except TypeError as error:
+        raise ValueError(f"input {text!r} does not take these options: {error}") from None
+
+
 def parse_input(text: str) -> tuple[str, dict]:
     """A case's input -> the workload's name and its options.
 
@@ -149,7 +176,10 @@ def parse_input(text: str) -> tuple[str, dict]:
         path, _, name = rest.partition(":")
         return kind, {"path": path, "name": name or None}
     pairs = [option.partition("=") for option in rest.split("+") if option]
-    return kind, {key: yaml.safe_load(value) for key, _, value in pairs}
+    try:
+        return kind, {key: yaml.safe_load(value) for key, _, value in pairs}
+    except yaml.YAMLError:
+        raise ValueError(f"input {text!r} is not KIND:OPTION=VALUE+OPTION=VALUE") from None
 
 
 def _tensors(value):
