@@ -8,8 +8,6 @@ import json
 import math
 import random
 
-USUAL_MASKS = {"masked_split": "tile", "block_shock": "tile", "block_shock_folded": "1100"}
-
 METHODS = (
     "dense_single",
     "dense_tp_row",
@@ -19,6 +17,22 @@ METHODS = (
     "block_shock_folded",
 )
 MASKS = {"masked_split": "tile", "block_shock": "tile", "block_shock_folded": "1100"}
+# What a method uses when nothing is asked; None where it has none.
+USUAL_REDUCE = {"dense_tp_row": "collective", "dense_tp_column": "collective"} | dict.fromkeys(
+    ("masked_split", "block_shock", "block_shock_folded"), "auto"
+)
+USUAL_KERNEL = {"block_shock": "auto"}
+# About as many lines as a panel ever has.
+VARIANTS = (
+    *((method, {}) for method in METHODS),
+    ("dense_tp_row", {"reduce": "auto"}),
+    ("dense_tp_row", {"reduce": "exchange"}),
+    ("block_shock", {"mask": "1100"}),
+    ("block_shock", {"mask": "tile_magnitude"}),
+    ("block_shock", {"kernel": "cusparselt"}),
+    ("block_shock", {"reduce": "collective"}),
+)
+REDUCE = {"collective": 1.0, "auto": 0.55, "two_shot": 0.7, "exchange": 0.62}
 # Times of the local product over those of half the dense product.
 PRODUCT = {
     "dense_single": 2.0,
@@ -59,6 +73,24 @@ def reduce_time(n, b):
     return 8e-6 + 2 * b * n / 290e9
 
 
+def usual(method):
+    """What the method uses when nothing is asked, as a run writes it."""
+    return {
+        "mask": MASKS.get(method),
+        "kernel": USUAL_KERNEL.get(method),
+        "reduce": USUAL_REDUCE.get(method),
+    }
+
+
+def run_label(case):
+    """The name in `interleaved_with`, as a run writes it."""
+    method, known = case["method"], usual(case["method"])
+    parts = [method, case["mask"] if case["mask"] != known["mask"] else None, case["policy"]]
+    parts.append(case["kernel"] if case["kernel"] != known["kernel"] else None)
+    parts.append(f"reduce={case['reduce']}" if case["reduce"] != known["reduce"] else None)
+    return "-".join(part for part in parts if part)
+
+
 def entry(method, n, b, *, phase="forward", seconds=None, data=None, **changes):
     """One element of "benchmarks"; keywords set fields of its case, or the whole `data`."""
     part, chance = changes.pop("part", {}), random.Random(f"{method}{n}{b}{phase}{changes}")
@@ -70,7 +102,7 @@ def entry(method, n, b, *, phase="forward", seconds=None, data=None, **changes):
         "K": n,
         "B": b,
         "dtype": "bf16",
-        "mask": MASKS.get(method),
+        **usual(method),
         "policy": None,
         "optimizer": None,
         "bias": True,
@@ -84,11 +116,8 @@ def entry(method, n, b, *, phase="forward", seconds=None, data=None, **changes):
     regions, total = model(method, n, b, case)
     total = seconds or total
     data = data or samples(total, seed=chance.random())
-    name = "-".join(
-        [method, f"N{n}", f"B{b}", case["dtype"]]
-        + [str(case[key]) for key in ("policy", "optimizer") if case[key]]
-        + [str(case["mask"]) for _ in [0] if case["mask"] != MASKS.get(method)]
-    )
+    name = "-".join([run_label(case), f"N{n}", f"B{b}", case["dtype"]])
+    name += f"-{case['optimizer']}" if case["optimizer"] else ""
     weight = int(n * n * KEPT.get(method, 1.0))
     dense_error = 0.0017
     relative = dense_error * (1.0 if method == "dense_single" else 1.42)
@@ -109,7 +138,8 @@ def entry(method, n, b, *, phase="forward", seconds=None, data=None, **changes):
     floor["seconds"] = max(floor.values())
     info = {
         "schema": 1,
-        "usual_mask": USUAL_MASKS.get(case["method"]),
+        "usual_mask": MASKS.get(method),
+        "usual": usual(method),
         "id": f"{phase}/{name}",
         "case": case,
         "device": "cuda",
@@ -118,9 +148,9 @@ def entry(method, n, b, *, phase="forward", seconds=None, data=None, **changes):
             "calls_per_sample": 8,
             "l2": "warm",
             "interleaved_with": [
-                "-".join([m, *([p] if case["policy"] else [])])
-                for m in METHODS
-                for p in POLICIES[m]
+                run_label(case | {"method": m, "policy": p} | usual(m) | changed)
+                for m, changed in VARIANTS
+                for p in (POLICIES[m] if case["policy"] else [None])
             ],
         },
         "regions": {
@@ -162,8 +192,9 @@ def model(method, n, b, case):
     product = half_product(n, b) * PRODUCT.get(method, 1.0)
     # A 2:4 product of few rows is bound by a kernel that reads weights slowly.
     if method == "block_shock" and b <= 64:
-        product *= 2.2
+        product *= 2.2 if case["kernel"] == "cusparselt" else 0.7
     reduce = 0.0 if method == "dense_single" else reduce_time(n, b)
+    reduce *= REDUCE.get(case["reduce"], 1.0)
     layout = reduce * 0.3 if method == "dense_tp_column" else 0.0
     forward = product + reduce + layout
     regions = {"forward": forward}
@@ -245,25 +276,25 @@ def everything(
     dtypes=("bf16",),
     optimizers=("sgd", "adam"),
     policies=None,
+    variants=tuple((method, {}) for method in METHODS),
 ):
-    """All methods and phases over a grid of sizes; training with these optimizers and policies."""
+    """All variants and phases over a grid of sizes; training with these optimizers and policies."""
     entries = []
     for n in sizes:
         for b in batches:
             for dtype in dtypes:
-                for method in METHODS:
+                for method, changed in variants:
+                    more = {"dtype": dtype, **changed}
                     entries += [
-                        entry(method, n, b, phase=phase, dtype=dtype)
+                        entry(method, n, b, phase=phase, **more)
                         for phase in ("correctness", "forward", "backward")
                     ]
                     entries += [
-                        entry(
-                            method, n, b, phase="training", dtype=dtype, policy=policy, optimizer=o
-                        )
+                        entry(method, n, b, phase="training", policy=policy, optimizer=o, **more)
                         for o in optimizers
                         for policy in POLICIES[method]
                         if policies is None or policy in policies
                     ]
                     if b == batches[0]:
-                        entries.append(entry(method, n, b, phase="drift", dtype=dtype, steps=20))
+                        entries.append(entry(method, n, b, phase="drift", steps=20, **more))
     return entries

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tools.stats import Interval, ratio
+
 # Order of the legends and tables; a method that is not here follows, by name.
 METHODS = (
     "dense_single",
@@ -17,7 +19,8 @@ METHODS = (
     "block_shock_folded",
 )
 PHASES = ("correctness", "forward", "backward", "training", "drift")
-# A mask is part of a method's label only where it is not this one.
+# What a method may do in several ways; a label names those that are not the method's usual ones.
+VARIANTS = ("mask", "kernel", "reduce")
 CPU_CAVEAT = "CPU: says nothing about GPUs"
 
 
@@ -33,6 +36,8 @@ class Case:
     B: int | None = None
     dtype: str | None = None
     mask: str | None = None
+    kernel: str | None = None
+    reduce: str | None = None
     policy: str | None = None
     optimizer: str | None = None
     bias: bool | None = None
@@ -75,7 +80,8 @@ class Result:
     paths: dict[str, str] = field(default_factory=dict)
     clocks: dict[str, Any] | None = None
     file: str = ""
-    usual_mask: str | None = None  # of the method, as the run that measured it says
+    usual: dict[str, str | None] = field(default_factory=dict)  # of the method, by VARIANTS
+    known: frozenset[str] = frozenset()  # the fields of the case that the file has
 
     @property
     def median(self) -> float:
@@ -85,15 +91,44 @@ class Result:
         return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
     @property
+    def unusual(self) -> dict[str, str]:
+        """Mask, kernel and reduce where they are not what the method uses when nothing is asked."""
+        chosen = {name: getattr(self.case, name) for name in VARIANTS}
+        return {
+            name: value
+            for name, value in chosen.items()
+            if value is not None and value != self.usual.get(name)
+        }
+
+    @property
+    def as_usual(self) -> bool:
+        """Whether kernel and reduce are the method's usual ones; the mask may be any."""
+        return not {"kernel", "reduce"} & set(self.unusual)
+
+    @property
     def label(self) -> str:
-        """The name in plots and tables: method, an unusual mask, and the policy in training."""
-        case = self.case
+        """The name in plots and tables: method, the policy in training, and what is unusual."""
+        case, unusual = self.case, self.unusual
         parts = [case.method]
-        if case.mask not in (None, self.usual_mask):
-            parts.append(case.mask)
+        if "mask" in unusual:
+            parts.append(unusual["mask"])
         if case.phase == "training" and case.policy not in (None, "plain"):
             parts.append(case.policy)
+        # "auto" alone would not say what is chosen.
+        parts += [
+            f"auto {name}" if unusual[name] == "auto" else unusual[name]
+            for name in ("kernel", "reduce")
+            if name in unusual
+        ]
         return " · ".join(parts)
+
+    @property
+    def run_label(self) -> str:
+        """The name in `timing.interleaved_with`, as the run writes it."""
+        unusual = self.unusual
+        parts = [self.case.method, unusual.get("mask"), self.case.policy, unusual.get("kernel")]
+        parts.append(f"reduce={unusual['reduce']}" if "reduce" in unusual else None)
+        return "-".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -118,8 +153,15 @@ class Results:
 
     @property
     def title(self) -> str:
-        """The device as plot titles carry it, with the caveat on a CPU."""
-        return f"{self.device} · {CPU_CAVEAT}" if self.cpu else self.device
+        """The device as plot titles carry it, with cold caches and with the caveat on a CPU."""
+        parts = [self.device, "cold L2" if "cold" in self.caches else ""]
+        parts.append(CPU_CAVEAT if self.cpu else "")
+        return " · ".join(part for part in parts if part)
+
+    @property
+    def caches(self) -> set[str]:
+        """The states of the L2 cache that the samples began with: "warm", "cold"."""
+        return {str(r.timing["l2"]) for r in self.results if r.timing.get("l2")}
 
     @property
     def versions(self) -> str:
@@ -149,19 +191,28 @@ def interleaved(results: Iterable[Result]) -> bool:
     partners = first.timing.get("interleaved_with")
     if not isinstance(partners, list):
         return False
-    # The runs' own labels are joined by dashes and name the policy of plain dense as well.
-    named = {str(partner).removesuffix("-plain") for partner in partners}
     return all(
-        other.file == first.file
-        and len(other.samples) == len(first.samples)
-        and other.label.replace(" · ", "-") in named
+        other is first
+        or (
+            other.file == first.file
+            and len(other.samples) == len(first.samples)
+            and other.run_label in partners
+        )
         for other in others
     )
 
 
+def over(result: Result, reference: Result) -> Interval:
+    """Time of `result` over that of `reference`, with its interval: the one that every tool shows.
+
+    Rounds measured together are resampled together (stats.py).
+    """
+    return ratio(result.samples, reference.samples, paired=interleaved([result, reference]))
+
+
 def setting(case: Case) -> tuple:
     """What two cases must share to be put on one line, or to be compared: all but the method, its
-    mask and policy, the sizes N and B, and the seed.
+    mask, kernel, reduce and policy, the sizes N and B, and the seed.
     """
     inner = None if case.K == case.N else case.K
     data = (case.bias, case.input, case.loss, case.target, case.weight)

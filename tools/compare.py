@@ -7,7 +7,8 @@ ratio beyond the threshold and an interval that excludes 1. "same" is a finding 
 interval lies within the threshold. What is neither is "unsure".
 
 A case that was measured in another way (another timing mode, other options under the same id) or
-with fewer than six samples is not judged: its verdict is "unsure", and the note says why.
+with fewer than six samples is not judged: its verdict is "unsure", and the note says why. A field
+that only one of the files has is unknown in the other, which is no difference.
 
 Exit codes: 0; 1 where --fail-slower found a case that is slower, missing from NEW, or not judged;
 2 for a wrong input. Cases are matched by their id.
@@ -15,7 +16,7 @@ Exit codes: 0; 1 where --fail-slower found a case that is slower, missing from N
 
 import argparse
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from tools.cases import CPU_CAVEAT, Result, Results
 from tools.files import ToolError, run, save
@@ -181,16 +182,24 @@ def main(argv: list[str]) -> int:
 def _row(old: Result, new: Result, threshold: float) -> Row:
     interval = ratio(new.samples, old.samples)
     notes = []
-    # The seed is no option of the measurement: it says which bits were multiplied.
-    before, after = (asdict(replace(result.case, seed=None)) for result in (old, new))
-    notes += [f"{key}: {before[key]} → {after[key]}" for key in before if before[key] != after[key]]
-    for key in ("mode", "l2"):
-        if old.timing.get(key) != new.timing.get(key):
-            notes.append(f"timing {key}: {old.timing.get(key)} → {new.timing.get(key)}")
+    before, after = (_options_of(result) for result in (old, new))
+    notes += [
+        f"{key}: {before[key]} → {after[key]}"
+        for key in before
+        if key in after and before[key] != after[key]
+    ]
     if not interval.enough:
         notes.append(f"{interval.samples} samples, and {ENOUGH} are needed")
     verdict = "unsure" if notes else judge(interval, threshold)
     return Row(old, new, interval, verdict, "; ".join(notes))
+
+
+def _options_of(result: Result) -> dict:
+    """What was asked for, as far as the file says; a seed only tells which bits were used."""
+    case = {**asdict(result.case), **dict(result.case.other)}
+    found = {key: case[key] for key in sorted(result.known - {"seed"})}
+    timing = {f"timing {key}": result.timing.get(key) for key in ("mode", "l2")}
+    return found | {key: value for key, value in timing.items() if value is not None}
 
 
 def _device(results: Results) -> str:

@@ -1,34 +1,38 @@
 """The three hypotheses, and what measured points say about each.
 
 H1  For large enough N and B, block_shock's forward beats two-rank dense tensor parallelism: the
-    better of dense_tp_row and dense_tp_column. It holds where a corner of the measured grid (all
-    points with N >= N0 and B >= B0, the largest N and the largest B among them, two points at
-    least) is faster at every point; it fails where such a corner is faster at none, and every
-    point of it is judged. No finite set of points says more about "large enough". A win over one
-    of the two dense methods, where the other was not measured, is no win.
+    better of dense_tp_row and dense_tp_column, as users run them today (their usual reduce). The
+    lines that decide have the usual kernel and the usual reduce, and any mask. It holds where a
+    corner of the measured grid (all points with N >= N0 and B >= B0, the largest N and the largest
+    B among them, two points at least) is faster at every point; it fails where such a corner is
+    faster at none, and every point of it is judged. No finite set of points says more about "large
+    enough". A win over one of the two dense methods, where the other was not measured, is no win.
 
 H2  In training its advantage shrinks, unless upkeep is small against the product. Advantage is
     dense time over Block-Shock time; upkeep is the share of a step spent in `compress`. Only
     points where upkeep is not small, and where the forward has an advantage, test the claim: one
     supports it where the advantage in training is below that of the forward at the same sizes, and
     contradicts it where training keeps it. Without a forward advantage nothing can shrink: such a
-    point is reported ("falls behind", "none to lose") and decides nothing. All policies and
-    optimizers are judged together, since "unless" is about what differs between them.
+    point is reported ("falls behind", "none to lose") and decides nothing. All policies,
+    optimizers and masks are judged together, since "unless" is about what differs between them.
 
-H3  Masked split dense is slower than Block-Shock, in the forward, at the same mask.
+H3  Masked split dense is slower than Block-Shock, in the forward, at the same mask and with the
+    same reduce.
 
 A point is judged as in tools.compare: a threshold and an interval that excludes 1. Whatever is left
-over is undecided. `block_shock` on two ranks decides; other methods, as block_shock_folded, whose
-arithmetic is dense, and other numbers of ranks are reported beside it.
+over is undecided. `block_shock` on two ranks with its usual kernel and reduce decides. Beside it
+are reported: other kernels and reduces; other methods, as block_shock_folded, whose arithmetic is
+dense; other numbers of ranks; and, for H1 and H2, the better dense TP with the same reduce as the
+Block-Shock line. A dense method that was not measured with that reduce, or that has none, stands
+there as it usually is.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from tools.cases import Result, Results, interleaved, order, setting, setting_text
+from tools.cases import Result, Results, interleaved, order, over, setting, setting_text
+from tools.opponents import BETTER, DENSE, better, forward_place, opponents, place, same_terms, way
 from tools.rules import (
     FAILS,
     HOLDS,
@@ -39,9 +43,8 @@ from tools.rules import (
     shrink_status,
     training_verdict,
 )
-from tools.stats import THRESHOLD, Interval, combine, judge
+from tools.stats import THRESHOLD, combine, judge
 
-DENSE = ("dense_tp_row", "dense_tp_column")
 MAIN = "block_shock"
 SHOCKS = (MAIN, "block_shock_folded")
 SMALL_UPKEEP = 0.05
@@ -64,6 +67,7 @@ class Finding:
     text: str
     points: tuple[Point, ...] = ()
     main: bool = True
+    mask: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,64 +93,67 @@ def judge_all(
 
 
 def beats_dense(results: Results, threshold: float) -> list[Finding]:
-    """H1, one finding for each Block-Shock method and setting."""
+    """H1, one finding for each Block-Shock line and setting; one more at the same reduce."""
     forward = results.of("forward")
     findings = []
     for group in _groups(forward, SHOCKS):
-        points = []
-        for result in group:
-            dense = _dense(forward, result)
-            if not dense:
-                continue
-            ratio = _against_better([result], dense)
-            verdict, note = judge(ratio, threshold), ""
-            if len(dense) < len(DENSE):
-                note = f"only {dense[0].case.method} was measured"
-                verdict = "unsure" if verdict == "faster" else verdict
-            better = min(dense, key=lambda one: one.median).case.method
-            points.append(Point(result.case.N, result.case.B, ratio, verdict, note, better))
-        status, text = corner_status(points)
-        findings.append(_finding(group[0], "the better dense TP", status, text, points))
+        for against, dense_of in opponents(group, forward):
+            points = [
+                _forward_point(result, dense, threshold)
+                for result in group
+                if (dense := dense_of(forward, result))
+            ]
+            status, text = corner_status(points)
+            main = against == BETTER and group[0].as_usual
+            findings.append(_finding(group[0], against, status, text, points, main=main))
     return findings
 
 
 def advantage_shrinks(results: Results, threshold: float, small: float) -> list[Finding]:
-    """H2, one finding for each Block-Shock method, policy, optimizer and setting."""
+    """H2, one finding for each Block-Shock line, policy, optimizer and setting."""
     forward, training = results.of("forward"), results.of("training")
     findings = []
     for group in _groups(training, SHOCKS):
-        points = []
-        for result in group:
-            point = _training_point(result, forward, training, threshold, small)
-            if point is not None:
-                points.append(point)
-        if points or group[0].case.policy != "frozen":
-            status, text = shrink_status(points)
-            finding = _finding(group[0], "the better dense TP, in training", status, text, points)
-            findings.append(finding)
+        for against, dense_of in opponents(group, training):
+            points = []
+            for result in group:
+                dense = dense_of(training, result)
+                point = _training_point(result, dense, forward, threshold, small)
+                if point is not None:
+                    points.append(point)
+            if points or (group[0].case.policy != "frozen" and against == BETTER):
+                status, text = shrink_status(points)
+                main = against == BETTER and group[0].as_usual
+                words = f"{against}, in training"
+                findings.append(_finding(group[0], words, status, text, points, main=main))
     return findings
 
 
 def masked_is_slower(results: Results, threshold: float) -> list[Finding]:
-    """H3, one finding for each Block-Shock method and setting; the backward phase stands beside."""
+    """H3, one finding for each masked_split line, Block-Shock line and setting; the backward phase
+    stands beside.
+    """
     findings = []
     for phase in ("forward", "backward"):
         found = results.of(phase)
+        shocks = _groups(found, [MAIN])
         for group in _groups(found, ["masked_split"]):
-            points = []
-            for result in group:
-                for shock in found:
-                    same = _place(shock) == _place(result) and shock.case.mask == result.case.mask
-                    if shock.case.method == MAIN and same:
-                        ratio = _against_better([result], [shock])
-                        verdict = judge(ratio, threshold)
-                        points.append(Point(result.case.N, result.case.B, ratio, verdict))
-            status, text = everywhere_status(points)
-            finding = _finding(
-                group[0], MAIN, status, text, points, main=phase == "forward", phase=phase
-            )
-            if points or phase == "forward":
-                findings.append(finding)
+            met = []
+            for line in shocks:
+                at = {place(shock): shock for shock in line if same_terms(shock, group[0])}
+                points = [
+                    _masked_point(r, at[place(r)], threshold) for r in group if place(r) in at
+                ]
+                if points:
+                    main = phase == "forward" and line[0].as_usual
+                    met.append((line[0].label, points, main))
+            if not met and phase == "forward" and not group[0].unusual:
+                met.append((MAIN, [], True))
+            for against, points, main in met:
+                status, text = everywhere_status(points)
+                findings.append(
+                    _finding(group[0], against, status, text, points, main=main, phase=phase)
+                )
     return findings
 
 
@@ -161,53 +168,41 @@ def _groups(results: Iterable[Result], methods: Iterable[str]) -> list[list[Resu
     )
 
 
-def _place(result: Result) -> tuple:
-    return (result.case.N, result.case.B, setting(result.case))
+def _forward_point(result: Result, dense: list[Result], threshold: float) -> Point:
+    nearest = better(dense)
+    ratio = over(result, nearest)
+    verdict, note = judge(ratio, threshold), ""
+    methods = {one.case.method for one in dense}
+    if len(methods) < len(DENSE):
+        note = f"only {dense[0].case.method} was measured"
+        verdict = "unsure" if verdict == "faster" else verdict
+    return Point(
+        result.case.N, result.case.B, ratio, verdict, note, nearest.label, of=_words(result)
+    )
 
 
-def _dense(results: Iterable[Result], result: Result) -> list[Result]:
-    """The dense tensor-parallel results at the same place; in training those that train as much."""
-    policies = ("frozen",) if result.case.policy == "frozen" else (None, "plain")
-    return [
-        dense
-        for dense in results
-        if dense.case.method in DENSE
-        and _place(dense) == _place(result)
-        and (dense.case.phase != "training" or dense.case.policy in policies)
-    ]
-
-
-def _against_better(one: list[Result], others: list[Result]) -> Interval:
-    """Time of `one` over the shortest of `others`; each draw finds the shortest anew."""
-    both = one + others
-    paired = [range(len(both))] if interleaved(both) else ()
-    return combine(_over_shortest, [r.samples for r in both], paired=paired)
-
-
-def _over_shortest(first, *others):
-    return first / np.minimum.reduce(others)
+def _masked_point(result: Result, shock: Result, threshold: float) -> Point:
+    ratio = over(result, shock)
+    return Point(result.case.N, result.case.B, ratio, judge(ratio, threshold), of=_words(result))
 
 
 def _training_point(
-    result: Result, forward: Iterable[Result], training: Iterable[Result], threshold, small
+    result: Result, dense: list[Result], forward: Iterable[Result], threshold, small
 ) -> Point | None:
     case = result.case
-    dense = _dense(training, result)
-    forward = [r for r in forward if _forward_place(r) == _forward_place(result)]
-    ahead = [r for r in forward if (r.case.method, r.case.mask) == (case.method, case.mask)]
-    dense_ahead = [r for r in forward if r.case.method in {d.case.method for d in dense}]
+    ways = {way(one) for one in dense}
+    forward = [r for r in forward if forward_place(r) == forward_place(result)]
+    ahead = [r for r in forward if way(r) == way(result)]
+    dense_ahead = [r for r in forward if way(r) in ways]
     if not dense or not ahead or len(dense_ahead) != len(dense):
         return None
-    step, pass_ = [result, *dense], [ahead[0], *dense_ahead]
-    cut = len(step)
-    paired = [range(cut)] if interleaved(step) else []
-    paired += [range(cut, 2 * cut)] if interleaved(pass_) else []
+    step, pass_ = [result, better(dense)], [ahead[0], better(dense_ahead)]
+    paired = [(0, 1)] if interleaved(step) else []
+    paired += [(2, 3)] if interleaved(pass_) else []
     change = combine(
-        lambda *m: _over_shortest(*m[:cut]) / _over_shortest(*m[cut:]),
-        [r.samples for r in step + pass_],
-        paired=paired,
+        lambda a, b, c, d: a / b / (c / d), [r.samples for r in step + pass_], paired=paired
     )
-    ratio, before = _against_better([result], dense), _against_better([ahead[0]], dense_ahead)
+    ratio, before = over(*step), over(*pass_)
     upkeep = _upkeep(result)
     verdict = training_verdict(judge(change, threshold), judge(before, threshold), upkeep, small)
     return Point(
@@ -216,18 +211,18 @@ def _training_point(
         ratio,
         verdict,
         "",
-        min(dense, key=lambda one: one.median).case.method,
+        step[1].label,
         before,
         change,
         upkeep,
         None if upkeep is None else ratio.value * (1 - upkeep),
+        _words(result),
     )
 
 
-def _forward_place(result: Result) -> tuple:
-    # The forward has no loss and no optimizer.
-    case = replace(result.case, loss=None, optimizer=None)
-    return (case.N, case.B, setting(case))
+def _words(result: Result) -> str:
+    """Which line and setting a point is of."""
+    return ", ".join(part for part in (result.label, setting_text(result.case)) if part)
 
 
 def _upkeep(result: Result) -> float | None:
@@ -253,7 +248,7 @@ def _finding(
     decides = main and case.method in (MAIN, "masked_split") and case.ranks in (None, 2)
     decides = decides and case.policy != "frozen"
     words = setting_text(case) + (f", {phase}" if phase else "")
-    return Finding(result.label, words, against, status, text, tuple(points), decides)
+    return Finding(result.label, words, against, status, text, tuple(points), decides, case.mask)
 
 
 def _verdict(name: str, findings: list[Finding]) -> Verdict:
@@ -265,15 +260,30 @@ def _verdict(name: str, findings: list[Finding]) -> Verdict:
     elif name == "H2":
         status, headline = shrink_status([p for finding in main for p in finding.points])
     elif len(main) <= 2:
-        several = len(main) > 1
-        headline = "; ".join(f"{f.setting}: {f.text}" if several else f.text for f in main)
+        names = _names(main)
+        headline = "; ".join(
+            f"{name}: {f.text}" if name else f.text for name, f in zip(names, main, strict=True)
+        )
     else:
-        names = {
-            status: ", ".join(f"{f.method} ({f.setting})" for f in main if f.status == status)
+        names = list(zip(_names(main), main, strict=True))
+        parts = {
+            status: ", ".join(name for name, f in names if f.status == status)
             for status in (HOLDS, FAILS, UNDECIDED)
         }
-        headline = "; ".join(f"{status} for {text}" for status, text in names.items() if text)
+        first_name, first = names[0]
+        parts = [f"{status} for {text}" for status, text in parts.items() if text]
+        headline = "; ".join([*parts, f"{first_name}: {first.text}"])
     return Verdict(name, status, headline, tuple(findings), CLAIMS[name])
+
+
+def _names(findings: list[Finding]) -> list[str]:
+    """What tells these findings apart: the mask, the setting, both, or nothing where it is one."""
+    masks = len({finding.mask for finding in findings}) > 1
+    settings = len({finding.setting for finding in findings}) > 1
+    return [
+        ", ".join([f"mask {finding.mask}"] * masks + [finding.setting] * settings)
+        for finding in findings
+    ]
 
 
 def _nothing(name: str) -> str:

@@ -56,7 +56,20 @@ def load_all(paths: Iterable[str | Path]) -> Results:
     """Read several files of one device as one. An id in two of them is taken from the later file,
     and said so in `notes`. Raises ToolError when the devices differ.
     """
-    loaded = [load(path) for path in paths]
+    return _merged([load(path) for path in paths])
+
+
+def load_by_device(paths: Iterable[str | Path]) -> list[Results]:
+    """Read several files, those of one device and number of ranks as one, in the order given."""
+    groups: dict[tuple, list[Results]] = {}
+    for results in (load(path) for path in paths):
+        machine = results.machine
+        key = (results.device, machine["kind"], machine.get("ranks"))
+        groups.setdefault(key, []).append(results)
+    return [_merged(group) for group in groups.values()]
+
+
+def _merged(loaded: list[Results]) -> Results:
     first = loaded[0]
     merged: dict[str, Result] = {}
     notes: list[str] = []
@@ -65,6 +78,11 @@ def load_all(paths: Iterable[str | Path]) -> Results:
             raise ToolError(
                 f"{first.files[0]} was measured on {first.device}, {results.files[0]} on "
                 f"{results.device}: give files of one device"
+            )
+        if results.caches != first.caches:
+            shown = [" and ".join(sorted(one.caches)) or "unknown" for one in (first, results)]
+            notes.append(
+                f"{first.files[0]} has {shown[0]} caches; {results.files[0]} has {shown[1]}"
             )
         if results.versions != first.versions:
             notes.append(
@@ -102,8 +120,10 @@ def _result(entry: Any, path: str | Path) -> Result:
         raise ToolError(f"{where} has no id or no case: the file was changed; measure again")
     return Result(
         id=info["id"],
-        usual_mask=info.get("usual_mask"),
+        # Files from before `usual` name the mask alone.
+        usual=_section(info, "usual", where) or {"mask": info.get("usual_mask")},
         case=_case(case, where),
+        known=frozenset(case),
         samples=_samples(entry, where),
         device=str(info.get("device", "")),
         timing=_section(info, "timing", where),

@@ -10,13 +10,21 @@ from dataclasses import dataclass
 from tools.stats import Interval
 
 HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
+# Verdicts of H2 as the predicate of one point, and of several.
+PREDICATES = {
+    "shrinks": ("shrinks", "shrink"),
+    "kept": ("keeps it", "keep it"),
+    "falls behind": ("falls behind", "fall behind"),
+    "none to lose": ("has none to lose", "have none to lose"),
+}
 
 
 @dataclass(frozen=True)
 class Point:
     """One place in the grid: a ratio of times, below 1 where the first method is the faster.
 
-    `against` is the dense method that was the better one. H2 adds the forward's ratio, the change
+    `against` is the dense line that was the better one, `of` the line and setting that the point
+    is of. H2 adds the forward's ratio, the change
     from it (above 1: the advantage shrank), the share of upkeep, and what the ratio would be
     without upkeep.
     """
@@ -31,6 +39,7 @@ class Point:
     change: Interval | None = None
     upkeep: float | None = None
     without_upkeep: float | None = None
+    of: str = ""
 
 
 def corner(verdicts: dict[tuple[int, int], str], wanted: set[str]) -> set[tuple[int, int]]:
@@ -96,9 +105,10 @@ def shrink_status(points: list[Point]) -> tuple[str, str]:
     tests = [point for point in points if point.verdict in ("shrinks", "kept")]
     behind = [point for point in points if point.verdict in ("falls behind", "none to lose")]
     shown = max(tests or behind or points, key=lambda p: (p.N, p.B, p.upkeep or 0))
+    which = f" ({shown.of})" if len({point.of for point in points}) > 1 else ""
     parts.append(
-        f"at N={shown.N}, B={shown.B} the time against dense goes from {shown.forward} in the "
-        f"forward to {shown.ratio} in training"
+        f"at N={shown.N}, B={shown.B}{which} the time against dense goes from {shown.forward} in "
+        f"the forward to {shown.ratio} in training"
     )
     statuses = {point.verdict for point in tests}
     unsure = sum(point.verdict == "unsure" for point in points)
@@ -118,7 +128,10 @@ def shrink_status(points: list[Point]) -> tuple[str, str]:
 def everywhere_status(points: list[Point]) -> tuple[str, str]:
     """H3: slower at every judged point, or at none; most points are judged."""
     if not points:
-        return UNDECIDED, "no point where Block-Shock was measured with the same mask as well"
+        return (
+            UNDECIDED,
+            "no point where Block-Shock was measured with the same mask and reduce as well",
+        )
     slower = sum(point.verdict == "slower" for point in points)
     not_slower = sum(point.verdict in ("same", "faster") for point in points)
     text = f"{_tally(points)}; {_spread(points)}"
@@ -136,8 +149,15 @@ def _tally(points: list[Point]) -> str:
     counts: dict[str, int] = defaultdict(int)
     for point in points:
         counts[point.verdict] += 1
-    words = ", ".join(f"{number} {name}" for name, number in counts.items())
+    words = ", ".join(f"{number} {_said(name, number)}" for name, number in counts.items())
     return f"of {len(points)} points {words}"
+
+
+def _said(verdict: str, number: int) -> str:
+    """A verdict as the predicate of so many points: 1 falls behind, 26 fall behind."""
+    word, space, rest = verdict.partition(" (")
+    one, many = PREDICATES.get(word, (word, word))
+    return (one if number == 1 else many) + space + rest
 
 
 def _spread(points: list[Point]) -> str:

@@ -14,9 +14,9 @@ from tools.figures.costs import (
     quality_speed_vs_size,
     time_per_weight_byte_vs_size,
 )
+from tools.figures.limits import floor_share_vs_size, over_floor
 from tools.figures.regions import less_layout_fix_vs_size, regions_vs_size
 from tools.figures.speed import (
-    floor_share_vs_size,
     phase_vs_batch,
     phase_vs_size,
     speedup_map,
@@ -30,6 +30,7 @@ FIGURES: dict[str, Callable[[Results], list[Drawing]]] = {
     MAIN: lambda results: phase_vs_size(results, "forward"),
     "forward_vs_B": lambda results: phase_vs_batch(results, "forward"),
     "speedup_map": speedup_map,
+    "forward_over_floor": lambda results: over_floor(results, "forward"),
     "forward_floor_vs_N": floor_share_vs_size,
     "forward_regions_vs_N": regions_vs_size,
     "forward_less_layout_fix_vs_N": less_layout_fix_vs_size,
@@ -39,6 +40,7 @@ FIGURES: dict[str, Callable[[Results], list[Drawing]]] = {
     "backward_vs_B": lambda results: phase_vs_batch(results, "backward"),
     "training_vs_N": lambda results: phase_vs_size(results, "training"),
     "training_vs_B": lambda results: phase_vs_batch(results, "training"),
+    "training_over_floor": lambda results: over_floor(results, "training"),
     "step_breakdown": step_breakdown,
     "memory_vs_N": memory_vs_size,
     "errors_vs_N": errors_vs_size,

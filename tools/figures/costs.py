@@ -3,8 +3,9 @@
 from matplotlib.axes import Axes
 
 from tools.cases import Result, Results
-from tools.figures import style
+from tools.figures import looks, style, ticks
 from tools.figures.style import Absent, Drawing
+from tools.opponents import way
 
 MEASURES = {
     "relative": "relative error\n(Frobenius)",
@@ -24,7 +25,8 @@ def memory_vs_size(results: Results) -> list[Drawing]:
     """Weight bytes and peak memory per rank against N, in bytes and GiB."""
     found = [r for r in results.of("forward") if "weight_bytes" in r.memory]
     groups = style.settings(found, "forward results with memory")
-    title = "Memory of a rank: weights, and peak of the forward"
+    peak = any("peak_bytes" in r.memory for r in found)
+    title = "Memory of a rank: weights" + (", and peak of the forward" if peak else "")
     drawings = []
     for text, group in groups.items():
         panels = style.panels_over(group, "N")
@@ -44,9 +46,15 @@ def memory_vs_size(results: Results) -> list[Drawing]:
         figure = style.finish(canvas, title, results, text)
         caption = (
             "The rank that holds the most counts. Left axis: bytes; right axis: the same in "
-            "GiB. Weights: what the tensors hold, with a ring where the estimate from N, K "
-            "and the format lies. Peak: the most that was allocated at once."
+            "GiB. Weights: what the tensors hold"
         )
+        if any("weight_bytes_estimated" in r.memory for r in group):
+            caption += ", with a ring where the estimate from N, K and the format lies"
+        caption += ". "
+        if peaks:
+            caption += "Peak: the most that was allocated at once."
+        else:
+            caption += "This device does not say how much was allocated at most."
         name = style.file_name("memory_vs_N", text, groups)
         drawings.append(Drawing(name, title, caption, figure))
     return drawings
@@ -112,10 +120,10 @@ def errors_vs_size(results: Results) -> list[Drawing]:
                     axes.set_title(TENSORS[tensor])
                 _errors(axes, panel, tensor, measure)
                 sizes = [r.case.N for r in panel]
-                style.size_axis(axes, "N", sizes, label=measure == measures[-1])
+                ticks.size_axis(axes, "N", sizes, label=measure == measures[-1])
             low, high = row[0].get_ylim()
             if measure != "ratio" and low > 0 and high > 4 * low:
-                style.log_axis(row[0], lambda value: f"{value:g}")
+                ticks.log_axis(row[0], lambda value: f"{value:g}")
             else:
                 row[0].set_ylim(0, 1.08 * high)
         figure = style.finish(canvas, title, results, f"{text}, B = {b}")
@@ -141,7 +149,7 @@ def _errors(axes: Axes, panel: list[Result], tensor: str, measure: str) -> None:
         # A log axis has no zero: an exact result is drawn in the ratio alone.
         if measure == "ratio" or all(value > 0 for value in values):
             sizes = [r.case.N * style.beside(i, len(lines)) for r in line]
-            axes.plot(sizes, values, **style.line_style(line[0]))
+            axes.plot(sizes, values, **looks.line_style(line[0]))
         limits |= {r.case.N: r.errors[tensor].get("limit") for r in line}
     limits = {n: limit for n, limit in limits.items() if limit is not None}
     if measure == "ratio" and limits:
@@ -157,32 +165,33 @@ def _errors(axes: Axes, panel: list[Result], tensor: str, measure: str) -> None:
 
 def _memory(axes: Axes, panel: list[Result], key: str) -> None:
     for line in style.lines(panel):
-        sizes, look = [r.case.N for r in line], style.line_style(line[0])
-        axes.plot(sizes, [r.memory[key] for r in line if key in r.memory], **look)
-        estimated = [r.memory.get("weight_bytes_estimated") for r in line]
-        if key == "weight_bytes" and None not in estimated:
+        line = [r for r in line if key in r.memory]
+        look = looks.line_style(line[0])
+        axes.plot([r.case.N for r in line], [r.memory[key] for r in line], **look)
+        estimated = [r for r in line if "weight_bytes_estimated" in r.memory]
+        if key == "weight_bytes" and estimated:
             axes.plot(
-                sizes,
-                estimated,
+                [r.case.N for r in estimated],
+                [r.memory["weight_bytes_estimated"] for r in estimated],
                 linestyle="none",
                 marker="o",
                 markersize=13,
                 markerfacecolor="none",
                 markeredgecolor=look["color"],
             )
-    style.size_axis(axes, "N", [r.case.N for r in panel])
+    ticks.size_axis(axes, "N", [r.case.N for r in panel])
 
 
 def _both_units(canvas: style.Canvas) -> None:
     first = canvas.axes[0][0]
-    style.log_axis(first, lambda value: f"{value:.0e}".replace("e+0", "e").replace("e+", "e"))
+    ticks.log_axis(first, lambda value: f"{value:.0e}".replace("e+0", "e").replace("e+", "e"))
     for row in canvas.axes:
         row[0].set_ylabel("bytes")
         last = [axes for axes in row if axes.get_visible()][-1]
         right = last.secondary_yaxis("right", functions=(_to_gib, _from_gib))
         right.set_ylabel("GiB", color=style.INK)
         low, high = first.get_ylim()
-        style.log_axis(right, lambda value: f"{value:g}", (low / 2**30, high / 2**30))
+        ticks.log_axis(right, lambda value: f"{value:g}", (low / 2**30, high / 2**30))
         right.tick_params(colors=style.MUTED, labelcolor=style.INK)
 
 
@@ -210,10 +219,10 @@ def _simple(results: Results, found: list[Result], words, label: str, value) -> 
             axes.set_title(f"B = {b}")
             for line in style.lines(panel):
                 axes.plot(
-                    [r.case.N for r in line], [value(r) for r in line], **style.line_style(line[0])
+                    [r.case.N for r in line], [value(r) for r in line], **looks.line_style(line[0])
                 )
-            style.size_axis(axes, "N", [r.case.N for r in panel])
-            style.log_axis(axes)
+            ticks.size_axis(axes, "N", [r.case.N for r in panel])
+            ticks.log_axis(axes)
         for row in canvas.axes:
             row[0].set_ylabel(label)
         figure = style.finish(canvas, title, results, text)
@@ -227,4 +236,4 @@ def _with_mean(results: Results, phase: str) -> list[Result]:
 
 def _place(result: Result) -> tuple:
     case = result.case
-    return (case.method, case.mask, case.N, case.K, case.B, case.dtype, case.bias, case.input)
+    return (*way(result), case.N, case.K, case.B, case.dtype, case.bias, case.input)

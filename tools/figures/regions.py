@@ -1,7 +1,7 @@
 """Where the forward's time goes: all of it, the reduce, and copies made for a collective's sake."""
 
 from tools.cases import Result, Results
-from tools.figures import style
+from tools.figures import looks, style, ticks
 from tools.figures.style import Absent, Drawing
 from tools.tables import seconds
 
@@ -28,9 +28,9 @@ def regions_vs_size(results: Results) -> list[Drawing]:
                 if name == names[0]:
                     axes.set_title(f"B = {b}")
                 _region(axes, name, panel)
-                style.size_axis(axes, "N", [r.case.N for r in panel], label=name == names[-1])
+                ticks.size_axis(axes, "N", [r.case.N for r in panel], label=name == names[-1])
                 if axes.has_data():
-                    style.log_axis(axes, seconds)
+                    ticks.log_axis(axes, seconds)
             row[0].set_ylabel(SHOWN[name])
         figure = style.finish(canvas, title, results, text)
         caption = (
@@ -63,14 +63,14 @@ def less_layout_fix_vs_size(results: Results) -> list[Drawing]:
         for axes, (b, panel) in zip(axes_, panels, strict=False):
             axes.set_title(f"B = {b}")
             for line in style.lines(panel):
-                sizes, look = [r.case.N for r in line], style.line_style(line[0])
+                sizes, look = [r.case.N for r in line], looks.line_style(line[0])
                 axes.plot(sizes, [_less_layout(r) for r in line], **look)
                 if any("layout_fix" in r.regions for r in line):
                     look |= {"marker": None, "linewidth": 0.9, "linestyle": (0, (1, 1))}
                     look["label"] = f"{line[0].label}, layout fix included"
                     axes.plot(sizes, [r.regions["forward"].avg for r in line], **look)
-            style.size_axis(axes, "N", [r.case.N for r in panel])
-            style.log_axis(axes, seconds)
+            ticks.size_axis(axes, "N", [r.case.N for r in panel])
+            ticks.log_axis(axes, seconds)
         for row in canvas.axes:
             row[0].set_ylabel("average time a call")
         figure = style.finish(canvas, title, results, text)
@@ -97,7 +97,7 @@ def _region(axes, name: str, panel: list[Result]) -> None:
             continue
         sizes = [r.case.N * style.beside(i, len(lines)) for r in line]
         regions = [r.regions[name] for r in line]
-        look = style.line_style(line[0])
+        look = looks.line_style(line[0])
         middle = [region.p50 for region in regions]
         above = [max(0.0, region.p95 - region.p50) for region in regions]
         axes.errorbar(

@@ -1,4 +1,4 @@
-"""How fast: throughput and speed against dense TP, the share of the floor, the map of sizes."""
+"""How fast: throughput and speed against dense TP, and the map of sizes."""
 
 from collections.abc import Sequence
 
@@ -7,11 +7,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 
-from tools.cases import Result, Results, interleaved
-from tools.figures import style
+from tools.cases import Result, Results, over
+from tools.figures import looks, style, ticks
 from tools.figures.style import Absent, Drawing
-from tools.hypotheses import DENSE, SHOCKS, beats_dense
-from tools.stats import THRESHOLD, ratio
+from tools.hypotheses import SHOCKS, beats_dense
+from tools.opponents import BETTER, DENSE
+from tools.stats import THRESHOLD
 
 REFERENCE = DENSE[0]
 WORDS = {
@@ -31,39 +32,9 @@ def phase_vs_batch(results: Results, phase: str) -> list[Drawing]:
     return _phase(results, phase, "B")
 
 
-def floor_share_vs_size(results: Results) -> list[Drawing]:
-    """How much of what the machine could do each method reaches, against N."""
-    groups = style.settings([r for r in results.of("forward") if "seconds" in r.floor], "forward")
-    title = "Forward: share of its own limit that each method reaches"
-    drawings = []
-    for text, found in groups.items():
-        panels = style.panels_over(found, "N")
-        bands, columns = style.folded(len(panels))
-        canvas = style.canvas(bands, columns, sharey=True)
-        for axes, (b, panel) in _placed(canvas, panels):
-            axes.set_title(f"B = {b}")
-            axes.axhline(100, color=style.FLOOR, linewidth=1.2)
-            for line in style.lines(panel):
-                shares = [100 * r.floor["seconds"] / r.median for r in line]
-                axes.plot([r.case.N for r in line], shares, **style.line_style(line[0]))
-            style.size_axis(axes, "N", [r.case.N for r in panel])
-            axes.set_ylim(bottom=0)
-        _left(canvas, "floor / measured time (%)")
-        figure = style.finish(canvas, title, results, text)
-        caption = (
-            "The floor of a method is the largest of its arithmetic, its memory traffic and "
-            "its wire traffic, each at the rate measured on this machine. 100% cannot be "
-            "passed but by noise; what is missing to it is what a better kernel or overlap "
-            "could still win."
-        )
-        name = style.file_name("forward_floor_vs_N", text, groups)
-        drawings.append(Drawing(name, title, caption, figure))
-    return drawings
-
-
 def speedup_map(results: Results) -> list[Drawing]:
     """Block-Shock's forward against the better dense TP at every N and B, as a coloured table."""
-    findings = [f for f in beats_dense(results, THRESHOLD) if f.points]
+    findings = [f for f in beats_dense(results, THRESHOLD) if f.points and f.against == BETTER]
     if not findings:
         raise Absent(f"needs the forward of {SHOCKS[0]} and of {' or '.join(DENSE)} at one size")
     sizes = sorted({point.N for finding in findings for point in finding.points})
@@ -72,14 +43,15 @@ def speedup_map(results: Results) -> list[Drawing]:
     canvas = style.canvas(
         bands, columns, height=0.55 * len(sizes) + 1.0, width=0.85 * len(batches) + 1.8
     )
-    for axes, (_, finding) in _placed(canvas, [(0, finding) for finding in findings]):
+    for axes, (_, finding) in style.placed(canvas, [(0, finding) for finding in findings]):
         _map(axes, finding, sizes, batches)
     title = "Forward: speed against the better dense TP"
     figure = style.finish(canvas, title, results, "above 1 Block-Shock is faster")
     caption = (
-        "Time of the better of dense_tp_row and dense_tp_column over Block-Shock's time, at each N "
-        "and B. Blue: Block-Shock is faster, orange: slower. An asterisk marks a difference of "
-        f"less than {100 * THRESHOLD:g}%, or one that the samples do not show with 95% confidence."
+        "Time of the better of dense_tp_row and dense_tp_column, with their usual reduce, over "
+        "Block-Shock's time, at each N and B. Blue: Block-Shock is faster, orange: slower. An "
+        f"asterisk marks a difference of less than {100 * THRESHOLD:g}%, or one that the samples "
+        "do not show with 95% confidence."
     )
     return [Drawing("speedup_map", title, caption, figure)]
 
@@ -93,7 +65,7 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
         except Absent as error:
             reason = error
             continue
-        compared = any(r.case.method == REFERENCE for r in found)
+        compared = any(map(_is_reference, found))
         bands, columns = style.folded(len(panels))
         each = 2 if compared else 1
         canvas = style.canvas(bands * each, columns, height=2.7)
@@ -105,7 +77,7 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
             if compared:
                 below = canvas.axes[band * each + 1][column]
                 _relative(below, panel, x)
-                style.size_axis(top, x, [getattr(r.case, x) for r in panel], label=False)
+                ticks.size_axis(top, x, [getattr(r.case, x) for r in panel], label=False)
             if column == 0:
                 top.set_ylabel("tokens/s")
                 if compared:
@@ -141,7 +113,7 @@ def _throughput(axes: Axes, panel: Sequence[Result], x: str) -> None:
         axes.plot(
             [getattr(r.case, x) for r in line],
             [r.case.B / r.median for r in line],
-            **style.line_style(line[0]),
+            **looks.line_style(line[0]),
         )
         for r in line:
             # One GPU alone has a floor of its own kind; the limit drawn is that of the ranks.
@@ -159,40 +131,38 @@ def _throughput(axes: Axes, panel: Sequence[Result], x: str) -> None:
             label="limit of the machine (floor)",
             zorder=1,
         )
-    style.size_axis(axes, x, [getattr(r.case, x) for r in panel])
-    style.log_axis(axes)
+    ticks.size_axis(axes, x, [getattr(r.case, x) for r in panel])
+    ticks.log_axis(axes)
 
 
 def _relative(axes: Axes, panel: Sequence[Result], x: str) -> None:
-    reference = {getattr(r.case, x): r for r in panel if r.case.method == REFERENCE}
+    reference = {getattr(r.case, x): r for r in panel if _is_reference(r)}
     axes.axhline(1, color=style.MUTED, linewidth=1)
     for line in style.lines(panel):
         line = [r for r in line if getattr(r.case, x) in reference]
         if not line:
             continue
-        speeds = []
-        for r in line:
-            dense = reference[getattr(r.case, x)]
-            paired = interleaved([dense, r]) if dense is not r else True
-            speeds.append(ratio(dense.samples, r.samples, paired=paired))
-        values = np.array([speed.value for speed in speeds])
+        times = [over(r, reference[getattr(r.case, x)]) for r in line]
+        values = np.array([1 / time.value for time in times])
+        ends = np.array([[1 / time.high, 1 / time.low] for time in times]).T
         # With too few samples there is no interval, and none is drawn.
-        spread = np.array([[s.value - s.low, s.high - s.value] for s in speeds]).T
-        spread *= [1 if speed.enough else 0 for speed in speeds]
+        spread = np.abs(ends - values)
+        spread *= [1 if time.enough else 0 for time in times]
         axes.errorbar(
             [getattr(r.case, x) for r in line],
             values,
             yerr=spread,
             capsize=2.5,
             elinewidth=1,
-            **style.line_style(line[0]),
+            **looks.line_style(line[0]),
         )
-    style.size_axis(axes, x, [getattr(r.case, x) for r in panel])
+    ticks.size_axis(axes, x, [getattr(r.case, x) for r in panel])
     # Twice as fast and half as fast are equally far from 1.
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.9), max(high, 1.1))
-    style.log_axis(axes)
+    ticks.ratio_axis(axes)
+
+
+def _is_reference(result: Result) -> bool:
+    return result.case.method == REFERENCE and not result.unusual
 
 
 def _map(axes: Axes, finding, sizes: list[int], batches: list[int]) -> None:
@@ -203,9 +173,8 @@ def _map(axes: Axes, finding, sizes: list[int], batches: list[int]) -> None:
             if (n, b) in at:
                 speeds[i, j] = np.log2(1 / at[n, b].ratio.value)
     colours = matplotlib.colormaps["PuOr"]
-    norm = TwoSlopeNorm(
-        0, -1, 1
-    )  # half to twice as fast: the same colour, the same speed everywhere
+    # Half to twice as fast: the same colour is the same speed everywhere.
+    norm = TwoSlopeNorm(0, -1, 1)
     cells = {"edgecolors": style.PAPER, "linewidth": 2}
     axes.pcolormesh(np.ma.masked_invalid(speeds), cmap=colours, norm=norm, **cells)
     for i, n in enumerate(sizes):
@@ -234,18 +203,6 @@ def _map(axes: Axes, finding, sizes: list[int], batches: list[int]) -> None:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-def _placed(canvas: style.Canvas, panels: Sequence) -> list:
-    axes = [one for row in canvas.axes for one in row]
-    for unused in axes[len(panels) :]:
-        unused.set_visible(False)
-    return list(zip(axes, panels, strict=False))
-
-
-def _left(canvas: style.Canvas, label: str) -> None:
-    for row in canvas.axes:
-        row[0].set_ylabel(label)
 
 
 def _hide_unused(canvas: style.Canvas, used: int, columns: int, each: int) -> None:

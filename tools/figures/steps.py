@@ -3,8 +3,9 @@
 from matplotlib.axes import Axes
 
 from tools.cases import Result, Results
-from tools.figures import style
+from tools.figures import looks, style
 from tools.figures.style import Drawing
+from tools.opponents import way
 
 SEGMENTS = {
     "forward": "#0072b2",
@@ -87,18 +88,18 @@ def drift_by_step(results: Results) -> list[Drawing]:
 def segments(result: Result, forward: Result | None = None) -> dict[str, float]:
     """Seconds of a step by segment; they add up to the instrumented total.
 
-    forward: the same method's result of the forward phase, which says how much of the communication
-    is the forward's; without it both passes give it up in proportion to their lengths.
+    forward: the same line's result of the forward phase, which says what share of a forward is
+    communication. Without it, and where that share would leave one of the two passes without any
+    time of its own, both give it up in proportion to their lengths.
     """
     times = {name: region.avg for name, region in result.regions.items()}
     ahead, back = times.get("forward", 0.0), times.get("backward", 0.0)
     wire = min(_communication(result), ahead + back)
-    if forward is not None:
-        of_forward = min(_communication(forward), wire, ahead)
-    else:
-        of_forward = wire * ahead / (ahead + back) if ahead + back else 0.0
-    # What the backward cannot have held was the forward's after all.
-    of_forward = max(of_forward, wire - back)
+    of_forward = wire * ahead / (ahead + back) if ahead + back else 0.0
+    if forward is not None and "forward" in forward.regions:
+        share = _communication(forward) / max(forward.regions["forward"].avg, 1e-12)
+        if share < 1 and 0 <= wire - share * ahead < back:
+            of_forward = share * ahead
     parts = {
         "forward": ahead - of_forward,
         "backward": back - (wire - of_forward),
@@ -153,7 +154,7 @@ def _drift(axes: Axes, found: list[Result]) -> None:
         values = line[0].drift["method"]
         steps = range(1, len(values) + 1)
         every = max(1, len(values) // 6)
-        axes.plot(steps, values, markevery=every, **style.line_style(line[0]))
+        axes.plot(steps, values, markevery=every, **looks.line_style(line[0]))
     dense = next((r.drift["dense"] for r in found if r.drift.get("dense")), ())
     if dense:
         axes.plot(
@@ -176,4 +177,4 @@ def _spread(values: list, most: int = MOST) -> list:
 
 def _place(result: Result) -> tuple:
     case = result.case
-    return (case.method, case.mask, case.N, case.K, case.B, case.dtype, case.bias, case.input)
+    return (*way(result), case.N, case.K, case.B, case.dtype, case.bias, case.input)

@@ -1,9 +1,7 @@
-"""How every figure looks: one colour and marker per method, panels, axes, legends, files.
+"""How every figure is laid out: settings, panels, legends, files.
 
-The colours are those of Okabe and Ito, which the colour-blind tell apart; markers and dashes say
-the same again. A method keeps its colour and marker in every figure, a policy or an unusual mask
-its dashes. INK, MUTED, GRID and PAPER occur for nothing else, so that the report can replace them
-in an SVG by the colours of its theme.
+INK, MUTED, GRID and PAPER occur for nothing else, so that the report can replace them in an SVG by
+the colours of its theme.
 """
 
 import io
@@ -16,44 +14,13 @@ from dataclasses import dataclass
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from tools.cases import Result, Results, method_order, order, setting_text
-from tools.tables import count
+from tools.cases import Result, Results, order, setting_text
+from tools.figures.looks import PAPER
 
-INK, MUTED, GRID, PAPER = "#1b1f24", "#59636e", "#dce1e6", "#fffffe"
+INK, MUTED, GRID = "#1b1f24", "#59636e", "#dce1e6"
 FLOOR = "#8a939c"
-
-METHOD_STYLES = {
-    "dense_single": ("#7a7f87", "s"),
-    "dense_tp_row": ("#0072b2", "o"),
-    "dense_tp_column": ("#56b4e9", "^"),
-    "masked_split": ("#cc79a7", "D"),
-    "block_shock": ("#d55e00", "P"),
-    "block_shock_folded": ("#009e73", "X"),
-}
-# For methods that are not known here, by name.
-SPARE_STYLES = (
-    ("#e69f00", "v"),
-    ("#882255", "<"),
-    ("#44aa99", ">"),
-    ("#332288", "p"),
-    ("#999933", "h"),
-    ("#aa4499", "*"),
-)
-DASHES = {
-    "frozen": (0, (1, 1.2)),
-    "dense_master": (0, (5, 2)),
-    "packed_master": "solid",
-    "1100": (0, (6, 1.5, 1, 1.5)),
-    "1010": (0, (3, 1, 1, 1)),
-    "1001": (0, (3, 1, 1, 1, 1, 1)),
-    "random": (0, (2, 1)),
-    "magnitude": (0, (4, 1)),
-    "tile": (0, (7, 2)),
-    "tile_magnitude": (0, (5, 1, 2, 1)),
-}
-MOST_LINES = 10
+MOST_LINES = 14
 
 RC = {
     "font.family": "DejaVu Sans",
@@ -126,7 +93,8 @@ class Canvas:
 def settings(results: Iterable[Result], phase: str) -> dict[str, list[Result]]:
     """The results of each setting, the setting with the most results first.
 
-    Raises Absent when there are none. With more lines than a panel carries, unusual masks go.
+    Raises Absent when there are none. With more lines than a panel carries, unusual variants go,
+    and the text says how many lines are left.
     """
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -136,13 +104,15 @@ def settings(results: Iterable[Result], phase: str) -> dict[str, list[Result]]:
     if not groups:
         raise Absent(f"no {phase} results")
     ranked = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    return {text: _few_lines(sorted(group, key=order)) for text, group in ranked}
+    few = [(text, *_few_lines(sorted(group, key=order))) for text, group in ranked]
+    return {text + left: group for text, group, left in few}
 
 
 def file_name(name: str, text: str, groups: Iterable[str]) -> str:
     """The main setting has the plain name, the others a suffix."""
     if text == next(iter(groups)):
         return name
+    text = text.partition("; ")[0]
     return f"{name}_" + re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
 
 
@@ -179,6 +149,14 @@ def folded(count_: int, most: int = 4) -> tuple[int, int]:
     return math.ceil(count_ / columns), columns
 
 
+def placed(canvas_: Canvas, panels: Sequence) -> list[tuple]:
+    """Each panel with its axes, row by row; axes without a panel are hidden."""
+    axes = [one for row in canvas_.axes for one in row]
+    for unused in axes[len(panels) :]:
+        unused.set_visible(False)
+    return list(zip(axes, panels, strict=False))
+
+
 def finish(canvas_: Canvas, title: str, results: Results, text: str) -> Figure:
     """The title with device and setting, and one legend below all panels."""
     figure = canvas_.figure
@@ -208,27 +186,6 @@ def finish(canvas_: Canvas, title: str, results: Results, text: str) -> Figure:
     return figure
 
 
-def line_style(result: Result) -> dict:
-    """Colour, marker, dashes and label of a result's line."""
-    method = result.case.method
-    if method in METHOD_STYLES:
-        colour, marker = METHOD_STYLES[method]
-    else:
-        colour, marker = SPARE_STYLES[sum(method.encode()) % len(SPARE_STYLES)]
-    mask = result.case.mask if result.case.mask != result.usual_mask else None
-    policy = result.case.policy if result.case.phase == "training" else None
-    # Earlier methods are drawn wider, so that lines which coincide are all seen.
-    place = min(method_order(method)[0], 5)
-    return {
-        "color": colour,
-        "marker": marker,
-        "linestyle": DASHES.get(policy) or DASHES.get(mask) or "solid",
-        "linewidth": 2.9 - 0.3 * place,
-        "markersize": 9 - 0.4 * place,
-        "label": result.label,
-    }
-
-
 def lines(results: Iterable[Result]) -> list[list[Result]]:
     """The results of a panel, one list for each label, in the order of legends."""
     found: dict[str, list[Result]] = defaultdict(list)
@@ -237,58 +194,26 @@ def lines(results: Iterable[Result]) -> list[list[Result]]:
     return list(found.values())
 
 
-def size_axis(axes: Axes, name: str, values: Iterable[int], *, label: bool = True) -> None:
-    """A log axis with ticks at the measured sizes and nowhere else."""
-    ticks = sorted(set(values))
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
-    if len(ticks) > 5:
-        axes.tick_params(axis="x", labelrotation=45)
-    if label:
-        words = {"N": "N (weight N×N)", "B": "B (tokens)"}
-        axes.set_xlabel(words.get(name, name))
-
-
 def beside(place: int, count_: int) -> float:
     """The factor that moves line `place` of `count_` sideways on a size axis, so all are seen."""
     return 1.025 ** (place - (count_ - 1) / 2)
 
 
-def log_axis(axes: Axes, write=count, limits: tuple[float, float] | None = None) -> None:
-    """A log y axis with plain numbers as ticks, three at least.
-
-    limits: of an axis that does not know its own yet.
-    """
-    axes.set_yscale("log")
-    low, high = limits or axes.get_ylim()
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _trimmed(write(value))))
-    decades = [10.0**d for d in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
-    ticks: list[float] = []
-    for steps in ((1,), (1, 2, 5), (1, 2, 3, 5, 7), range(1, 10)):
-        ticks = [step * decade for decade in decades for step in steps]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 3:
+def _few_lines(results: list[Result]) -> tuple[list[Result], str]:
+    """As many lines as a panel carries, and the words for it where some are left out."""
+    count_ = len({result.label for result in results})
+    if count_ <= MOST_LINES:
+        return results, ""
+    left = results
+    for keeps in (
+        lambda r: len(r.unusual) <= 2,
+        lambda r: len(r.unusual) <= 1,
+        lambda r: "mask" not in r.unusual,
+        lambda r: not r.unusual,
+    ):
+        left = [result for result in results if keeps(result)] or left
+        if len({result.label for result in left}) <= MOST_LINES:
             break
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(low, high)
-
-
-def _trimmed(text: str) -> str:
-    number, space, unit = text.partition(" ")
-    if "." in number and "e" not in number:
-        number = number.rstrip("0").rstrip(".")
-    return number + space + unit
-
-
-def _few_lines(results: list[Result]) -> list[Result]:
-    if len({result.label for result in results}) <= MOST_LINES:
-        return results
-    return [
-        result
-        for result in results
-        if result.case.mask in (None, result.usual_mask or result.case.mask)
-    ]
+    kept = len({result.label for result in left})
+    words = f"; {kept} of {count_} lines, the others are in the tables"
+    return left, words if kept < count_ else ""

@@ -1,0 +1,85 @@
+"""Axes of sizes, times and ratios: logarithmic, with plain numbers at places worth a number."""
+
+import math
+from collections.abc import Iterable
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+from tools.tables import count
+
+# Ticks of a ratio, the most welcome first; one is drawn where it does not crowd those before it.
+RATIOS = (1, 2, 0.5, 5, 0.2, 10, 0.1, 20, 50, 100, 1.5, 3, 0.7, 0.3, 1.25, 0.8, 1.1, 0.9, 30)
+CROWDED = 0.07  # of the axis
+
+
+def size_axis(axes: Axes, name: str, values: Iterable[int], *, label: bool = True) -> None:
+    """A log axis with ticks at the measured sizes and nowhere else."""
+    ticks = sorted(set(values))
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    if len(ticks) > 5:
+        axes.tick_params(axis="x", labelrotation=45)
+    if label:
+        words = {"N": "N (weight N×N)", "B": "B (tokens)"}
+        axes.set_xlabel(words.get(name, name))
+
+
+def log_axis(axes: Axes, write=count, limits: tuple[float, float] | None = None) -> None:
+    """A log y axis with plain numbers as ticks, three at least.
+
+    limits: of an axis that does not know its own yet.
+    """
+    axes.set_yscale("log")
+    low, high = limits or axes.get_ylim()
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _trimmed(write(value))))
+    decades = [10.0**d for d in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    ticks: list[float] = []
+    for steps in ((1,), (1, 2, 5), (1, 2, 3, 5, 7), range(1, 10)):
+        ticks = [step * decade for decade in decades for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(low, high)
+
+
+def _trimmed(text: str) -> str:
+    number, space, unit = text.partition(" ")
+    if "." in number and "e" not in number:
+        number = number.rstrip("0").rstrip(".")
+    return number + space + unit
+
+
+def ratio_axis(axes: Axes, least: float = 0.9) -> None:
+    """A log y axis of ratios that has 1 and a tick above it.
+
+    least: the axis begins there, or below where a value does.
+    """
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    low, high = min(low, least), max(high, 1.1)
+    ticks = chosen_ticks(low, high)
+    while max(ticks) <= 1:
+        high *= 1.1
+        ticks = chosen_ticks(low, high)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(low, high)
+
+
+def chosen_ticks(low: float, high: float) -> list[float]:
+    """The RATIOS between low and high that do not crowd each other."""
+    ticks: list[float] = []
+    for tick in RATIOS:
+        if low <= tick <= high and all(
+            abs(math.log(tick / other)) >= CROWDED * math.log(high / low) for other in ticks
+        ):
+            ticks.append(tick)
+    return sorted(ticks)
