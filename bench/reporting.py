@@ -25,6 +25,7 @@ class Progress:
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if self.total and reporter is not None:
             reporter.showfspath = False  # a line a case, without one for its file before it
+            reporter._show_progress_info = False  # nor the share of letters that were not printed
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
