@@ -193,6 +193,8 @@ def model(method, n, b, case):
     # A 2:4 product of few rows is bound by a kernel that reads weights slowly.
     if method == "block_shock" and b <= 64:
         product *= 2.2 if case["kernel"] == "cusparselt" else 0.7
+    if method == "block_shock":
+        product *= {"1100": 0.94, "tile_magnitude": 1.02}.get(case["mask"], 1.0)
     reduce = 0.0 if method == "dense_single" else reduce_time(n, b)
     reduce *= REDUCE.get(case["reduce"], 1.0)
     layout = reduce * 0.3 if method == "dense_tp_column" else 0.0

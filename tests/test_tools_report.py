@@ -13,6 +13,7 @@ from tools.figures import FIGURES, MAIN, draw_all, steps
 from tools.files import ToolError
 from tools.hypotheses import judge_all
 from tools.results import load
+from tools.tables import milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -190,11 +191,12 @@ def test_the_readme_table_is_written_between_its_markers_and_nowhere_else(file, 
     assert after.endswith(f"{summary.END}\n\nEnd.\n")
     assert "old" not in after.split(summary.END)[0].splitlines()
     assert "2x NVIDIA H200" in after
-    assert after.count("\n| 4096 |") == 2
-    assert after.count("\n| 8192 |") == 1
+    assert after.count("\n| 4096 |") == 4  # two sizes, forward and training
+    assert after.count("\n| 8192 |") == 2
     for result in load(file).of("forward"):
-        if "<" not in result.id:
-            assert summary.milliseconds(result.median) in after
+        # Between the table's edges: a number by chance elsewhere is no cell.
+        if "<" not in result.id and result.case.method != "dense_tp_column":
+            assert f"| {milliseconds(result.median)} |" in after
     assert "PyTorch 2.11.0" in capsys.readouterr().out or "PyTorch 2.11.0" in after
 
 

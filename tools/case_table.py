@@ -28,6 +28,9 @@ COLUMNS = (
     number("N", "N"),
     number("B", "B"),
     Column("dtype", "dtype"),
+    Column("mask", "mask"),
+    Column("kernel", "kernel"),
+    Column("reduce", "reduce"),
     Column("optimizer", "optimizer"),
     number("median", "median ms", milliseconds),
     number("p95", "p95 ms", milliseconds),
@@ -35,6 +38,7 @@ COLUMNS = (
     number("tokens", "tokens/s", count),
     number("tflops", "TFLOP/s", figure),
     number("limit", "of its limit", percent),
+    number("over_floor", "over floor", figure),
     number("forward", "forward ms", milliseconds),
     number("backward", "backward ms", milliseconds),
     number("allreduce", "all-reduce ms", milliseconds),
@@ -49,6 +53,7 @@ COLUMNS = (
     number("drift_dense", "last drift of dense", figure),
     number("weight", "weights", size),
     number("peak", "peak memory", size),
+    number("build_peak", "peak of the build", size),
     Column("path", "path"),
     Column("timing", "timing"),
 )
@@ -72,6 +77,7 @@ def _row(result: Result) -> dict:
     case, ordered = result.case, sorted(result.samples)
     regions = {name: region.avg for name, region in result.regions.items()}
     ratios = [e["ratio"] for t, e in result.errors.items() if t != "output" and "ratio" in e]
+    floor = result.floor.get("seconds")
     output = result.errors.get("output", {})
     return {
         "id": result.id,
@@ -79,6 +85,9 @@ def _row(result: Result) -> dict:
         "N": case.N,
         "B": case.B,
         "dtype": case.dtype,
+        "mask": case.mask,
+        "kernel": case.kernel,
+        "reduce": case.reduce,
         "optimizer": case.optimizer,
         "median": result.median,
         "p95": ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))],
@@ -86,6 +95,7 @@ def _row(result: Result) -> dict:
         "tokens": result.rates.get("tokens_per_s"),
         "tflops": result.rates.get("dense_tflops"),
         "limit": result.rates.get("limit_fraction"),
+        "over_floor": result.median / floor if floor else None,
         **{
             k: regions.get(k)
             for k in ("forward", "backward", "allreduce", "allgather", "layout_fix", "compress")
@@ -98,6 +108,7 @@ def _row(result: Result) -> dict:
         "drift_dense": (result.drift.get("dense") or (None,))[-1],
         "weight": result.memory.get("weight_bytes"),
         "peak": result.memory.get("peak_bytes"),
+        "build_peak": result.memory.get("build_peak_bytes"),
         "path": "; ".join(f"{name}: {path}" for name, path in result.paths.items()) or None,
         "timing": " ".join(str(result.timing[k]) for k in ("mode", "l2") if result.timing.get(k)),
     }

@@ -248,8 +248,9 @@ def method_order(method: str) -> tuple[int, str]:
 
 
 def order(result: Result) -> tuple:
-    """Sorts results: phase, sizes, method, then whatever else tells two cases apart."""
+    """Sorts results: phase, sizes, method, its usual way first, then whatever else differs."""
     case = result.case
     phase = PHASES.index(case.phase) if case.phase in PHASES else len(PHASES)
     sizes = (case.dtype or "", case.N or 0, case.K or 0, case.B or 0)
-    return (case.family, phase, case.phase, *sizes, method_order(case.method), result.id)
+    line = (method_order(case.method), len(result.unusual))
+    return (case.family, phase, case.phase, *sizes, line, result.id)

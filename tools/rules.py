@@ -163,6 +163,7 @@ def _said(verdict: str, number: int) -> str:
 def _spread(points: list[Point]) -> str:
     largest = max(points, key=lambda point: (point.N, point.B))
     at = f"{largest.ratio} at N={largest.N}, B={largest.B}"
+    at += f" against {largest.against}" if largest.against else ""
     if len(points) == 1:
         return f"time ratio {at}"
     values = [point.ratio.value for point in points]

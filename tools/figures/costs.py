@@ -22,7 +22,7 @@ TENSORS = {
 
 
 def memory_vs_size(results: Results) -> list[Drawing]:
-    """Weight bytes and peak memory per rank against N, in bytes and GiB."""
+    """Weight bytes and peak memory per rank against N, in bytes and in MiB or GiB."""
     found = [r for r in results.of("forward") if "weight_bytes" in r.memory]
     groups = style.settings(found, "forward results with memory")
     peak = any("peak_bytes" in r.memory for r in found)
@@ -42,15 +42,17 @@ def memory_vs_size(results: Results) -> list[Drawing]:
             _memory(axes, panel, "peak_bytes")
         for unused in axes_[1 + len(peaks) :]:
             unused.set_visible(False)
-        _both_units(canvas)
+        unit = _both_units(canvas)
         figure = style.finish(canvas, title, results, text)
         caption = (
             "The rank that holds the most counts. Left axis: bytes; right axis: the same in "
-            "GiB. Weights: what the tensors hold"
+            f"{unit}. Weights: what the tensors hold. "
         )
         if any("weight_bytes_estimated" in r.memory for r in group):
-            caption += ", with a ring where the estimate from N, K and the format lies"
-        caption += ". "
+            caption += (
+                "Ring: the estimate from N, K and the format; where the marker lies off it, a "
+                "rank holds more than the format needs, such as a mask. "
+            )
         if peaks:
             caption += "Peak: the most that was allocated at once."
         else:
@@ -182,25 +184,20 @@ def _memory(axes: Axes, panel: list[Result], key: str) -> None:
     ticks.size_axis(axes, "N", [r.case.N for r in panel])
 
 
-def _both_units(canvas: style.Canvas) -> None:
+def _both_units(canvas: style.Canvas) -> str:
+    """Draws the second axis and gives its unit."""
     first = canvas.axes[0][0]
     ticks.log_axis(first, lambda value: f"{value:.0e}".replace("e+0", "e").replace("e+", "e"))
+    low, high = first.get_ylim()
+    unit, scale = ("GiB", 2**30) if high >= 2**28 else ("MiB", 2**20)
     for row in canvas.axes:
         row[0].set_ylabel("bytes")
         last = [axes for axes in row if axes.get_visible()][-1]
-        right = last.secondary_yaxis("right", functions=(_to_gib, _from_gib))
-        right.set_ylabel("GiB", color=style.INK)
-        low, high = first.get_ylim()
-        ticks.log_axis(right, lambda value: f"{value:g}", (low / 2**30, high / 2**30))
+        right = last.secondary_yaxis("right", functions=(lambda v: v / scale, lambda v: v * scale))
+        right.set_ylabel(unit, color=style.INK)
+        ticks.log_axis(right, lambda value: f"{value:g}", (low / scale, high / scale))
         right.tick_params(colors=style.MUTED, labelcolor=style.INK)
-
-
-def _to_gib(value):
-    return value / 2**30
-
-
-def _from_gib(value):
-    return value * 2**30
+    return unit
 
 
 def _simple(results: Results, found: list[Result], words, label: str, value) -> list[Drawing]:

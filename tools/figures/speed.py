@@ -49,7 +49,7 @@ def speedup_map(results: Results) -> list[Drawing]:
     figure = style.finish(canvas, title, results, "above 1 Block-Shock is faster")
     caption = (
         "Time of the better of dense_tp_row and dense_tp_column, with their usual reduce, over "
-        "Block-Shock's time, at each N and B. Blue: Block-Shock is faster, orange: slower. An "
+        "Block-Shock's time, at each N and B. Violet: Block-Shock is faster, orange: slower. An "
         f"asterisk marks a difference of less than {100 * THRESHOLD:g}%, or one that the samples "
         "do not show with 95% confidence."
     )

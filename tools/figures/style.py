@@ -196,7 +196,8 @@ def lines(results: Iterable[Result]) -> list[list[Result]]:
 
 def beside(place: int, count_: int) -> float:
     """The factor that moves line `place` of `count_` sideways on a size axis, so all are seen."""
-    return 1.025 ** (place - (count_ - 1) / 2)
+    step = min(1.025, 1.15 ** (1 / max(1, count_ - 1)))
+    return step ** (place - (count_ - 1) / 2)
 
 
 def _few_lines(results: list[Result]) -> tuple[list[Result], str]:
