@@ -6,7 +6,9 @@ pytest-benchmark.
 The options stand here, in the root, so that pytest knows them from any subfolder.
 """
 
+import contextlib
 import os
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import torch
 
 from bench import sweep as sweeps
 from bench.reporting import Progress, SafeResults
-from blockshock.distributed import open_ranks
+from blockshock.distributed import RankFailure, open_ranks
 from blockshock.measure import environment
 from blockshock.measure.clock import CACHES, MODES, ReplayClock
 from blockshock.phases.case import PHASES, Case
@@ -161,11 +163,25 @@ def laboratory(request, ranks):
     )
     lab = Laboratory(ranks, measuring)
     request.config.stash[LABORATORY] = lab
+    with contextlib.suppress(RankFailure):  # each case will tell
+        lab.ceilings()
     return lab
 
 
+@pytest.fixture(scope="session")
+def neighbours(request):
+    """By point: the selected cases that can run here, in the order of collection."""
+    points = defaultdict(list)
+    for item in request.session.items:
+        if "record" in item.fixturenames:
+            case = case_of(item)
+            if not case.unsupported(request.config.stash[DEVICE]):
+                points[case.point].append(case)
+    return points
+
+
 @pytest.fixture
-def record(request, benchmark, laboratory):
+def record(benchmark, laboratory, neighbours):
     """record(case): measures the case beside the other methods of its point, and records it."""
 
     def run(case: Case) -> None:
@@ -178,7 +194,7 @@ def record(request, benchmark, laboratory):
             pytest.skip(reason)
         failure = None
         try:
-            samples, info = laboratory.result(case, _neighbours(request, case))
+            samples, info = laboratory.result(case, neighbours[case.point])
         except CaseFailed as error:
             failure = str(error)
         if failure:  # raised here, not above: else pytest shows the same text twice
@@ -217,13 +233,6 @@ def _cases(config) -> dict[str, list[Case]]:
     except (ValueError, ImportError) as error:  # a SweepError, or what a file is not
         raise pytest.UsageError(str(error)) from None
     return cases
-
-
-def _neighbours(request, case: Case) -> list[Case]:
-    """The selected cases of the same point that can run here, in the order of collection."""
-    device = request.config.stash[DEVICE]
-    selected = [case_of(i) for i in request.session.items if "record" in i.fixturenames]
-    return [c for c in selected if c.point == case.point and not c.unsupported(device)]
 
 
 def _options(case: Case) -> dict:

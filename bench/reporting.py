@@ -28,6 +28,13 @@ class Progress:
             reporter._show_progress_info = False  # nor the share of letters that were not printed
 
     @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        result = yield
+        if fixturedef.argname == "laboratory":
+            self.began = time.monotonic()  # what starting took, it takes once
+        return result
+
+    @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
         report = yield
         if "record" in getattr(item, "fixturenames", ()):

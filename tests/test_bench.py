@@ -52,6 +52,7 @@ def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
     for entry in saved["benchmarks"]:
         info = entry["extra_info"]
         assert info["schema"] == session.SCHEMA
+        assert info["timing"]["interleaved_with"]
         assert "UNSERIALIZABLE" not in json.dumps(entry)
         assert entry["stats"]["rounds"] == len(entry["stats"]["data"]) == 5
         assert "ReplayClock" in str(entry["options"]["timer"])
@@ -78,6 +79,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
     out = bench("--set", "N=100", "--set", "B=8", files=["bench/bench_forward.py"])
     out.assert_outcomes(passed=5, skipped=1)
     out.stdout.fnmatch_lines(["*block_shock-N100*skipped: K = 100 is not a multiple of 64*"])
+    assert not any("%]" in line for line in out.outlines)
     out.stdout.fnmatch_lines(["SKIPPED [[]1]*K = 100 is not a multiple of 64*"])
 
 
@@ -131,7 +133,7 @@ def test_a_file_of_another_shape_is_one_clear_error(bench, tmp_path):
     assert bench(*fits, "--collect-only", "-q").ret == 0
 
 
-@pytest.mark.parametrize("sweep", ["quick", "n_sweep", "batch_sweep", "official"])
+@pytest.mark.parametrize("sweep", ["quick", "n_sweep", "batch_sweep", "official", "ranks"])
 def test_every_shipped_sweep_can_be_collected(bench, sweep):
     out = bench("--sweep", sweep, "--collect-only", "-q")
     assert out.ret == 0
@@ -220,6 +222,16 @@ def test_the_time_that_is_left_counts_points_and_not_cases(monkeypatch):
     assert tell("first") == "6 left, about 20 s"
     assert tell("second", skipped=True) == "5 left, about 20 s"
     assert tell("second") == "4 left, about 15 s"
+
+
+def test_the_time_to_start_is_no_time_of_a_point():
+    progress = reporting.Progress(None)
+    for name, restarted in (("ranks", False), ("laboratory", True)):
+        before, setup = progress.began, progress.pytest_fixture_setup(SimpleNamespace(argname=name))
+        next(setup)
+        with pytest.raises(StopIteration):
+            setup.send("made")
+        assert (progress.began > before) == restarted
 
 
 def test_what_a_killed_run_left_is_removed_and_what_others_write_is_not(bench, tmp_path):

@@ -114,9 +114,11 @@ def measure_point(cases: list[Case], options: Options) -> list[dict]:
 
 
 def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepared:
-    """Builds, checks and warms up one case; `run` stays None when it was refused or failed."""
+    """Builds, checks and warms up one case; `run` stays None when it was refused or failed.
+
+    What the case before it used was released (by `memory.room`).
+    """
     device, prepared = problem.device, Prepared(case, None, None, {})
-    memory.release(device)
     held = memory.reserved(device)
     before = memory.allocated(device) - problem.held_bytes()  # truths come into being on first use
     layer, refusal, build_peak = _build(case, problem)
