@@ -150,7 +150,7 @@ def _tally(points: list[Point]) -> str:
     for point in points:
         counts[point.verdict] += 1
     words = ", ".join(f"{number} {_said(name, number)}" for name, number in counts.items())
-    return f"of {len(points)} points {words}"
+    return f"of {len(points)} point{'s' * (len(points) > 1)} {words}"
 
 
 def _said(verdict: str, number: int) -> str:

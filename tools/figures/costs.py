@@ -189,7 +189,7 @@ def _both_units(canvas: style.Canvas) -> str:
     first = canvas.axes[0][0]
     ticks.log_axis(first, lambda value: f"{value:.0e}".replace("e+0", "e").replace("e+", "e"))
     low, high = first.get_ylim()
-    unit, scale = ("GiB", 2**30) if high >= 2**28 else ("MiB", 2**20)
+    unit, scale = ("GiB", 2**30) if high >= 2**27 else ("MiB", 2**20)
     for row in canvas.axes:
         row[0].set_ylabel("bytes")
         last = [axes for axes in row if axes.get_visible()][-1]

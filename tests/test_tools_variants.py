@@ -1,0 +1,245 @@
+"""Kernels and reduces: labels tell them apart, the right lines decide, old files still count."""
+
+import re
+
+import pytest
+
+from tests import synthetic_results as synthetic
+from tools import compare, summary
+from tools.cases import interleaved, over, setting
+from tools.hypotheses import judge_all
+from tools.opponents import BETTER, SAME_REDUCE
+from tools.results import load, load_all, load_by_device
+from tools.summary_tables import forward_table
+
+NEW_FIELDS = ("kernel", "reduce")
+
+
+def old(entry):
+    """The entry as it was written before kernels and reduces had names."""
+    del entry["extra_info"]["usual"]
+    for name in NEW_FIELDS:
+        del entry["extra_info"]["case"][name]
+    return entry
+
+
+def read(tmp_path, entries, name="a", **options):
+    return load(synthetic.write(tmp_path / f"{name}.json", entries, **options))
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "label"),
+    [
+        ("dense_single", {}, "dense_single"),
+        ("dense_tp_row", {}, "dense_tp_row"),
+        ("dense_tp_row", {"reduce": "auto"}, "dense_tp_row · auto reduce"),
+        ("dense_tp_row", {"reduce": "exchange"}, "dense_tp_row · exchange"),
+        ("block_shock", {"kernel": "cusparselt"}, "block_shock · cusparselt"),
+        ("block_shock_folded", {"kernel": "auto"}, "block_shock_folded · auto kernel"),
+        (
+            "block_shock",
+            {"mask": "1100", "kernel": "thin", "reduce": "collective"},
+            "block_shock · 1100 · thin · collective",
+        ),
+        (
+            "block_shock",
+            {"phase": "training", "policy": "packed_master", "kernel": "thin"},
+            "block_shock · packed_master · thin",
+        ),
+    ],
+)
+def test_a_label_names_what_is_unusual_and_nothing_else(tmp_path, method, changes, label):
+    (result,) = read(tmp_path, [synthetic.entry(method, 64, 1, **changes)]).results
+    assert result.label == label
+
+
+def test_an_old_file_has_the_same_labels_points_and_verdict(tmp_path):
+    entries = synthetic.everything((4096, 8192), (64, 1024), optimizers=("sgd",))
+    new = read(tmp_path, entries)
+    before = read(tmp_path, [old(entry) for entry in entries], "old")
+    assert [r.label for r in before.results] == [r.label for r in new.results]
+    assert [v.headline for v in judge_all(before)] == [v.headline for v in judge_all(new)]
+
+
+def test_kernel_and_reduce_belong_to_the_line_not_to_the_setting(tmp_path):
+    entries = [synthetic.entry(m, 64, 1, **changed) for m, changed in synthetic.VARIANTS]
+    found = read(tmp_path, entries).results
+    assert len({setting(result.case) for result in found}) == 1
+    assert len({result.label for result in found}) == len(synthetic.VARIANTS)
+
+
+def test_variants_of_one_run_were_measured_in_turn(tmp_path):
+    found = read(tmp_path, synthetic.everything((64,), (1,), variants=synthetic.VARIANTS))
+    for phase in ("forward", "training"):
+        results = found.of(phase)
+        assert all(interleaved([results[0], other]) for other in results)
+    assert any("reduce=exchange" in result.run_label for result in found.of("training"))
+
+
+@pytest.mark.parametrize("new_first", [True, False])
+def test_a_field_that_one_file_lacks_is_unknown_not_different(tmp_path, new_first):
+    data = synthetic.samples(1e-3)
+    new = read(tmp_path, [synthetic.entry("block_shock", 64, 1, data=data)])
+    before = read(tmp_path, [old(synthetic.entry("block_shock", 64, 1, data=data))], "old")
+    (row,) = compare.compare(*((new, before) if new_first else (before, new))).rows
+    assert (row.verdict, row.note) == ("same", "")
+
+
+def test_a_field_that_both_files_have_is_compared_null_too(tmp_path):
+    def other(name, **changes):
+        entry = synthetic.entry("block_shock", 64, 1)
+        entry["extra_info"]["case"] |= changes
+        return read(tmp_path, [entry], name)
+
+    for changes in ({"reduce": "exchange"}, {"kernel": None}, {"heads": 2}):
+        value = next(iter(changes.values()))
+        first = other("a", **dict.fromkeys(changes, 1 if value == 2 else "auto"))
+        (row,) = compare.compare(first, other("b", **changes)).rows
+        assert row.verdict == "unsure"
+        assert next(iter(changes)) in row.note
+
+
+def test_cold_caches_are_named_and_never_mixed_in_silence(tmp_path):
+    paths = []
+    for name in ("warm", "cold"):
+        entry = synthetic.entry("dense_tp_row", 64, 1)
+        entry["extra_info"]["timing"]["l2"] = name
+        paths.append(synthetic.write(tmp_path / f"{name}.json", [entry]))
+    assert "cold L2" in load(paths[1]).title
+    assert "cold L2" not in load(paths[0]).title
+    assert "cold L2" in summary.summary(load_by_device(paths[1:]))
+    assert any("warm caches" in note for note in load_all(paths).notes)
+    (row,) = compare.compare(load(paths[0]), load(paths[1])).rows
+    assert row.note == "timing l2: warm → cold"
+
+
+GRID = [(n, b) for n in (4096, 8192) for b in (64, 1024)]
+
+
+def grid(lines, **options):
+    """One entry for each size and (method, changes, milliseconds)."""
+    return [
+        synthetic.entry(method, n, b, seconds=1e-3 * ms, **changes, **options)
+        for n, b in GRID
+        for method, changes, ms in lines
+    ]
+
+
+DENSE = [("dense_tp_row", {}, 1.0), ("dense_tp_column", {}, 1.3)]
+
+
+def h(tmp_path, name, lines):
+    return next(v for v in judge_all(read(tmp_path, grid(lines))) if v.name == name)
+
+
+def test_h1_is_decided_against_dense_tp_as_users_run_it(tmp_path):
+    lines = [*DENSE, ("dense_tp_row", {"reduce": "auto"}, 0.5), ("block_shock", {}, 0.8)]
+    found = h(tmp_path, "H1", lines)
+    assert {f.against: (f.status, f.main) for f in found.findings} == {
+        BETTER: ("holds", True),
+        SAME_REDUCE: ("fails", False),
+    }
+    assert found.status == "holds"
+    same = next(f for f in found.findings if f.against == SAME_REDUCE)
+    assert {point.against for point in same.points} == {"dense_tp_row · auto reduce"}
+    assert same.points[0].ratio.value == pytest.approx(1.6)
+
+
+def test_a_dense_method_without_that_reduce_stands_as_it_usually_is(tmp_path):
+    column = [("dense_tp_row", {}, 1.0), ("dense_tp_column", {}, 0.4)]
+    lines = [*column, ("dense_tp_row", {"reduce": "auto"}, 0.5), ("block_shock", {}, 0.8)]
+    same = next(f for f in h(tmp_path, "H1", lines).findings if f.against == SAME_REDUCE)
+    assert {point.against for point in same.points} == {"dense_tp_column"}
+    assert not any(point.note for point in same.points)
+
+
+def test_no_second_opponent_where_the_reduce_is_the_same(tmp_path):
+    lines = [*DENSE, ("block_shock", {"reduce": "collective"}, 0.8)]
+    (finding,) = h(tmp_path, "H1", lines).findings
+    assert (finding.against, finding.main) == (BETTER, False)
+
+
+@pytest.mark.parametrize("changes", [{"kernel": "cusparselt"}, {"reduce": "exchange"}])
+def test_only_usual_kernels_and_reduces_decide_h1(tmp_path, changes):
+    lines = [*DENSE, ("block_shock", {}, 1.5), ("block_shock", changes, 0.5)]
+    found = h(tmp_path, "H1", lines)
+    assert found.status == "fails"
+    beside = next(f for f in found.findings if f.method != "block_shock")
+    assert (beside.status, beside.main) == ("holds", False)
+    assert h(tmp_path, "H1", [*DENSE, ("block_shock", changes, 0.5)]).status == "undecided"
+
+
+def test_every_mask_decides_h1_and_the_headline_names_it(tmp_path):
+    two = [*DENSE, ("block_shock", {}, 1.5), ("block_shock", {"mask": "1100"}, 0.5)]
+    found = h(tmp_path, "H1", two)
+    assert found.status == "undecided"
+    assert "mask tile: faster at none" in found.headline
+    assert "mask 1100: faster at each" in found.headline
+    three = h(tmp_path, "H1", [*two, ("block_shock", {"mask": "random"}, 1.5)])
+    assert "holds for mask 1100; fails for mask tile, mask random" in three.headline
+    assert "mask" not in h(tmp_path, "H1", two[:3]).headline
+
+
+def trained(ms, *, dense=1.0, **changes):
+    """Training and forward entries of one Block-Shock line beside dense TP."""
+    lines = [("dense_tp_row", {}, 1.0), ("dense_tp_column", {}, 1.3)]
+    lines += [("dense_tp_row", {"reduce": "auto"}, dense)]
+    step = {"phase": "training", "optimizer": "sgd"}
+    entries = grid([*lines, ("block_shock", changes, 0.8)])
+    entries += grid([(m, c | {"policy": "plain"}, v) for m, c, v in lines], **step)
+    return entries + grid([("block_shock", changes | {"policy": "dense_master"}, ms)], **step)
+
+
+def test_h2_compares_a_line_with_its_own_forward_and_reduces_with_their_own(tmp_path):
+    found = {v.name: v for v in judge_all(read(tmp_path, trained(1.5, dense=0.5)))}["H2"]
+    usual, same = found.findings
+    assert (usual.main, same.main) == (True, False)
+    assert usual.points[0].ratio.value == pytest.approx(1.5)
+    assert same.points[0].ratio.value == pytest.approx(3.0)
+    assert same.points[0].forward.value == pytest.approx(1.6)
+    beside = judge_all(read(tmp_path, trained(1.5, kernel="cusparselt")))[1]
+    assert beside.status == "undecided"
+    assert beside.findings
+    assert not any(finding.main for finding in beside.findings)
+
+
+def test_h3_needs_the_same_mask_and_the_same_reduce(tmp_path):
+    lines = [("masked_split", {}, 1.0), ("block_shock", {}, 0.5)]
+    assert h(tmp_path, "H3", lines).status == "holds"
+    assert h(tmp_path, "H3", [lines[0], ("block_shock", {"mask": "1100"}, 0.5)]).findings == (
+        h(tmp_path, "H3", lines[:1]).findings
+    )
+    apart = [lines[0], ("block_shock", {"reduce": "exchange"}, 0.5)]
+    assert h(tmp_path, "H3", apart).status == "undecided"
+    both = [*lines, ("block_shock", {"kernel": "cusparselt"}, 2.0)]
+    found = h(tmp_path, "H3", both)
+    assert found.status == "holds"
+    assert [(f.against, f.status, f.main) for f in found.findings] == [
+        ("block_shock", "holds", True),
+        ("block_shock · cusparselt", "fails", False),
+    ]
+
+
+def test_verdict_and_table_show_one_interval_for_one_ratio(tmp_path):
+    results = read(tmp_path, synthetic.everything((4096, 8192), (64, 1024)))
+    table = forward_table(results)[1]
+    points = [p for f in judge_all(results)[0].findings if f.main for p in f.points]
+    assert len(points) == 4
+    for point in points:
+        assert point.against == "dense_tp_row"
+        assert f"| {point.ratio} |" in table
+        at = {
+            r.label: r for r in results.of("forward") if (r.case.N, r.case.B) == (point.N, point.B)
+        }
+        assert over(at["block_shock"], at["dense_tp_row"]) == point.ratio
+
+
+def test_counts_of_verdicts_are_sentences(tmp_path):
+    headline = judge_all(read(tmp_path, trained(4.0)))[1].headline
+    assert re.search(r"of 4 points 4 shrink\b", headline)
+    one = [
+        e
+        for e in trained(4.0)
+        if (e["extra_info"]["case"]["N"], e["extra_info"]["case"]["B"]) == GRID[0]
+    ]
+    assert "of 1 point 1 shrinks" in judge_all(read(tmp_path, one))[1].headline
