@@ -190,6 +190,20 @@ def test_the_forward_gives_up_the_share_that_its_own_phase_had(tmp_path):
     assert parts["backward"] == pytest.approx(1.25e-3)
 
 
+def test_regions_of_many_batches_show_both_ends_and_say_so(tmp_path):
+    entries = [
+        synthetic.entry(method, n, b)
+        for method in ("dense_tp_row", "block_shock")
+        for n in (4096, 8192)
+        for b in (16, 64, 1024, 4096, 16384)
+    ]
+    loaded = load(synthetic.write(tmp_path / "a.json", entries))
+    (drawing,) = FIGURES["forward_regions_vs_N"](loaded)
+    titles = [axes.get_title() for axes in drawing.figure.axes if axes.get_title()]
+    assert (len(titles), titles[0], titles[-1]) == (4, "B = 16", "B = 16384")
+    assert "some between" in drawing.caption
+
+
 def test_the_caption_of_memory_speaks_only_of_what_is_drawn(tmp_path, drawn):
     entries = synthetic.everything((256, 512), (16,))
     for entry in entries:

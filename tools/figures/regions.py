@@ -5,6 +5,7 @@ from tools.figures import looks, style, ticks
 from tools.figures.style import Absent, Drawing
 from tools.tables import seconds
 
+MOST = 4
 SHOWN = {
     "forward": "forward",
     "allreduce": "all-reduce",
@@ -21,7 +22,8 @@ def regions_vs_size(results: Results) -> list[Drawing]:
     drawings = []
     for text, group in groups.items():
         names = [name for name in SHOWN if any(name in r.regions for r in group)]
-        panels = style.panels_over(group, "N")[:4]
+        every = style.panels_over(group, "N")
+        panels = style.spread(every, MOST)
         canvas = style.canvas(len(names), len(panels), height=2.6, sharex="col")
         for row, name in zip(canvas.axes, names, strict=True):
             for axes, (b, panel) in zip(row, panels, strict=True):
@@ -38,6 +40,8 @@ def regions_vs_size(results: Results) -> list[Drawing]:
             "Line and marker: p50; horizontal stroke: average; whisker: up to p95. Methods "
             "are moved a little sideways so that whiskers do not cover each other."
         )
+        if len(panels) < len(every):
+            caption += " Of the batches the smallest, the largest and some between are drawn."
         if "layout_fix" not in names:
             caption += " No method made a copy for layout's sake."
         name = style.file_name("forward_regions_vs_N", text, groups)

@@ -27,8 +27,8 @@ def step_breakdown(results: Results) -> list[Drawing]:
     ahead = {_place(r): r for r in results.of("forward") if r.regions}
     drawings = []
     for text, group in groups.items():
-        sizes = _spread(sorted({r.case.N for r in group}))
-        batches = _spread(sorted({r.case.B for r in group}))
+        sizes = style.spread(sorted({r.case.N for r in group}), MOST)
+        batches = style.spread(sorted({r.case.B for r in group}), MOST)
         labels = [line[0].label for line in style.lines(group)]
         canvas = style.canvas(
             len(sizes), len(batches), height=0.27 * len(labels) + 0.95, sharey=True
@@ -62,7 +62,7 @@ def drift_by_step(results: Results) -> list[Drawing]:
     drawings = []
     for text, group in groups.items():
         places = sorted({(r.case.N, r.case.B) for r in group})
-        shown = places if len(places) <= 9 else _spread(places, 9)
+        shown = places if len(places) <= 9 else style.spread(places, 9)
         bands, columns = style.folded(len(shown), 3)
         canvas = style.canvas(bands, columns)
         axes_ = [one for row in canvas.axes for one in row]
@@ -166,13 +166,6 @@ def _drift(axes: Axes, found: list[Result]) -> None:
             label="plain dense, same dtype",
         )
     axes.set_ylim(bottom=0)
-
-
-def _spread(values: list, most: int = MOST) -> list:
-    """At most `most` of the values: the ends, and evenly between."""
-    if len(values) <= most:
-        return values
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def _place(result: Result) -> tuple:

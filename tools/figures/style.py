@@ -135,6 +135,13 @@ def panels_over(results: Sequence[Result], x: str) -> list[tuple[int, list[Resul
     return kept
 
 
+def spread(values: list, most: int) -> list:
+    """At most `most` of the values: the ends, and evenly between."""
+    if len(values) <= most:
+        return values
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+
+
 def canvas(rows: int, columns: int, *, height: float = 2.9, width: float = 3.6, **share) -> Canvas:
     """A grid of axes; a single column is drawn wider."""
     width = 7.2 if columns == 1 else 4.6 if columns == 2 else width
