@@ -9,6 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from tests import synthetic_results as synthetic
+from tools.cases import over
 from tools.figures import FIGURES, draw_all, looks, steps, style, ticks
 from tools.results import load
 
@@ -63,6 +64,30 @@ def test_variants_of_a_method_stay_in_its_family_of_colours(results):
         hues = [colorsys.rgb_to_hls(*to_rgb(one))[0] for one in (colour, base)]
         assert abs(hues[0] - hues[1]) < 0.02
         assert (colour == base) == (not line[0].unusual)
+
+
+def test_an_unusual_kernel_has_its_marker_and_an_unusual_reduce_a_hollow_one(results):
+    found = {r.label: looks.line_style(r) for r in results.of("forward")}
+    base = found["block_shock"]
+    assert found["block_shock · cusparselt"]["marker"] != base["marker"]
+    hollow = found["block_shock · collective"]
+    assert hollow["marker"] == base["marker"]
+    assert hollow["markerfacecolor"] == looks.PAPER
+    assert "markerfacecolor" not in base
+
+
+def test_the_relative_panel_shows_the_intervals_of_the_tables(results, drawn):
+    figure = drawn["forward_vs_N"].figure
+    axes = next(a for a in figure.axes if a.get_ylabel().startswith("speed against"))
+    at = {(r.label, r.case.N): r for r in results.of("forward") if r.case.B == 64}
+    bars = {bar.get_label(): bar for bar in axes.containers}
+    assert len(bars) == LABELS
+    for label, bar in bars.items():
+        (segments,) = (lines.get_segments() for lines in bar.lines[2])
+        for n, segment in zip((4096, 8192), segments, strict=True):
+            time = over(at[label, n], at["dense_tp_row", n])
+            assert segment[0][1] == pytest.approx(1 / time.high)
+            assert segment[1][1] == pytest.approx(1 / time.low)
 
 
 def test_the_legend_of_twelve_lines_covers_no_panel(drawn):

@@ -1,12 +1,16 @@
 """Kernels and reduces: labels tell them apart, the right lines decide, old files still count."""
 
+import itertools
+import random
 import re
 
 import pytest
 
+from blockshock.linear import METHODS
+from blockshock.phases.case import Case, choices, usual
 from tests import synthetic_results as synthetic
 from tools import compare, summary
-from tools.cases import interleaved, over, setting
+from tools.cases import VARIANTS, interleaved, over, setting
 from tools.hypotheses import judge_all
 from tools.opponents import BETTER, SAME_REDUCE
 from tools.results import load, load_all, load_by_device
@@ -74,6 +78,41 @@ def test_variants_of_one_run_were_measured_in_turn(tmp_path):
         results = found.of(phase)
         assert all(interleaved([results[0], other]) for other in results)
     assert any("reduce=exchange" in result.run_label for result in found.of("training"))
+
+
+def test_the_tools_name_a_line_as_the_run_does(tmp_path):
+    """`interleaved_with` is written by the run and read here: both must spell it alike."""
+    entries, labels = [], {}
+    for method, cls in METHODS.items():
+        named = [{}] + [{name: value} for name in VARIANTS for value in choices(cls, name)[1:]]
+        for changes, policy in itertools.product(named, [None, *cls.policies]):
+            phase = "training" if policy else "forward"
+            case = Case(method=method, phase=phase, N=64, B=1, policy=policy, **changes)
+            entry = synthetic.entry(method, 64, 1, phase=phase)
+            entry["extra_info"] |= {
+                "id": case.id,
+                "case": case.as_dict(),
+                "usual": {name: usual(cls, name) for name in VARIANTS},
+            }
+            entries.append(entry)
+            labels[case.id] = case.label
+    found = read(tmp_path, entries).results
+    assert {result.id: result.run_label for result in found} == labels
+
+
+def test_rounds_of_one_run_are_resampled_together(tmp_path):
+    chance = random.Random(0)
+    wander = [1 + 0.2 * chance.random() for _ in range(30)]
+    entries = [
+        synthetic.entry(method, 64, 1, data=[1e-3 * scale * w for w in wander])
+        for method, scale in (("dense_tp_row", 1.0), ("block_shock", 1.1))
+    ]
+    dense, shock = read(tmp_path, entries).results
+    assert over(shock, dense).high - over(shock, dense).low < 1e-6
+    for entry in entries:
+        entry["extra_info"]["timing"]["interleaved_with"] = []
+    dense, shock = read(tmp_path, entries, "apart").results
+    assert over(shock, dense).high - over(shock, dense).low > 1e-2
 
 
 @pytest.mark.parametrize("new_first", [True, False])
