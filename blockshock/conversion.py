@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 
 from torch import nn
 
-from blockshock.distributed import reduce
+from blockshock.distributed import collectives
 from blockshock.linear import METHODS
 
 
@@ -116,7 +116,7 @@ def _keep(layer: nn.Linear, cls, users: dict[int, int], group, mask) -> str | No
         K,
         dtype=layer.weight.dtype,
         device_type=layer.weight.device.type,
-        ranks=reduce.group_size(group),
+        ranks=collectives.group_size(group),
         mask=mask,
     )
 

@@ -178,6 +178,22 @@ def transpose(codes: Tensor) -> Tensor:
     return encode(mask.T)
 
 
+def period(codes: Tensor) -> tuple[int, int, int, int] | None:
+    """The codes of rows 0 to 3 where the mask repeats after four rows and one group, else None.
+
+    codes uint8 [n, K/4], n a multiple of 4. True of the fixed patterns and of "tile".
+    """
+    first = codes[:4, :1]
+    if not bool((codes.view(-1, 4, codes.shape[1]) == first).all()):
+        return None
+    return tuple(first.flatten().tolist())
+
+
+def places(code: int) -> tuple[int, int]:
+    """The two kept places of a group with this code."""
+    return code & 3, code >> 2
+
+
 def kept_columns(
     pattern: str, K: int, term: int, *, device: torch.device | str | None = None
 ) -> Tensor:

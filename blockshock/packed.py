@@ -11,10 +11,11 @@ step, which is what makes a 2:4 input gradient dX = dY W possible.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blockshock import masks
-from blockshock.kernels import pack, sparse24
+from blockshock.kernels import columns, pack, sparse24, thin24
 
 
 class Packed24:
@@ -30,6 +31,8 @@ class Packed24:
     def __init__(self, values: Tensor, codes: Tensor, compressed: Tensor | None):
         self.values, self.codes, self.compressed = values, codes, compressed
         self._transposed: Packed24 | None = None
+        self._thin: thin24.Layout | None = None
+        self._period = None  # of the mask; unknown while the codes are being written
         self._seen = -1
 
     @classmethod
@@ -98,9 +101,53 @@ class Packed24:
         """The dense matrix [N, K], zeros where nothing is kept."""
         return pack.expand(self.values, self.codes)
 
-    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """X Wᵀ (+ bias [N]): x [B, K] -> [B, N], contiguous."""
+    def mask_period(self) -> tuple[int, int, int, int] | None:
+        """`masks.period` of the whole mask; looked up once, so only when all rows are written."""
+        if self._period is None:
+            self._period = (masks.period(self.codes),)
+        return self._period[0]
+
+    def product(self, x: Tensor, bias: Tensor | None = None, kernel: str = "cusparselt") -> Tensor:
+        """X Wᵀ (+ bias [N]): x [B, K] -> [B, N], contiguous. kernel: a name in `kernels.products`.
+
+        "folded" takes x [B, K/2] as well: the kept columns.
+        """
+        if kernel == "folded":
+            return F.linear(self.kept_input(x), self.values, bias)
+        if kernel == "thin":
+            places, most = self._thin_layout(), thin24.MAX_BATCH
+            done = [thin24.product(some, self.values, places, bias) for some in x.split(most)]
+            return done[0] if len(done) == 1 else torch.cat(done)
         return sparse24.product(x, self.compressed, self.values, self.codes, bias)
+
+    def kept_input(self, x: Tensor) -> Tensor:
+        """The columns [B, K/2] that a mask of whole columns keeps of x; given those, they pass."""
+        if x.shape[1] == self.values.shape[1]:
+            return x
+        return columns.take(x, masks.places(self.mask_period()[0]))
+
+    def kept_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """The kept entries [N, K/2] of dYᵀ X: dy [B, N], x [B, K] (or its kept columns).
+
+        A periodic mask needs half the products: row r of every four multiplies only the columns
+        that its code keeps. With any other mask the whole product is made, then gathered.
+        """
+        period = self.mask_period()
+        if period is None:
+            return pack.gather_kept(dy.t() @ x, self.codes)
+        if len(set(period)) == 1:
+            return dy.t() @ self.kept_input(x)
+        N, K = self.shape
+        kept = {code: columns.take(x, masks.places(code)) for code in set(period)}
+        out = dy.new_empty(N // 4, 4, K // 2)
+        for row, plane in enumerate(columns.quads(dy)):
+            torch.mm(plane.t(), kept[period[row]], out=out[:, row])
+        return out.view(N, K // 2)
+
+    def _thin_layout(self) -> thin24.Layout:
+        if self._thin is None:
+            self._thin = thin24.layout(self.codes, self.mask_period())
+        return self._thin
 
     @torch.no_grad()
     def with_transpose(self) -> "Packed24":
@@ -162,7 +209,7 @@ class Packed24:
     def nbytes(self) -> int:
         """Bytes held: values, metadata and codes, of W and of Wᵀ when it is kept."""
         head = self.values if self.compressed is None else self.compressed
-        own = head.nbytes + self.codes.nbytes
+        own = head.nbytes + self.codes.nbytes + (self._thin.nbytes if self._thin else 0)
         return own + (self._transposed.nbytes if self._transposed is not None else 0)
 
     def _write_metadata(self) -> None:

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from blockshock.distributed import reduce
+from blockshock.distributed import collectives
 from blockshock.linear import METHODS
 from blockshock.linear.dense import DenseTPRow
 from blockshock.phases import engine
@@ -22,7 +22,7 @@ class Faulty(DenseTPRow):
         """What goes wrong, before a forward; on rank 1 only."""
 
     def forward(self, x):
-        if reduce.group_rank() == 1:
+        if collectives.group_rank() == 1:
             self.fault()
         return super().forward(x)
 
@@ -65,7 +65,7 @@ class OtherBits(Faulty):
 
     def forward(self, x):
         y = super().forward(x)
-        return y * (1 + reduce.group_rank() * torch.finfo(y.dtype).eps)
+        return y * (1 + collectives.group_rank() * torch.finfo(y.dtype).eps)
 
 
 FAULTS = {

@@ -3,7 +3,7 @@
 import torch
 
 from blockshock import masks, sources
-from blockshock.distributed import reduce
+from blockshock.distributed import collectives
 from blockshock.distributed.ranks import device
 from blockshock.linear import METHODS
 from blockshock.measure.errors import figure, relative_error
@@ -61,9 +61,9 @@ def errors(method, N, K, B, dtype, bias=True, lead=(), strided=False, break_it=N
         truth = true[name]
         if name == "grad_weight":
             truth = layer.restrict(sources.TensorWeight(truth))["weight"]
-        found = figure(actual, truth, yardstick, ranks=reduce.group_size())
+        found = figure(actual, truth, yardstick, ranks=collectives.group_size())
         ratios[name] = (found.ratio, found.passes)
-    same = [reduce.same_on_all_ranks(own[name]) for name in ("output", "grad_input")]
+    same = [collectives.same_on_all_ranks(own[name]) for name in ("output", "grad_input")]
     exact = torch.equal(layer.to_dense(), weight)
     return {"ratios": ratios, "same_bits": all(same), "exact_weight": exact}
 
@@ -109,7 +109,7 @@ def drop_a_term(layer):
 
 def layer_is_second():
     """Whether this is rank 1."""
-    return reduce.group_rank() == 1
+    return collectives.group_rank() == 1
 
 
 def refusal(method, N, K, dtype, poison=None, **options):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import blockshock
-from blockshock.distributed import reduce
+from blockshock.distributed import collectives
 from blockshock.distributed.ranks import device
 from blockshock.linear import METHODS
 from blockshock.measure.errors import relative_error
@@ -170,7 +170,7 @@ def test_what_is_shared_hooked_or_computed_is_left_and_a_failure_changes_nothing
 
 
 def different_replicas():
-    torch.manual_seed(reduce.group_rank())
+    torch.manual_seed(collectives.group_rank())
     try:
         blockshock.convert(nn.Sequential(nn.Linear(128, 64)).to(device(), torch.bfloat16),
                            "block_shock", mask="magnitude")  # fmt: skip
@@ -202,7 +202,7 @@ def test_codes_that_are_no_mask_are_refused_when_they_are_loaded(ranks):
 
 
 def test_without_ranks_the_split_methods_leave_every_layer_and_say_why():
-    if reduce.group_size() > 1:
+    if collectives.group_size() > 1:
         pytest.skip("this process is one of torchrun's ranks")
     report = blockshock.convert(nn.Sequential(nn.Linear(64, 64)), "block_shock")
     assert not report.replaced

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # The house of the design, from the ground up; what stands in one row may use one another.
 HOUSE = [
-    {"masks", "sources", "workloads"},
+    {"masks", "sources", "workloads", "choices"},
     {"kernels"},
     {"packed"},
     {"distributed", "measure"},

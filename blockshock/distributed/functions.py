@@ -1,128 +1,83 @@
-"""Autograd of tensors that are replicated on, or dealt out over, the ranks of a group.
+"""Autograd of a layer Y = X Wᵀ (+ b) that is computed by all ranks of a group together.
 
-Every method's input and output are replicated: each rank gets the same x and dY. So
+X, dY, Y and dX are replicated: every rank gets the same X and dY, and returns the same bits. What a
+rank computes is in its own products; two joins make one result of them (`joins`):
 
-    replicate(x)      forward: x                  backward: sum of the ranks' dx
-    sum_partials(y)   forward: sum of partials    backward: dY, as it is
-    take_columns(x)   forward: this rank's columns of x   backward: gather of all ranks' columns
-    join_columns(y)   forward: gather of columns          backward: this rank's columns of dY
+    forward    Y  = output.join( product(X) )
+    backward   dX = input.join( input_gradient(dY) ), begun first, and hidden behind
+               dW = weight_gradient(dY, X), in the form of the rank's own parameter
+               db = Σ dY, on every rank
 
-(the conjugate pairs f, g of Megatron-LM, Shoeybi et al. 2019, arXiv:1909.08053, section 3). No
-caller scales anything: a dense layer computed by all ranks together counts once.
+(Sum forward and gather backward, or the other way round, are the conjugate pairs f, g of
+Megatron-LM, Shoeybi et al. 2019, arXiv:1909.08053, section 3.) No caller scales anything: a dense
+layer computed by all ranks together counts once.
 
 The bias is added once, in the float32 sums of a product's epilogue: by the first rank where
 partials are summed, by each rank for its own columns where columns are joined. Added after the sum
 over ranks it would cost another rounding of Y, √3 in place of √2 of plain dense's error, and
-another pass over Y. The product gets it detached; its gradient Σ dY is given at the sum or join,
-on every rank.
+another pass over Y.
 """
 
+from typing import Protocol
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from blockshock.distributed import reduce
-
-
-def replicate(x: Tensor, group=None) -> Tensor:
-    """x [B, K] used whole by every rank; its gradient is the sum over the ranks.
-
-    The sum overwrites the gradient that arrives, so the one consumer of the result must be a
-    product, whose backward makes a fresh tensor.
-    """
-    return _Replicate.apply(x, group)
+from blockshock.distributed import collectives
+from blockshock.distributed.joins import Gather, Sum
 
 
-def sum_partials(partial: Tensor, bias: Tensor | None = None, group=None) -> Tensor:
-    """The sum over the ranks of partial [B, N]; overwrites it. The gradient passes unchanged.
+class Layer(Protocol):
+    """What `apply` asks of a layer; B rows."""
 
-    bias [N]: what `bias_of_first` gave the product; here it gets its gradient.
-    """
-    return _SumPartials.apply(partial, bias, group)
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    output: Sum | Gather
+    input: Sum | Gather
+
+    def local_input(self, x: Tensor) -> Tensor:
+        """What this rank's products need of x [B, K]."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """A partial of Y, or this rank's columns of it, bias added; x: rows of the local input."""
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """From dy [B, N]: a partial of dX, or this rank's part of it; contiguous."""
+
+    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """From dy [B, N] and the local input: like the weight."""
 
 
-def bias_of_first(bias: Tensor | None, group=None) -> Tensor | None:
+@torch.compiler.disable  # kernels, streams and collectives of its own: a break in a compiled graph
+def apply(layer: Layer, x: Tensor) -> Tensor:
+    """Y [B, N] of x [B, K], which has the weight's dtype and device."""
+    with torch.autocast(x.device.type, enabled=False):  # it computes in the weight's dtype
+        return _Apply.apply(x, layer.weight, layer.bias, layer)
+
+
+def bias_of_first(layer: Layer) -> Tensor | None:
     """The bias for the product of the group's first rank, None for the others."""
-    return bias.detach() if bias is not None and reduce.group_rank(group) == 0 else None
+    first = collectives.group_rank(layer.group) == 0
+    return layer.bias.detach() if layer.bias is not None and first else None
 
 
-def take_columns(x: Tensor, columns: Tensor | None, group=None) -> Tensor:
-    """This rank's columns of x [B, K] -> [B, K/ranks].
-
-    columns [ranks, K/ranks] int64 says which; None deals out contiguous slices.
-    """
-    return _TakeColumns.apply(x, columns, group)
-
-
-def join_columns(part: Tensor, bias: Tensor | None = None, group=None) -> Tensor:
-    """The ranks' column slices [B, N/ranks] side by side -> [B, N].
-
-    bias [N]: its slice `bias_of_own` went into the product; here it gets its gradient.
-    """
-    return _JoinColumns.apply(part, bias, group)
-
-
-def bias_of_own(bias: Tensor | None, group=None) -> Tensor | None:
-    """This rank's slice of the bias, for its product."""
-    return (
-        None
-        if bias is None
-        else bias.detach().chunk(reduce.group_size(group))[reduce.group_rank(group)]
-    )
-
-
-def _own(x: Tensor, columns: Tensor | None, group) -> Tensor:
-    rank, ranks = reduce.group_rank(group), reduce.group_size(group)
-    if columns is not None:
-        return x.index_select(1, columns[rank])
-    width = x.shape[1] // ranks
-    return x[:, rank * width : (rank + 1) * width]
-
-
-class _Replicate(torch.autograd.Function):
+class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return reduce.all_reduce(dx, ctx.group), None
-
-
-class _SumPartials(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, partial, bias, group):
-        total = reduce.all_reduce(partial, group)
-        if total is partial:  # it is a copy when the layout had to be fixed
-            ctx.mark_dirty(partial)
-        return total
+    def forward(ctx, x, weight, bias, layer):
+        local = layer.local_input(x)
+        # Saving the weight makes autograd refuse a backward after the weight was overwritten.
+        ctx.save_for_backward(local if weight.requires_grad else None, weight)
+        ctx.layer = layer
+        return layer.output.begin(layer.product, local).wait()
 
     @staticmethod
     def backward(ctx, dy):
-        return dy, _bias_gradient(ctx, dy), None
-
-
-class _TakeColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, columns, group):
-        ctx.columns, ctx.group = columns, group
-        return _own(x, columns, group)
-
-    @staticmethod
-    def backward(ctx, dx):
-        return reduce.interleave(reduce.all_gather(dx, ctx.group), ctx.columns), None, None
-
-
-class _JoinColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, part, bias, group):
-        ctx.group = group
-        return reduce.interleave(reduce.all_gather(part, group), None)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return _own(dy, None, ctx.group), _bias_gradient(ctx, dy), None
-
-
-def _bias_gradient(ctx, dy: Tensor) -> Tensor | None:
-    return dy.sum(0) if ctx.needs_input_grad[1] else None
+        local, _ = ctx.saved_tensors
+        layer, (need_x, need_weight, need_bias, _) = ctx.layer, ctx.needs_input_grad
+        pending = dw = None
+        if need_x:
+            pending = layer.input.begin(layer.input_gradient, dy, hide=need_weight)
+        if need_weight:
+            dw = layer.weight_gradient(dy, local)
+        db = dy.sum(0) if need_bias else None
+        return None if pending is None else pending.wait(), dw, db, None

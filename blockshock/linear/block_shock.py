@@ -1,12 +1,17 @@
-"""The superposed layer with 2:4 kernels: each rank holds one 2:4-sparse term of W.
+"""The superposed layer: each rank holds one 2:4-sparse term of W.
 
-    Y     = Σ_g X W(g)ᵀ            2:4 product, one all-reduce
-    dX    = Σ_g dY W(g)            2:4 product with the packed W(g)ᵀ, one all-reduce
-    dW(g) = (dYᵀ X) ∘ M(g)         dense product, then only the kept entries
+    Y     = Σ_g X W(g)ᵀ            2:4 product, one sum over ranks
+    dX    = Σ_g dY W(g)            2:4 product with the packed W(g)ᵀ, one sum over ranks
+    dW(g) = (dYᵀ X) ∘ M(g)         at half the arithmetic where the mask is periodic ("tile" and the
+                                   fixed ones); else the dense product, then its kept entries
 
 W(g)ᵀ is 2:4 only for masks of 4×4 tiles with two kept in every row and column ("tile",
-"tile_magnitude"). With any other mask dX is the dense product with the expanded term, and `paths`
-says so. The parameters are, by `master`:
+"tile_magnitude"). A mask that keeps whole columns c_g (1100, 1010, 1001) can be folded: Y is then
+the sum of dense products X[:, c_g] w_gᵀ, and dX[:, c_g] = dY w_g is gathered. With other masks, or
+with kernel="cusparselt" or "thin", dX is the dense product with the expanded term. `paths` says
+what ran.
+
+The parameters are, by `master`:
 
     "packed"  the kept values [N, K/2S]: gradients are computed in packed form, an optimizer writes
               the values in place, and only the transposed copy is refreshed (`upkeep`)
@@ -15,6 +20,7 @@ says so. The parameters are, by `master`:
 With 2S ranks, K is cut in S column shards and a pair of ranks holds the two terms of each.
 """
 
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -22,9 +28,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from blockshock import masks as masks24
-from blockshock import sources
-from blockshock.distributed import functions, reduce
-from blockshock.kernels import algorithms, pack, sparse24
+from blockshock.distributed import collectives, functions
+from blockshock.distributed.joins import Gather, Sum
+from blockshock.kernels import algorithms, columns, pack, products, sparse24
 from blockshock.linear import parts
 from blockshock.measure.floor import Cost, all_reduce_wire
 from blockshock.measure.regions import region
@@ -42,30 +48,50 @@ def _count_write(optimizer, args, kwargs) -> None:
 register_optimizer_step_post_hook(_count_write)
 
 
+FOLDED_MASKS = tuple(name for name, pattern in masks24.PATTERNS.items() if pattern.fixed)
+
+
 class BlockShock(nn.Module):
     """One 2:4 term. weight: kept values [N, K/2S] or masked dense [N, K/S]; bias [N]; codes."""
 
     masks = ("tile", "tile_magnitude", "1100", "1010", "1001", "random", "magnitude")
+    kernels = products.KERNELS
+    reduces = parts.REDUCES
     policies: ClassVar = {
         "frozen": {},
         "dense_master": {"master": "dense"},
         "packed_master": {"master": "packed"},
     }
 
-    def __init__(self, packed: Packed24, weight: Tensor, term: parts.Term, K: int, bias, group):
+    def __init__(
+        self, packed: Packed24, weight: Tensor, term: parts.Term, K: int, bias, group, kernel, how
+    ):
         super().__init__()
         self.packed, self.term, self.K, self.group = packed, term, K, group
-        self.ranks = reduce.group_size(group)
+        self.kernel, self.how = kernel, how
+        self.ranks = collectives.group_size(group)
         self.weight = nn.Parameter(weight)
         self.bias = parts.bias_parameter(bias)
         self.register_buffer("codes", packed.codes)
         self._adopt(packed)
 
     @staticmethod
-    def unsupported(N, K, *, dtype, device_type, ranks, mask=None) -> str | None:
+    def unsupported(
+        N, K, *, dtype, device_type, ranks, mask=None, kernel="auto", reduce="auto"
+    ) -> str | None:
         """Why this method cannot run, or None when it can."""
-        reason = parts.term_unsupported(K, ranks, multiple=64)
-        if reason or (reason := sparse24.unsupported(dtype, device_type)):
+        reason = (
+            parts.term_unsupported(K, ranks, multiple=64)
+            or sparse24.unsupported(dtype, device_type)
+            or products.unsupported(kernel or "auto", dtype, device_type)
+            or parts.reduce_unsupported(reduce, dtype, device_type)
+        )
+        if kernel == "folded" and mask not in FOLDED_MASKS:
+            reason = reason or (
+                f"mask {mask or 'tile'} keeps other columns in each row, so kernel 'folded' cannot "
+                f"be used; it takes {', '.join(FOLDED_MASKS)}"
+            )
+        if reason:
             return reason
         try:
             check_shape(N, K // (ranks // 2))
@@ -75,19 +101,28 @@ class BlockShock(nn.Module):
 
     @classmethod
     def from_dense(
-        cls, weight, bias=None, *, group=None, mask="tile", seed=0, master="packed"
+        cls,
+        weight,
+        bias=None,
+        *,
+        group=None,
+        mask="tile",
+        seed=0,
+        master="packed",
+        kernel="auto",
+        reduce="auto",
     ) -> "BlockShock":
         """weight: a tensor [N, K] or a weight source, N and K multiples of 64; bias [N].
 
-        mask: a name in `masks.PATTERNS`; seed: of the "random" mask; master: "packed" or "dense".
-        Raises ValueError for what `unsupported` names, an unknown mask or master, and a weight
-        that is not finite.
+        mask: a name in `masks.PATTERNS`; seed: of the "random" mask; master: "packed" or "dense";
+        kernel: a name in `products.KERNELS`; reduce: a name in `distributed.reduce.SUMS`. Raises
+        ValueError for what `unsupported` names, an unknown mask or master, and a weight that is not
+        finite.
         """
         if master not in ("packed", "dense"):
             raise ValueError(f"unknown master {master!r}; use 'packed' or 'dense'")
-        source = sources.as_source(weight)
+        source = parts.checked(cls, weight, group, mask=mask, kernel=kernel, reduce=reduce)
         (N, K), device = source.shape, torch.device(source.device)
-        check_shape(N, K)
         term = parts.Term.of(K, group, multiple=64)
         packed = Packed24.empty(N, term.width, dtype=source.dtype, device=device)
         for start, _, rows in parts.blocks(source):
@@ -95,22 +130,58 @@ class BlockShock(nn.Module):
             packed.write_rows(start, rows[:, term.columns].contiguous(), kept)
         if masks24.PATTERNS[mask].transposable:
             packed.with_transpose()
-        return cls(
-            packed, packed.unpack() if master == "dense" else packed.values, term, K, bias, group
-        )
+        own = packed.unpack() if master == "dense" else packed.values
+        return cls(packed, own, term, K, bias, group, kernel, reduce)
 
     @property
     def master(self) -> str:
         """Which form the parameter has: "packed" or "dense"."""
         return "dense" if self.weight.shape[1] == self.term.width else "packed"
 
+    @property
+    def folds(self) -> bool:
+        """Whether the products are dense ones of the kept columns."""
+        whole = products.kind(self.packed.mask_period()) == "columns"
+        return whole and self.kernel in ("auto", "folded")
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
         self._follow_parameters()
-        flat = functions.replicate(parts.flatten(x, self.K, self.weight), self.group)
-        partial = _Product.apply(flat[:, self.term.columns], self.weight, self)
-        y = functions.sum_partials(partial, self.bias, self.group)
+        y = functions.apply(self, parts.flatten(x, self.K, self.weight))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def local_input(self, x: Tensor) -> Tensor:
+        """The shard's columns, [B, K/S], or the kept ones of them, where the product is folded."""
+        own = x[:, self.term.columns]
+        return self.packed.kept_input(own) if self._kernel(self.packed, x) == "folded" else own
+
+    def product(self, x: Tensor) -> Tensor:
+        """X W(g)ᵀ of rows of the local input -> [rows, N]."""
+        kernel = "folded" if self._is_kept(x) else self._kernel(self.packed, x)
+        return self.packed.product(x, functions.bias_of_first(self), kernel)
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dY W(g): dy [B, N] -> [B, K/S], or only the kept columns, where the layer folds."""
+        if self.folds:
+            return dy @ self.packed.values
+        if self.packed.has_transpose:
+            back = self.packed.transposed
+            return back.product(dy, None, self._kernel(back, dy))
+        return dy @ (self.weight if self.master == "dense" else self.packed.unpack())
+
+    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """(dYᵀ X) ∘ M(g) in the form of the parameter: dy [B, N], x the local input."""
+        kept = self.packed.kept_gradient(dy, x)
+        return pack.expand(kept, self.codes) if self.master == "dense" else kept
+
+    def _kernel(self, packed: Packed24, x: Tensor) -> str:
+        mask = products.kind(packed.mask_period())
+        return products.choose(
+            self.kernel, mask, len(x), packed.shape, self.weight.dtype, self.weight.device
+        )
+
+    def _is_kept(self, x: Tensor) -> bool:
+        return x.shape[1] != self.term.width
 
     def upkeep(self) -> None:
         """Brings the compressed forms into step after the weight was written; see `master`.
@@ -126,24 +197,13 @@ class BlockShock(nn.Module):
                 self.packed.recompress(self.weight)
         self._note_in_step()
 
-    def input_gradient(self, dy: Tensor) -> Tensor:
-        """dY W(g): dy [B, N] -> [B, K/S]."""
-        if self.packed.has_transpose:
-            return self.packed.transposed.product(dy)
-        return dy @ (self.weight if self.master == "dense" else self.packed.unpack())
-
-    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        """(dYᵀ X) ∘ M(g) in the form of the parameter: dy [B, N], x [B, K/S]."""
-        kept = pack.gather_kept(dy.t() @ x, self.codes)
-        return pack.expand(kept, self.codes) if self.master == "dense" else kept
-
     def check_pair(self) -> None:
         """Raises ValueError unless the partner rank holds the exact complement. A collective.
 
         Masks are made on each rank from its own copy of the weight: copies that differ show here.
         """
-        codes = reduce.all_gather(self.codes, self.group)
-        partner = codes[reduce.group_rank(self.group) ^ 1]
+        codes = collectives.all_gather(self.codes, self.group)
+        partner = codes[collectives.group_rank(self.group) ^ 1]
         if not torch.equal(masks24.complement(partner), self.codes):
             raise ValueError(
                 "the two terms of a pair are not each other's complement: the ranks were given "
@@ -167,14 +227,19 @@ class BlockShock(nn.Module):
         return {"weight": pack.expand(kept, self.codes) if self.master == "dense" else kept}
 
     def paths(self, batch: int) -> dict[str, str]:
-        """What computes the products of a batch of rows, once they have run."""
-        N, K = self.packed.shape
-        backward = (
-            _path(self.packed.transposed, batch, K, N)
-            if self.packed.has_transpose
-            else "dense product with the expanded term: the mask is not transposable"
-        )
-        return {"forward": _path(self.packed, batch, N, K), "backward": backward}
+        """What computes the products and the sum of a batch of rows, once they have run."""
+        like = self.weight.new_empty(0).expand(batch, 0)
+        forward = _path(self.packed, self._kernel(self.packed, like), batch)
+        if self.folds:
+            backward = "dense product with the kept columns, gathered"
+        elif self.packed.has_transpose:
+            back = self.packed.transposed
+            backward = _path(back, self._kernel(back, like), batch)
+        else:
+            backward = "dense product with the expanded term: the mask is not transposable"
+        gradient = _gradient_path(products.kind(self.packed.mask_period()))
+        own = {"forward": forward, "backward": backward, "weight_gradient": gradient}
+        return own | parts.join_paths(self, batch)
 
     def weight_bytes(self) -> tuple[int, int]:
         """(estimated, actual) bytes of the weight in all its forms on this rank.
@@ -215,6 +280,19 @@ class BlockShock(nn.Module):
         self.codes = packed.codes
         self._seen_codes = self.codes._version
         self._note_in_step()
+        self.output, self.input = self._joins()
+
+    def _joins(self):
+        N, width = self.packed.shape
+        output = Sum(self.how, N, width // 2, self.group)
+        if self.folds:
+            places = masks24.places(self.packed.mask_period()[0])
+            own = places if self.term.index == 0 else columns.others(places)
+            place = partial(parts.place_pairs, places=own)
+            return output, Gather(self.how, self.K, N, place, self.group)
+        if self.ranks == 2:
+            return output, Sum(self.how, self.K, N, self.group)
+        return output, Gather(self.how, self.K, N, parts.add_pairs, self.group)
 
     def _note_in_step(self) -> None:
         self.weight.packed_writes = 0
@@ -249,27 +327,20 @@ class BlockShock(nn.Module):
             self._note_in_step()
 
 
-class _Product(torch.autograd.Function):
-    """Y = X W(g)ᵀ with the three products of the layer; the weight is an edge of the graph."""
-
-    @staticmethod
-    def forward(ctx, x, weight, layer):
-        # Saving the weight makes autograd refuse a backward after the weight was overwritten.
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        ctx.layer = layer
-        return layer.packed.product(x, functions.bias_of_first(layer.bias, layer.group))
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, _ = ctx.saved_tensors
-        need_x, need_weight, _ = ctx.needs_input_grad
-        dx = ctx.layer.input_gradient(dy) if need_x else None
-        dw = ctx.layer.weight_gradient(dy, x) if need_weight else None
-        return dx, dw, None
+def _path(packed: Packed24, kernel: str, batch: int) -> str:
+    N, K = packed.shape
+    if kernel == "cusparselt":
+        return f"cuSPARSELt, algorithm {algorithms.known(batch, N, K, packed.values.dtype)}"
+    return {
+        "plain": "dense product with the expanded term: plain PyTorch on the CPU",
+        "folded": "dense product of the kept columns",
+        "thin": "thin 2:4 kernel",
+    }[kernel]
 
 
-def _path(packed: Packed24, batch: int, N: int, K: int) -> str:
-    if packed.compressed is None:
-        return "dense product with the expanded term: plain PyTorch on the CPU"
-    algorithm = algorithms.known(batch, N, K, packed.values.dtype)
-    return f"cuSPARSELt, algorithm {algorithm}"
+def _gradient_path(kind: str) -> str:
+    return {
+        "columns": "dense product of the kept columns",
+        "periodic": "dense products of the kept columns of each row of four",
+        "free": "dense product, then the kept entries",
+    }[kind]

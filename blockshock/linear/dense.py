@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockshock import sources
-from blockshock.distributed import functions, reduce
+from blockshock.distributed import collectives, functions, joins
+from blockshock.distributed.joins import Gather, Sum
 from blockshock.linear import parts
 from blockshock.measure.floor import Cost, all_gather_wire, all_reduce_wire, product_cost
 
+REDUCES = ("collective", "auto", "two_shot", "exchange")  # the first is what users run today
 POLICIES = {"frozen": {}, "plain": {}}  # how a dense weight can be trained: not at all, or as it is
 
 
@@ -68,50 +70,74 @@ class DenseTPRow(nn.Module):
     """Row-parallel: this rank's columns w_k [N, K/R]; the partial products are summed."""
 
     masks = ()
+    reduces = REDUCES
     policies = POLICIES
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, group):
+    def __init__(self, weight: Tensor, bias: Tensor | None, group, how: str):
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.bias = parts.bias_parameter(bias)
-        self.group = group
-        self.ranks = reduce.group_size(group)
+        self.group, self.ranks = group, collectives.group_size(group)
+        N, width = weight.shape
+        self.K, self.start = width * self.ranks, width * collectives.group_rank(group)
+        self.output = Sum(how, N, width, group)
+        self.input = Gather(how, self.K, N, joins.side_by_side, group)
 
     @staticmethod
-    def unsupported(N, K, *, dtype, device_type, ranks, mask=None) -> str | None:
+    def unsupported(
+        N, K, *, dtype, device_type, ranks, mask=None, reduce="collective"
+    ) -> str | None:
         """Why this method cannot run, or None when it can."""
-        return parts.even_unsupported("K", K, ranks)
+        return parts.even_unsupported("K", K, ranks) or parts.reduce_unsupported(
+            reduce, dtype, device_type
+        )
 
     @classmethod
-    def from_dense(cls, weight, bias=None, *, group=None) -> "DenseTPRow":
-        """weight: a tensor [N, K] or a weight source, K a multiple of the ranks; bias [N]."""
-        source = sources.as_source(weight)
-        reason = parts.even_unsupported("K", source.shape[1], reduce.group_size(group))
-        if reason:
-            raise ValueError(reason)
-        return cls(_own_columns(source, group), bias, group)
+    def from_dense(cls, weight, bias=None, *, group=None, reduce="collective") -> "DenseTPRow":
+        """weight: a tensor [N, K] or a weight source, K a multiple of the ranks; bias [N].
+
+        reduce: a name in `distributed.reduce.SUMS`.
+        """
+        source = parts.checked(cls, weight, group, reduce=reduce)
+        return cls(_own_columns(source, group), bias, group, reduce)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
-        flat = parts.flatten(x, self.weight.shape[1] * self.ranks, self.weight)
-        x_k = functions.take_columns(flat, None, self.group)
-        partial = F.linear(x_k, self.weight, functions.bias_of_first(self.bias, self.group))
-        y = functions.sum_partials(partial, self.bias, self.group)
+        y = functions.apply(self, parts.flatten(x, self.K, self.weight))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def local_input(self, x: Tensor) -> Tensor:
+        """This rank's columns x_k [B, K/R]."""
+        return x[:, self.start : self.start + self.weight.shape[1]]
+
+    def product(self, x_k: Tensor) -> Tensor:
+        """X[:, k_r] w_kᵀ -> [rows, N]."""
+        return F.linear(x_k, self.weight, functions.bias_of_first(self))
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dY w_k -> [B, K/R]."""
+        return dy @ self.weight
+
+    def weight_gradient(self, dy: Tensor, x_k: Tensor) -> Tensor:
+        """dYᵀ X[:, k_r] -> [N, K/R]."""
+        return dy.t() @ x_k
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank."""
         N, width = self.weight.shape
-        start = reduce.group_rank(self.group) * width
 
         def place(full):
-            full[:, start : start + width] = self.weight
+            full[:, self.start : self.start + width] = self.weight
 
-        return parts.assemble(place, (N, width * self.ranks), self.weight, self.group)
+        return parts.assemble(place, (N, self.K), self.weight, self.group)
 
     def restrict(self, source) -> dict[str, Tensor]:
         """What this rank's parameters would be for another dense [N, K]."""
         return {"weight": _own_columns(source, self.group)}
+
+    def paths(self, batch: int) -> dict[str, str]:
+        """How the results of the ranks are joined."""
+        return parts.join_paths(self, batch)
 
     def cost(self, batch: int) -> Cost:
         """Per rank, one forward product."""
@@ -123,7 +149,7 @@ class DenseTPRow(nn.Module):
             width,
             size,
             wire_forward=all_reduce_wire(batch * N * size, self.ranks),
-            wire_backward=all_gather_wire(batch * width * self.ranks * size, self.ranks),
+            wire_backward=all_gather_wire(batch * self.K * size, self.ranks),
         )
 
 
@@ -131,44 +157,72 @@ class DenseTPColumn(nn.Module):
     """Column-parallel: this rank's rows w_n [N/R, K]; the slices of the output are gathered."""
 
     masks = ()
+    reduces = REDUCES
     policies = POLICIES
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, group):
+    def __init__(self, weight: Tensor, bias: Tensor | None, group, how: str):
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.bias = parts.bias_parameter(bias)
-        self.group = group
-        self.ranks = reduce.group_size(group)
+        self.group, self.ranks = group, collectives.group_size(group)
+        height, K = weight.shape
+        self.N, start = height * self.ranks, height * collectives.group_rank(group)
+        self.rows = slice(start, start + height)
+        self.output = Gather(how, self.N, K, joins.side_by_side, group)
+        self.input = Sum(how, K, height, group)
 
     @staticmethod
-    def unsupported(N, K, *, dtype, device_type, ranks, mask=None) -> str | None:
+    def unsupported(
+        N, K, *, dtype, device_type, ranks, mask=None, reduce="collective"
+    ) -> str | None:
         """Why this method cannot run, or None when it can."""
-        return parts.even_unsupported("N", N, ranks)
+        return parts.even_unsupported("N", N, ranks) or parts.reduce_unsupported(
+            reduce, dtype, device_type
+        )
 
     @classmethod
-    def from_dense(cls, weight, bias=None, *, group=None) -> "DenseTPColumn":
-        """weight: a tensor [N, K] or a weight source, N a multiple of the ranks; bias [N]."""
-        source = sources.as_source(weight)
-        reason = parts.even_unsupported("N", source.shape[0], reduce.group_size(group))
-        if reason:
-            raise ValueError(reason)
-        return cls(_own_rows(source, group), bias, group)
+    def from_dense(cls, weight, bias=None, *, group=None, reduce="collective") -> "DenseTPColumn":
+        """weight: a tensor [N, K] or a weight source, N a multiple of the ranks; bias [N].
+
+        reduce: a name in `distributed.reduce.SUMS`.
+        """
+        source = parts.checked(cls, weight, group, reduce=reduce)
+        return cls(_own_rows(source, group), bias, group, reduce)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
-        flat = parts.flatten(x, self.weight.shape[1], self.weight)
-        x_all = functions.replicate(flat, self.group)
-        y_n = F.linear(x_all, self.weight, functions.bias_of_own(self.bias, self.group))
-        y = functions.join_columns(y_n, self.bias, self.group)
+        y = functions.apply(self, parts.flatten(x, self.weight.shape[1], self.weight))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def local_input(self, x: Tensor) -> Tensor:
+        """All of x [B, K]."""
+        return x
+
+    def product(self, x: Tensor) -> Tensor:
+        """X w_nᵀ, with this rank's slice of the bias -> [rows, N/R]."""
+        return F.linear(
+            x, self.weight, None if self.bias is None else self.bias.detach()[self.rows]
+        )
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dY[:, n_r] w_n -> [B, K]."""
+        return dy[:, self.rows] @ self.weight
+
+    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dY[:, n_r]ᵀ X -> [N/R, K]."""
+        return dy[:, self.rows].t() @ x
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank."""
-        return reduce.all_gather(self.weight.detach(), self.group).flatten(0, 1)
+        return collectives.all_gather(self.weight.detach(), self.group).flatten(0, 1)
 
     def restrict(self, source) -> dict[str, Tensor]:
         """What this rank's parameters would be for another dense [N, K]."""
         return {"weight": _own_rows(source, self.group)}
+
+    def paths(self, batch: int) -> dict[str, str]:
+        """How the results of the ranks are joined."""
+        return parts.join_paths(self, batch)
 
     def cost(self, batch: int) -> Cost:
         """Per rank, one forward product."""
@@ -179,18 +233,18 @@ class DenseTPColumn(nn.Module):
             height,
             K,
             size,
-            wire_forward=all_gather_wire(batch * height * self.ranks * size, self.ranks),
+            wire_forward=all_gather_wire(batch * self.N * size, self.ranks),
             wire_backward=all_reduce_wire(batch * K * size, self.ranks),
         )
 
 
 def _own_columns(source, group) -> Tensor:
-    width = source.shape[1] // reduce.group_size(group)
-    start = reduce.group_rank(group) * width
+    width = source.shape[1] // collectives.group_size(group)
+    start = collectives.group_rank(group) * width
     return parts.take_columns(source, slice(start, start + width))
 
 
 def _own_rows(source, group) -> Tensor:
-    height = source.shape[0] // reduce.group_size(group)
-    start = reduce.group_rank(group) * height
+    height = source.shape[0] // collectives.group_size(group)
+    start = collectives.group_rank(group) * height
     return parts.take_rows(source, start, start + height)

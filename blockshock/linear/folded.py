@@ -10,15 +10,16 @@ No sparse kernel is needed and nothing is multiplied by zero: the arithmetic is 
 row-parallel with the columns dealt out differently, which is the bound a fixed pattern can reach.
 """
 
+from functools import partial
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blockshock import masks as masks24
-from blockshock import sources
-from blockshock.distributed import functions, reduce
+from blockshock.distributed import collectives, functions
+from blockshock.distributed.joins import Gather, Sum
+from blockshock.kernels import columns as kept_columns
 from blockshock.linear import parts
 from blockshock.measure.floor import Cost, all_gather_wire, all_reduce_wire, product_cost
 
@@ -27,81 +28,100 @@ class BlockShockFolded(nn.Module):
     """The kept columns of one term. weight [N, K/R], bias [N]."""
 
     masks = ("1100", "1010", "1001")
+    reduces = parts.REDUCES
     policies: ClassVar = {"frozen": {}, "packed_master": {}}
 
-    def __init__(self, weight: Tensor, columns: Tensor, bias, group):
+    def __init__(self, weight: Tensor, mask: str, term: parts.Term, K: int, bias, group, how):
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.register_buffer("columns", columns, persistent=False)
         self.bias = parts.bias_parameter(bias)
-        self.group = group
+        self.mask, self.term, self.K, self.group = mask, term, K, group
+        self.ranks, N = collectives.group_size(group), weight.shape[0]
+        first = tuple(place for place in range(4) if mask[place] == "1")
+        self.places = first if term.index == 0 else kept_columns.others(first)
+        self.output = Sum(how, N, weight.shape[1], group)
+        self.input = Gather(how, K, N, partial(parts.place_pairs, places=first), group)
 
     @staticmethod
-    def unsupported(N, K, *, dtype, device_type, ranks, mask=None) -> str | None:
+    def unsupported(N, K, *, dtype, device_type, ranks, mask=None, reduce="auto") -> str | None:
         """Why this method cannot run, or None when it can."""
-        return parts.term_unsupported(K, ranks)
+        return parts.term_unsupported(K, ranks) or parts.reduce_unsupported(
+            reduce, dtype, device_type
+        )
 
     @classmethod
-    def from_dense(cls, weight, bias=None, *, group=None, mask="1100") -> "BlockShockFolded":
+    def from_dense(
+        cls, weight, bias=None, *, group=None, mask="1100", reduce="auto"
+    ) -> "BlockShockFolded":
         """weight: a tensor [N, K] or a weight source; bias [N]; mask: "1100", "1010" or "1001".
 
-        Raises ValueError for a mask that is not the same in every row.
+        reduce: a name in `distributed.reduce.SUMS`. Raises ValueError for a mask that is not the
+        same in every row.
         """
         if mask not in cls.masks:
             raise ValueError(
                 f"mask {mask!r} does not keep whole columns; the folded method takes "
                 f"{', '.join(cls.masks)}; use block_shock for other masks"
             )
-        source = sources.as_source(weight)
-        K, ranks = source.shape[1], reduce.group_size(group)
-        parts.Term.of(K, group)  # raises for an odd number of ranks or a K that does not divide
-        columns = kept_by_rank(mask, K, ranks).to(source.device)
-        own = columns[reduce.group_rank(group)]
-        return cls(parts.take_columns(source, own), columns, bias, group)
+        source = parts.checked(cls, weight, group, mask=mask, reduce=reduce)
+        K, term = source.shape[1], parts.Term.of(source.shape[1], group)
+        own = parts.take_columns(source, _columns(mask, term, source.device))
+        return cls(own, mask, term, K, bias, group, reduce)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
-        flat = parts.flatten(x, self.columns.numel(), self.weight)
-        x_c = functions.take_columns(flat, self.columns, self.group)
-        partial = F.linear(x_c, self.weight, functions.bias_of_first(self.bias, self.group))
-        y = functions.sum_partials(partial, self.bias, self.group)
+        y = functions.apply(self, parts.flatten(x, self.K, self.weight))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def local_input(self, x: Tensor) -> Tensor:
+        """The kept columns of the shard, [B, K/R]."""
+        return kept_columns.take(x[:, self.term.columns], self.places)
+
+    def product(self, x_c: Tensor) -> Tensor:
+        """X[:, c_g] w_gᵀ -> [rows, N]."""
+        return F.linear(x_c, self.weight, functions.bias_of_first(self))
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dY w_g -> [B, K/R]."""
+        return dy @ self.weight
+
+    def weight_gradient(self, dy: Tensor, x_c: Tensor) -> Tensor:
+        """dYᵀ X[:, c_g] -> [N, K/R]."""
+        return dy.t() @ x_c
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank."""
-        own = self.columns[reduce.group_rank(self.group)]
+        own = _columns(self.mask, self.term, self.weight.device)
 
         def place(full):
             full[:, own] = self.weight
 
-        shape = (self.weight.shape[0], self.columns.numel())
-        return parts.assemble(place, shape, self.weight, self.group)
+        return parts.assemble(place, (self.weight.shape[0], self.K), self.weight, self.group)
 
     def restrict(self, source) -> dict[str, Tensor]:
         """What this rank's parameters would be for another dense [N, K]."""
-        own = self.columns[reduce.group_rank(self.group)]
-        return {"weight": parts.take_columns(source, own)}
+        return {"weight": parts.take_columns(source, _columns(self.mask, self.term, source.device))}
 
     def paths(self, batch: int) -> dict[str, str]:
-        """What computes the products."""
-        return {"forward": "dense product of kept columns", "backward": "dense product of w_gᵀ"}
+        """What computes the products, and how the results of the ranks are joined."""
+        products = {"forward": "dense product of the kept columns"}
+        products["backward"] = "dense product with the kept columns, gathered"
+        return products | parts.join_paths(self, batch)
 
     def cost(self, batch: int) -> Cost:
         """Per rank, one forward product."""
         N, width = self.weight.shape
-        size, (ranks, _) = self.weight.element_size(), self.columns.shape
+        size = self.weight.element_size()
         return product_cost(
             batch,
             N,
             width,
             size,
-            wire_forward=all_reduce_wire(batch * N * size, ranks),
-            wire_backward=all_gather_wire(batch * width * ranks * size, ranks),
+            wire_forward=all_reduce_wire(batch * N * size, self.ranks),
+            wire_backward=all_gather_wire(batch * self.K * size, self.ranks),
         )
 
 
-def kept_by_rank(pattern: str, K: int, ranks: int) -> Tensor:
-    """The columns each rank keeps, [ranks, K/ranks] int64: rank 2s + g has term g of shard s."""
-    width = K // (ranks // 2)
-    terms = [masks24.kept_columns(pattern, width, term) for term in (0, 1)]
-    return torch.stack([terms[r % 2] + (r // 2) * width for r in range(ranks)])
+def _columns(mask: str, term: parts.Term, device) -> Tensor:
+    """The columns of W that a term keeps: int64 [K/R]."""
+    return masks24.kept_columns(mask, term.width, term.index, device=device) + term.start

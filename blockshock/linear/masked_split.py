@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blockshock import sources
-from blockshock.distributed import functions, reduce
+from blockshock.distributed import collectives, functions
+from blockshock.distributed.joins import Gather, Sum
 from blockshock.linear import parts
 from blockshock.measure.floor import Cost, all_reduce_wire, product_cost
 
@@ -24,26 +24,40 @@ class MaskedSplit(nn.Module):
     """One masked term, dense. weight [N, K/S] with zeros where `codes` keep nothing, bias [N]."""
 
     masks = ("tile", "tile_magnitude", "1100", "1010", "1001", "random", "magnitude")
+    reduces = parts.REDUCES
     policies: ClassVar = {"frozen": {}, "plain": {}}
 
-    def __init__(self, weight: Tensor, mask: Tensor, term: parts.Term, K: int, bias, group):
+    def __init__(self, weight: Tensor, mask: Tensor, term: parts.Term, K: int, bias, group, how):
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.register_buffer("mask", mask)
         self.bias = parts.bias_parameter(bias)
         self.term, self.K, self.group = term, K, group
-        self.ranks = reduce.group_size(group)
+        self.ranks, N = collectives.group_size(group), weight.shape[0]
+        self.output = Sum(how, N, term.width, group)
+        self.input = Sum(how, K, N, group)
+        if self.ranks > 2:
+            self.input = Gather(how, K, N, parts.add_pairs, group)
 
     @staticmethod
-    def unsupported(N, K, *, dtype, device_type, ranks, mask=None) -> str | None:
+    def unsupported(N, K, *, dtype, device_type, ranks, mask=None, reduce="auto") -> str | None:
         """Why this method cannot run, or None when it can."""
         pattern = mask or MaskedSplit.masks[0]
-        return parts.term_unsupported(K, ranks) or parts.rows_unsupported(pattern, N)
+        return (
+            parts.term_unsupported(K, ranks)
+            or parts.rows_unsupported(pattern, N)
+            or parts.reduce_unsupported(reduce, dtype, device_type)
+        )
 
     @classmethod
-    def from_dense(cls, weight, bias=None, *, group=None, mask="tile", seed=0) -> "MaskedSplit":
-        """weight: a tensor [N, K] or a weight source; bias [N]; mask: a name in masks.PATTERNS."""
-        source = sources.as_source(weight)
+    def from_dense(
+        cls, weight, bias=None, *, group=None, mask="tile", seed=0, reduce="auto"
+    ) -> "MaskedSplit":
+        """weight: a tensor [N, K] or a weight source; bias [N]; mask: a name in masks.PATTERNS.
+
+        reduce: a name in `distributed.reduce.SUMS`.
+        """
+        source = parts.checked(cls, weight, group, mask=mask, reduce=reduce)
         N, K = source.shape
         term = parts.Term.of(K, group)
         local = torch.empty(N, term.width, dtype=source.dtype, device=source.device)
@@ -51,16 +65,32 @@ class MaskedSplit(nn.Module):
         for start, stop, rows in parts.blocks(source):
             kept[start:stop] = parts.term_mask(mask, rows, term, start=start, seed=seed)
             local[start:stop] = rows[:, term.columns] * kept[start:stop]
-        return cls(local, kept, term, K, bias, group)
+        return cls(local, kept, term, K, bias, group, reduce)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
-        flat = functions.replicate(parts.flatten(x, self.K, self.weight), self.group)
-        weight = _MaskGradient.apply(self.weight, self.mask)
-        bias = functions.bias_of_first(self.bias, self.group)
-        partial = F.linear(flat[:, self.term.columns], weight, bias)
-        y = functions.sum_partials(partial, self.bias, self.group)
+        y = functions.apply(self, parts.flatten(x, self.K, self.weight))
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def local_input(self, x: Tensor) -> Tensor:
+        """The shard's columns, [B, K/S]."""
+        return x[:, self.term.columns]
+
+    def product(self, x: Tensor) -> Tensor:
+        """X W(g)ᵀ -> [rows, N]."""
+        return F.linear(x, self.weight, functions.bias_of_first(self))
+
+    def input_gradient(self, dy: Tensor) -> Tensor:
+        """dY W(g) -> [B, K/S]."""
+        return dy @ self.weight
+
+    def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
+        """(dYᵀ X) ∘ M(g) -> [N, K/S]."""
+        return (dy.t() @ x).mul_(self.mask)
+
+    def paths(self, batch: int) -> dict[str, str]:
+        """How the results of the ranks are joined."""
+        return parts.join_paths(self, batch)
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank: the sum of all terms."""
@@ -86,17 +116,3 @@ class MaskedSplit(nn.Module):
             wire_forward=all_reduce_wire(batch * N * size, self.ranks),
             wire_backward=all_reduce_wire(batch * self.K * size, self.ranks),
         )
-
-
-class _MaskGradient(torch.autograd.Function):
-    """The weight as it is; its gradient only where the mask keeps an entry."""
-
-    @staticmethod
-    def forward(ctx, weight, mask):
-        ctx.save_for_backward(mask)
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx, dw):
-        (mask,) = ctx.saved_tensors
-        return dw * mask, None

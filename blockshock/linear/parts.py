@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from blockshock import masks, sources
-from blockshock.distributed import reduce
+from blockshock.distributed import collectives
+from blockshock.distributed import reduce as sums
+from blockshock.kernels import columns
+
+REDUCES = sums.SUMS  # of the superposed methods; the first is the usual one
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Term:
     @classmethod
     def of(cls, columns: int, group=None, *, multiple: int = 4) -> "Term":
         """This rank's term. Raises ValueError for an odd number of ranks or a bad K."""
-        rank, ranks = reduce.group_rank(group), reduce.group_size(group)
+        rank, ranks = collectives.group_rank(group), collectives.group_size(group)
         reason = term_unsupported(columns, ranks, multiple=multiple)
         if reason:
             raise ValueError(reason)
@@ -71,6 +75,35 @@ def term_unsupported(columns: int, ranks: int, *, multiple: int = 4) -> str | No
             f"({multiple} for each of {ranks // 2} column shards); pad it or use fewer ranks"
         )
     return None
+
+
+def reduce_unsupported(reduce: str | None, dtype: torch.dtype, device_type: str) -> str | None:
+    """Why a sum over ranks cannot be asked for, or None; None stands for a method's usual one."""
+    return None if reduce is None else sums.unsupported(reduce, dtype, device_type)
+
+
+def checked(cls, weight, group=None, **options):
+    """A weight source that the method `cls` can hold with these options; ValueError otherwise."""
+    source = sources.as_source(weight)
+    reason = cls.unsupported(
+        *source.shape,
+        dtype=source.dtype,
+        device_type=torch.device(source.device).type,
+        ranks=collectives.group_size(group),
+        **options,
+    )
+    if reason:
+        raise ValueError(reason)
+    return source
+
+
+def join_paths(layer, batch: int) -> dict[str, str]:
+    """For a method's `paths`: how a batch of rows is joined, forward and backward."""
+    like = batch, layer.weight.dtype, layer.weight.device
+    return {
+        "reduce": str(layer.output.plan(*like)),
+        "reduce_backward": str(layer.input.plan(*like)),
+    }
 
 
 def even_unsupported(name: str, size: int, ranks: int) -> str | None:
@@ -125,16 +158,38 @@ def bias_parameter(bias: Tensor | None) -> nn.Parameter | None:
     return None if bias is None else nn.Parameter(bias.detach().clone())
 
 
-def flatten(x: Tensor, columns: int, weight: Tensor) -> Tensor:
-    """x [..., K] -> [B, K]. Raises ValueError when K, dtype or device are not the weight's."""
-    if x.shape[-1] != columns:
-        raise ValueError(f"x has {x.shape[-1]} features, the layer takes {columns}")
+def flatten(x: Tensor, width: int, weight: Tensor) -> Tensor:
+    """x [..., K] -> [B, K]. Raises ValueError when K, dtype or device are not the weight's.
+
+    Under autocast x is cast to the weight's dtype first.
+    """
+    if x.shape[-1] != width:
+        raise ValueError(f"x has {x.shape[-1]} features, the layer takes {width}")
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        x = x.to(weight.dtype)
     if x.dtype != weight.dtype or x.device != weight.device:
         raise ValueError(
             f"x is {x.dtype} on {x.device}, the layer {weight.dtype} on {weight.device}; "
             "convert one of them"
         )
-    return x.reshape(-1, columns)
+    return x.reshape(-1, width)
+
+
+def place_pairs(terms: list[Tensor], out: Tensor, *, places: columns.Places) -> None:
+    """Writes the kept columns of all terms, [B, K/2S] each in rank order, into out [B, K].
+
+    places: those that the first term of every pair keeps of a group; the second has the others.
+    """
+    width = out.shape[1] // (len(terms) // 2)
+    for shard, (first, second) in enumerate(zip(terms[::2], terms[1::2], strict=True)):
+        columns.join(first, second, places, out[:, shard * width : (shard + 1) * width])
+
+
+def add_pairs(partials: list[Tensor], out: Tensor) -> None:
+    """Adds the two terms' partials of every shard, [B, K/S] each in rank order, into out [B, K]."""
+    width = out.shape[1] // (len(partials) // 2)
+    for shard, (first, second) in enumerate(zip(partials[::2], partials[1::2], strict=True)):
+        torch.add(first, second, out=out[:, shard * width : (shard + 1) * width])
 
 
 def assemble(place: Callable[[Tensor], None], shape, part: Tensor, group=None) -> Tensor:
@@ -145,4 +200,4 @@ def assemble(place: Callable[[Tensor], None], shape, part: Tensor, group=None) -
     full = torch.zeros(shape, dtype=part.dtype, device=part.device)
     with torch.no_grad():
         place(full)
-        return reduce.all_reduce(full, group)
+        return collectives.all_reduce(full, group)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from blockshock.distributed import note, reduce
+from blockshock.distributed import collectives, note
 from blockshock.distributed.ranks import device as rank_device
 from blockshock.measure import ceilings, clock, errors
 from blockshock.measure.floor import step_floor
@@ -131,7 +131,7 @@ def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepa
         return prepared
     experiment = PHASES[case.phase](case, layer, problem)
     figures = experiment.check()
-    same = all(reduce.same_on_all_ranks(t) for t in experiment.replicated.values())
+    same = all(collectives.same_on_all_ranks(t) for t in experiment.replicated.values())
     experiment.replicated.clear()
     outcome = prepared.outcome
     outcome["errors"] = {name: figure.as_dict() for name, figure in figures.items()}
@@ -276,5 +276,5 @@ def _wrong(case: Case, figures: dict, same: bool) -> str:
 def _aligner(device: torch.device):
     """A tiny all-reduce: no rank passes it before the last one arrives."""
     token = torch.zeros(1, device=device)
-    # Not `reduce.all_reduce`: the meeting is no region of the step.
+    # Not `collectives.all_reduce`: the meeting is no region of the step.
     return lambda: dist.all_reduce(token)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from blockshock.distributed import reduce
+from blockshock.distributed import collectives
 from blockshock.phases.case import Case
 
 STEPS = 3
@@ -27,7 +27,7 @@ def profile(step, case: Case, folder: str) -> str:
             step()
         if on_gpu:
             torch.cuda.synchronize()
-    if reduce.group_rank() == 0:
+    if collectives.group_rank() == 0:
         stem.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(f"{stem}.trace.json")
         order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"

@@ -1,0 +1,82 @@
+"""What was fastest where: measured tables behind kernel="auto" and reduce="auto".
+
+A table is a JSON file a GPU: `measured/<GPU>.json` in the package, and before it the one in
+`$BLOCKSHOCK_CACHE` (default `~/.cache/blockshock`), which `python -m blockshock.tune` writes. Of
+the measured sizes the nearest one (by the sum of the ratios' logarithms) stands for those asked
+for.
+
+    products   {N, K, B, dtype, mask, kernel, seconds: {kernel: s}}     K: columns of W
+    sums       {ranks, N, K, B, dtype, how, chunks, seconds: {way: s}}  K: columns of x on a rank
+"""
+
+import json
+import math
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+SHIPPED = Path(__file__).parent / "measured"
+
+
+def folder() -> Path:
+    """Where this user's measured choices are kept."""
+    root = os.environ.get("BLOCKSHOCK_CACHE")
+    return Path(root) if root else Path.home() / ".cache" / "blockshock"
+
+
+def file_name() -> str:
+    """The name of the current GPU's table."""
+    return torch.cuda.get_device_name().replace(" ", "-").replace("/", "-") + ".json"
+
+
+def fastest_product(**wanted) -> str | None:
+    """The kernel for N, K, B, dtype and mask (a kind of `kernels.products`), or None: not known."""
+    found = _nearest("products", wanted)
+    return None if found is None else found["kernel"]
+
+
+def fastest_sum(**wanted) -> dict | None:
+    """The entry for ranks, N, K, B and dtype: `how` and `chunks`; None: not known."""
+    return _nearest("sums", wanted)
+
+
+def _nearest(kind: str, wanted: dict) -> dict | None:
+    sizes = ("N", "K", "B")
+    fixed = {key: value for key, value in wanted.items() if key not in sizes}
+    entries = [
+        entry
+        for entry in _table()[kind]
+        if all(entry.get(key) == value for key, value in fixed.items())
+    ]
+
+    def distance(entry: dict) -> float:
+        return sum(abs(math.log2(entry[size] / wanted[size])) for size in sizes)
+
+    return min(entries, key=distance, default=None)
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[str, list[dict]]:
+    """The user's entries before the shipped ones, so that of equals the user's are taken."""
+    tables = [read(place / file_name()) for place in (folder(), SHIPPED)]
+    return {kind: [entry for table in tables for entry in table[kind]] for kind in KINDS}
+
+
+KINDS = {
+    "products": {"N", "K", "B", "dtype", "mask", "kernel"},
+    "sums": {"ranks", "N", "K", "B", "dtype", "how", "chunks"},
+}
+
+
+def read(file: Path) -> dict[str, list[dict]]:
+    """A table; empty where the file is absent or damaged, as it only saves time."""
+    try:
+        found = json.loads(file.read_text())
+        return {
+            kind: [entry for entry in found.get(kind, []) if needed <= entry.keys()]
+            for kind, needed in KINDS.items()
+        }
+    except (OSError, ValueError, AttributeError):
+        return {kind: [] for kind in KINDS}

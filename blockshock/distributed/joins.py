@@ -1,0 +1,109 @@
+"""How the ranks' results become one: summed, or gathered and put in their places.
+
+A join begins with a product that it runs, on some or all rows, and ends with a tensor that every
+rank holds in the same bits. In between the caller may do other work (`hide`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blockshock.distributed import collectives, reduce, symmetric
+from blockshock.distributed.reduce import Pending, Plan
+from blockshock.measure.regions import region
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Partials [B, columns] are added.
+
+    how: a name in `reduce.SUMS`. depth: how many products each entry of a partial sums.
+    """
+
+    how: str
+    columns: int
+    depth: int
+    group: object = None
+
+    def plan(self, batch: int, dtype: torch.dtype, device: torch.device) -> Plan:
+        """What is done for a batch of rows."""
+        return reduce.plan(self.how, batch, self.columns, self.depth, dtype, device, self.group)
+
+    def begin(self, product: Product, x: Tensor, *, hide: bool = False) -> Pending:
+        """Starts Σ_r product(x)."""
+        chosen = self.plan(len(x), x.dtype, x.device)
+        return reduce.begin_sum(product, x, chosen, self.group, hide=hide)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Parts are sent to all ranks; `place(parts, out)` writes them into [B, columns].
+
+    By the backend's all_gather, or, where the sum over ranks would be an exchange, through the
+    mailboxes.
+    """
+
+    how: str
+    columns: int
+    depth: int
+    place: Callable[[list[Tensor], Tensor], None]
+    group: object = None
+
+    def plan(self, batch: int, dtype: torch.dtype, device: torch.device) -> Plan:
+        """What is done for a batch of rows."""
+        chosen = reduce.plan(self.how, batch, self.columns, self.depth, dtype, device, self.group)
+        if chosen.how == "exchange":
+            return Plan("exchange", 1)
+        return Plan("collective", reason=chosen.reason)
+
+    def begin(self, product: Product, x: Tensor, *, hide: bool = False) -> Pending:
+        """Starts gathering product(x)."""
+        part, ranks = product(x), collectives.group_size(self.group)
+        out = part.new_empty(len(part), self.columns)
+        if ranks == 1 or out.numel() == 0:
+            self._write([part] * ranks, out)
+            return Pending(out)
+        part = collectives.fix_layout(part)
+        if self.plan(len(x), x.dtype, x.device).how == "exchange":
+            return self._exchange(part, out)
+        if not hide:
+            self._write(list(collectives.all_gather(part, self.group)), out)
+            return Pending(out)
+        gathered, work = collectives.start_all_gather(part, self.group)
+
+        def finish():
+            work.wait()
+            self._write(list(gathered), out)
+
+        return Pending(out, finish, [part])
+
+    def _write(self, parts: list[Tensor], out: Tensor) -> None:
+        with region("layout_fix", bytes=out.nbytes):
+            self.place(parts, out)
+
+    def _exchange(self, part: Tensor, out: Tensor) -> Pending:
+        ranks, side = collectives.group_size(self.group), reduce.streams()
+        box = symmetric.mailbox(ranks * part.nbytes, self.group)
+        rank, main = box.shared.rank, side.fork()
+        with torch.cuda.stream(side.send):
+            box.open()
+            for peer in box.shared.peers:
+                box.send(peer, 1, part, rank * part.numel())
+        with torch.cuda.stream(side.finish):
+            parts = {
+                peer: box.receive(peer, 1, part.shape, part.dtype, peer * part.numel())
+                for peer in box.shared.peers
+            }
+            parts[rank] = part
+            self.place([parts[r] for r in range(ranks)], out)
+            box.close()
+        return Pending(out, lambda: side.join(main), [part])
+
+
+def side_by_side(parts: list[Tensor], out: Tensor) -> None:
+    """Contiguous slices of columns, one a rank."""
+    torch.cat(parts, dim=1, out=out)

@@ -1,0 +1,200 @@
+"""Buffers that every rank of a group on one host can write: PyTorch's symmetric memory.
+
+    Push       one kernel: a rank writes its partial into the others' buffers and adds what it got
+    Mailbox    messages by the copy engine, which takes no processor from the products: a rank
+               copies into the receiver's buffer and signals, the receiver's stream waits
+    TwoShot    PyTorch's own two-shot all-reduce, on a staged copy
+
+All of it can be captured in CUDA graphs. NVLink multicast is not used. What is here must be called
+by all ranks of the group in the same order, from one stream at a time.
+"""
+
+import os
+import socket
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from blockshock.kernels import nvrtc
+
+# PyTorch would set multicast up beside every buffer; nothing here uses it.
+os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
+
+PUSH_BLOCKS, PUSH_SPAN = 128, 2048  # blocks of threads, and vectors of 16 bytes for each
+PUSH_BYTES = PUSH_BLOCKS * PUSH_SPAN * 16  # 4 MiB: beyond it the copy engine is no slower
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+@lru_cache
+def why_not(group=None) -> str | None:
+    """Why the ranks of a group cannot reach each other's memory, or None. A collective, once."""
+    mine = _problem(group)
+    found = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, (socket.gethostname(), mine), group=group)
+    if len({host for host, _ in found}) > 1:
+        return "its ranks are on several hosts"
+    return next((problem for _, problem in found if problem), None)
+
+
+def _problem(group) -> str | None:
+    if dist.get_backend(group) != "nccl":
+        return "its ranks have no GPU each"
+    try:
+        from torch.distributed import _symmetric_memory as symmetric
+
+        device = torch.device("cuda", torch.cuda.current_device())
+        others = range(torch.cuda.device_count())
+        if not all(
+            torch.cuda.can_device_access_peer(device, i) for i in others if i != device.index
+        ):
+            return f"GPU {device.index} cannot reach the memory of all other GPUs"
+        symmetric.empty(16, dtype=torch.uint8, device=device)
+    except (ImportError, RuntimeError) as error:
+        return f"symmetric memory does not work here: {str(error).splitlines()[0]}"
+    return None
+
+
+class Shared:
+    """A buffer on every rank of a group, each of which can write all of them.
+
+    Making one is a collective that waits: not inside a capture.
+    """
+
+    def __init__(self, nbytes: int, group=None):
+        from torch.distributed import _symmetric_memory as symmetric
+
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a graph is being captured and the ranks have no shared buffer of "
+                f"{nbytes} bytes yet; run this shape once before the capture"
+            )
+        device = torch.device("cuda", torch.cuda.current_device())
+        self.group = dist.group.WORLD if group is None else group
+        self.memory = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
+        self.handle = symmetric.rendezvous(self.memory, self.group)
+        self.memory.zero_()
+        torch.cuda.synchronize()
+        dist.barrier(self.group, device_ids=[device.index])
+        self.rank, self.ranks = self.handle.rank, self.handle.world_size
+        self.peers = [(self.rank + away) % self.ranks for away in range(1, self.ranks)]
+
+    def at(self, rank: int, shape, dtype: torch.dtype, offset: int = 0) -> Tensor:
+        """A tensor in the buffer of a rank; offset in elements."""
+        return self.handle.get_buffer(rank, tuple(shape), dtype, offset)
+
+
+class Push:
+    """`push_sum.cu` and its buffers."""
+
+    def __init__(self, group=None):
+        ranks = dist.get_world_size(group)
+        flags = ranks * PUSH_BLOCKS
+        data = 2 * ranks * PUSH_BYTES
+        self.shared = Shared(data + 4 * flags, group)
+        addresses = self.shared.handle.buffer_ptrs
+        device = self.shared.memory.device
+        self.buffers = torch.tensor(addresses, dtype=torch.int64, device=device)
+        self.flags = self.buffers + data
+        self.epochs = torch.zeros(PUSH_BLOCKS, dtype=torch.int32, device=device)
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum of the ranks' partials, contiguous, of at most PUSH_BYTES, a multiple of 16."""
+        out = torch.empty_like(partial)
+        count = partial.nbytes // 16
+        span = max(512, -(-count // PUSH_BLOCKS))  # a vector a thread at least
+        kernel = nvrtc.kernel(
+            "push_sum.cu",
+            "push_sum",
+            HALF=DTYPES[partial.dtype],
+            RANKS=self.shared.ranks,
+            RANK=self.shared.rank,
+            BLOCKS=PUSH_BLOCKS,
+            SPAN=PUSH_SPAN,
+        )
+        arguments = [partial, out, self.buffers, self.flags, self.epochs, count, span]
+        kernel((-(-count // span), 1, 1), (512, 1, 1), arguments)
+        return out
+
+
+class Mailbox:
+    """Messages between the ranks, each with a channel of its own, in rounds.
+
+    A round begins with `open` and ends with `close`; in between every rank sends what the others
+    receive. `open` waits until the others have read the messages of the round before.
+    """
+
+    CLOSED = 0  # the channel of `close`; messages use the channels from 1 on
+
+    def __init__(self, nbytes: int, group=None):
+        self.shared = Shared(nbytes, group)
+        self.nbytes = nbytes
+        for peer in self.shared.peers:
+            self.shared.handle.put_signal(peer, self.CLOSED)
+
+    def open(self) -> None:
+        """Before the first `send` of a round, in its stream."""
+        for peer in self.shared.peers:
+            self.shared.handle.wait_signal(peer, self.CLOSED)
+
+    def close(self) -> None:
+        """After everything received in the round was read, in the stream of the last reader."""
+        for peer in self.shared.peers:
+            self.shared.handle.put_signal(peer, self.CLOSED)
+
+    def send(self, peer: int, channel: int, message: Tensor, offset: int) -> None:
+        """Copies a contiguous tensor into the peer's buffer, offset in elements, and signals."""
+        self.shared.at(peer, message.shape, message.dtype, offset).copy_(message)
+        self.shared.handle.put_signal(peer, channel)
+
+    def receive(self, peer: int, channel: int, shape, dtype: torch.dtype, offset: int) -> Tensor:
+        """The message of a peer, in this rank's buffer, valid until `close`."""
+        self.shared.handle.wait_signal(peer, channel)
+        return self.shared.at(self.shared.rank, shape, dtype, offset)
+
+
+class TwoShot:
+    """`symm_mem.two_shot_all_reduce_out` on a staged copy; bf16 or float32."""
+
+    def __init__(self, nbytes: int, group=None):
+        self.shared, self.nbytes = Shared(nbytes, group), nbytes
+
+    def sum(self, partial: Tensor) -> Tensor:
+        """The sum of the ranks' partials, contiguous, of at most nbytes."""
+        lanes = 16 // partial.element_size() * self.shared.ranks  # each rank sums whole vectors
+        room = -(-partial.numel() // lanes) * lanes
+        staged = self.shared.memory.view(partial.dtype)[:room]
+        staged[: partial.numel()] = partial.view(-1)
+        out = partial.new_empty(room)
+        name = self.shared.group.group_name
+        torch.ops.symm_mem.two_shot_all_reduce_out(staged, "sum", name, out)
+        return out[: partial.numel()].view(partial.shape)
+
+
+_made: dict = {}
+
+
+def push(group=None) -> Push:
+    """The group's `Push`, made on first use."""
+    if ("push", group) not in _made:
+        _made["push", group] = Push(group)
+    return _made["push", group]
+
+
+def two_shot(nbytes: int, group=None) -> TwoShot:
+    """The group's `TwoShot`, with room for at least nbytes."""
+    return _roomy(TwoShot, nbytes, group)
+
+
+def mailbox(nbytes: int, group=None) -> Mailbox:
+    """The group's `Mailbox`, with room for at least nbytes."""
+    return _roomy(Mailbox, nbytes, group)
+
+
+def _roomy(cls, nbytes: int, group):
+    """The largest made so far, or a new one. Outgrown ones stay: captured graphs may use them."""
+    made = _made.setdefault((cls, group), [])
+    if not made or made[-1].nbytes < nbytes:
+        made.append(cls(1 << max(24, (nbytes - 1).bit_length()), group))
+    return made[-1]

@@ -1,0 +1,76 @@
+"""CUDA C++ kernels, compiled on first use by the NVRTC that PyTorch brings.
+
+`torch.cuda._compile_kernel` does the same, but wants an installed CUDA toolkit (CUDA_HOME) for its
+headers, which a `pip install torch` does not have; the kernels here include none.
+"""
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch.cuda import _utils
+
+FOLDER = Path(__file__).parent
+
+
+@lru_cache
+def kernel(file: str, name: str, shared_bytes: int = 0, prelude: str = "", **macros: int):
+    """The kernel `name` of a .cu file in this folder, compiled for the current device.
+
+    prelude: source put before the file's. macros: compile-time constants. shared_bytes: dynamic
+    shared memory of its launches. Returns a callable (grid, block, args, shared_mem, stream).
+    Raises RuntimeError with the compiler's log.
+    """
+    source = f'{prelude}\n#line 1 "{file}"\n{(FOLDER / file).read_text(encoding="utf-8")}'
+    cubin = _compile(source.encode(), file, macros)
+    found = _utils._cuda_load_module(cubin, [name])[name]
+    found.set_shared_memory_config(shared_bytes)
+    return found
+
+
+def available() -> bool:
+    """Whether the compiler can be loaded."""
+    try:
+        _library()
+    except (OSError, AttributeError):
+        return False
+    return True
+
+
+def _library():
+    # Renamed in torch 2.10 or so, when ROCm's compiler came beside it.
+    find = getattr(_utils, "_get_gpu_rtc_library", None) or _utils._get_nvrtc_library
+    return find()
+
+
+def _compile(source: bytes, file: str, macros: dict[str, int]) -> bytes:
+    library, program = _library(), ctypes.c_void_p()
+    major, minor = torch.cuda.get_device_capability()
+    # "a": with the instructions of this generation alone, such as wgmma.
+    feature = "a" if major >= 9 else ""
+    options = [f"--gpu-architecture=sm_{major}{minor}{feature}", "--std=c++17"]
+    options += [f"-D{key}={value}" for key, value in macros.items()]
+    encoded = [option.encode() for option in options]
+
+    def call(function, *args):
+        status = getattr(library, f"nvrtc{function}")(*args)
+        if status:
+            raise RuntimeError(f"nvrtc{function} failed with status {status} for {file}")
+
+    def text(kind: str) -> bytes:
+        size = ctypes.c_size_t()
+        call(f"Get{kind}Size", program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        call(f"Get{kind}", program, buffer)
+        return buffer.raw
+
+    call("CreateProgram", ctypes.byref(program), source, file.encode(), 0, None, None)
+    try:
+        array = (ctypes.c_char_p * len(encoded))(*encoded)
+        if library.nvrtcCompileProgram(program, len(encoded), array):
+            log = text("ProgramLog").decode(errors="replace").rstrip("\0")
+            raise RuntimeError(f"{file} does not compile with {' '.join(options)}:\n{log}")
+        return text("CUBIN")
+    finally:
+        call("DestroyProgram", ctypes.byref(program))

@@ -1,0 +1,51 @@
+"""Which kernel multiplies by a 2:4 matrix.
+
+    cusparselt  the library's 2:4 product, by the fastest of its correct algorithms (`sparse24`)
+    thin        for few rows of X, bound by reading W (`thin24`)
+    folded      for a mask that keeps whole columns: the dense product of those columns of X
+    plain       on the CPU: the matrix is expanded, then multiplied densely
+
+"auto" takes what was fastest for the size in a measured table (`choices`), and where the GPU has
+none: folded where it can, thin up to 64 rows, else cusparselt.
+"""
+
+import torch
+
+from blockshock import choices
+from blockshock.kernels import sparse24, thin24
+
+KERNELS = ("auto", "cusparselt", "thin", "folded")
+UNTUNED_THIN = 64
+
+
+def kind(period: tuple[int, int, int, int] | None) -> str:
+    """What the choice needs to know of a mask: "columns" (whole ones), "periodic" or "free"."""
+    if period is None:
+        return "free"
+    return "columns" if len(set(period)) == 1 else "periodic"
+
+
+def unsupported(kernel: str, dtype: torch.dtype, device_type: str) -> str | None:
+    """Why a kernel cannot be asked for, or None. Whether a mask can be folded is not known here."""
+    if kernel not in KERNELS:
+        return f"unknown kernel {kernel!r}; use one of {', '.join(KERNELS)}"
+    if kernel == "thin":
+        return thin24.unsupported(dtype, device_type)
+    if kernel == "cusparselt" and device_type != "cuda":
+        return "kernel 'cusparselt' runs on NVIDIA GPUs, and the layer is on the CPU; use 'auto'"
+    return sparse24.unsupported(dtype, device_type)
+
+
+def choose(kernel: str, mask: str, rows: int, shape: tuple[int, int], dtype, device) -> str:
+    """The kernel for x [rows, K], W of this shape (N, K) and a mask of this kind."""
+    if device.type != "cuda":
+        return "folded" if mask == "columns" and kernel in ("auto", "folded") else "plain"
+    if kernel != "auto":
+        return kernel
+    N, K = shape
+    wanted = {"N": N, "K": K, "B": max(rows, 1), "dtype": str(dtype).removeprefix("torch.")}
+    found = choices.fastest_product(mask=mask, **wanted)
+    if found is None:
+        thin = rows <= UNTUNED_THIN and not thin24.unsupported(dtype, device.type)
+        found = "folded" if mask == "columns" else "thin" if thin else "cusparselt"
+    return found
