@@ -52,8 +52,8 @@ HOW_TO_READ = (
     "memory and wire traffic at their measured rates.",
     "<b>Intervals</b> speak of one run. Between runs times move by a few percent, ratios of "
     "methods that were measured interleaved hardly at all.",
-    "<b>A name</b> such as block_shock · 1100 · cusparselt · exchange tells the mask, the kernel of "
-    "the product and the way of summing over ranks (reduce), each only where it is not what the "
+    "<b>A name</b> such as block_shock · 1100 · cusparselt · exchange tells the mask, the kernel "
+    "of the product and the way of summing over ranks (reduce), each only where it is not what the "
     "method uses when nothing is asked. <code>path</code> in the tables says which code ran.",
     "<b>dense TP</b>, against which the hypotheses are decided, sums as users do today, with the "
     "library's collective. Beside it stands dense TP with the same reduce as Block-Shock.",
