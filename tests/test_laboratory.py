@@ -76,7 +76,7 @@ def test_a_result_says_everything_the_schema_promises(lab, phase):
     assert info["memory"]["weight_bytes"] > 0
     assert "build_peak_bytes" in info["memory"]
     assert info["timing"]["l2"] == "warm"
-    assert set(info["paths"]) == {"forward", "backward"}
+    assert set(info["paths"]) >= {"forward", "backward"}
     assert info["usual"]["mask"] == info["usual_mask"] == "tile"
     assert set(info["usual"]) == {"mask", "kernel", "reduce"}
 
