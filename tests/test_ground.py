@@ -30,7 +30,7 @@ HOUSE = [
     {"packed"},
     {"distributed", "measure"},
     {"linear", "attention", "data_parallel", "block_sparse"},
-    {"conversion"},
+    {"conversion", "checkpoint", "tune"},
     {"transformer"},
     {"lm"},
     {"phases"},

@@ -18,6 +18,7 @@ over ranks it would cost another rounding of Y, √3 in place of √2 of plain d
 another pass over Y.
 """
 
+import threading
 from typing import Protocol
 
 import torch
@@ -61,6 +62,15 @@ def bias_of_first(layer: Layer) -> Tensor | None:
     return layer.bias.detach() if layer.bias is not None and first else None
 
 
+_started = threading.local()
+
+
+def _start_cuda(like: Tensor) -> None:
+    """Makes the GPU's context current in autograd's own thread: cuBLAS warns if it has to."""
+    if like.is_cuda and not hasattr(_started, "event"):
+        _started.event = torch.cuda.current_stream(like.device).record_event()
+
+
 class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):
@@ -73,6 +83,7 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         local, _ = ctx.saved_tensors
+        _start_cuda(dy)
         layer, (need_x, need_weight, need_bias, _) = ctx.layer, ctx.needs_input_grad
         pending = dw = None
         if need_x:

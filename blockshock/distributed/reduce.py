@@ -103,12 +103,12 @@ def _plan(how: str, rows: int, columns: int, depth: int, dtype, ranks: int, grou
     if problem := symmetric.why_not(group):
         return Plan("collective", reason=f"no {how}: {problem}")
     size = rows * columns * dtype.itemsize
-    vectors = columns * dtype.itemsize % 16 == 0  # kernels and copies move 16 bytes at a time
+    vectors = columns * dtype.itemsize % 16 == 0  # what the one kernel moves
     if how == "two_shot":
         return Plan("two_shot")
-    found = choices.fastest_sum(
-        ranks=ranks, N=columns, K=depth, B=rows, dtype=str(dtype).removeprefix("torch.")
-    )
+    # What travels is bytes: the 16-bit types have one table.
+    name = "bfloat16" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")
+    found = choices.fastest_sum(ranks=ranks, N=columns, K=depth, B=rows, dtype=name)
     if how == "auto" and (found is None or found["how"] != "exchange"):
         reason = "" if found else "no sum was measured on this GPU: python -m blockshock.tune"
         name = found["how"] if found else "collective"
@@ -117,10 +117,8 @@ def _plan(how: str, rows: int, columns: int, depth: int, dtype, ranks: int, grou
         return Plan(name, reason=reason)
     # A chunk of less than 512 rows does not fill the processors.
     chunks = found["chunks"] if found and found["how"] == "exchange" else min(4, rows // 512)
-    if size > symmetric.PUSH_BYTES:
+    if size > symmetric.PUSH_BYTES or not vectors:
         chunks = max(chunks, 1)
-    elif not vectors:
-        return Plan("collective", reason=f"a row of {columns} is no multiple of 16 bytes")
     return Plan("exchange", min(chunks, MAX_CHUNKS, max(1, rows // ranks)))
 
 
@@ -132,7 +130,7 @@ def begin_sum(
     hide: whether the caller has other work to do before it waits.
     """
     if chosen.how == "exchange" and chosen.chunks:
-        return _exchange(product, x, chosen.chunks, group)
+        return _exchange(product, x, 1 if hide else chosen.chunks, group, hide)
     partial = product(x)
     if collectives.group_size(group) == 1:
         return Pending(partial)
@@ -140,8 +138,10 @@ def begin_sum(
     if partial.numel() == 0:
         return Pending(partial)
     if chosen.how == "exchange":
+        total = torch.empty_like(partial)
         with region("allreduce", bytes=partial.nbytes):
-            return Pending(symmetric.push(group).sum(partial))
+            symmetric.push(group).sum(partial, total)
+        return Pending(total)
     if chosen.how == "two_shot":
         with region("allreduce", bytes=partial.nbytes):
             return Pending(symmetric.two_shot(partial.nbytes + 4096, group).sum(partial))
@@ -190,12 +190,11 @@ def streams() -> Streams:
     return _streams[device]
 
 
-def _exchange(product, x: Tensor, chunks: int, group) -> Pending:
+def _exchange(product, x: Tensor, chunks: int, group, hide: bool) -> Pending:
     bounds = [len(x) * c // chunks for c in range(chunks + 1)]
-    side, partials, y, box = streams(), [], None, None
-    main, ranks = side.fork(), collectives.group_size(group)
-    crossing = _cross if ranks == 2 else _scatter
-    gather = []
+    side, ranks = streams(), collectives.group_size(group)
+    main, partials, gather = side.fork(), [], []
+    y = box = last = None
     for channel, (start, stop) in enumerate(pairwise(bounds), 1):
         partial = collectives.fix_layout(product(x[start:stop]))
         partials.append(partial)  # held until the streams have joined
@@ -205,19 +204,32 @@ def _exchange(product, x: Tensor, chunks: int, group) -> Pending:
             box = symmetric.mailbox(2 * y.nbytes + chunks * ranks * row, group)
             with torch.cuda.stream(side.send):
                 box.open()
+        small = partial.nbytes <= symmetric.PUSH_BYTES and row % 16 == 0
+        if ranks == 2 and stop == len(x) and not hide and small:
+            # Nothing is left to hide the last one behind: one kernel ends sooner than messages.
+            last = partial
+            continue
         ready = main.record_event()
         side.send.wait_event(ready)
         side.finish.wait_event(ready)
-        gather.append(crossing(partial, y, start, channel, chunks, side, box))
+        if ranks == 2:
+            _cross(partial, y, start, channel, side, box)
+        else:
+            gather.append(_scatter(partial, y, start, channel, chunks, side, box))
     with torch.cuda.stream(side.finish):
         for later in gather:
-            if later is not None:
-                later()
+            later()
         box.close()
-    return Pending(y, lambda: side.join(main), partials)
+
+    def finish():
+        if last is not None:
+            symmetric.push(group).sum(last, y[len(y) - len(last) :])
+        side.join(main)
+
+    return Pending(y, finish, partials)
 
 
-def _cross(partial, y, start: int, channel: int, chunks: int, side: Streams, box) -> None:
+def _cross(partial, y, start: int, channel: int, side: Streams, box) -> None:
     """Two ranks: send the own partial, add the other one's."""
     (peer,) = box.shared.peers
     at = start * y.shape[1]

@@ -22,8 +22,8 @@ from blockshock.kernels import nvrtc
 # PyTorch would set multicast up beside every buffer; nothing here uses it.
 os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
 
-PUSH_BLOCKS, PUSH_SPAN = 128, 2048  # blocks of threads, and vectors of 16 bytes for each
-PUSH_BYTES = PUSH_BLOCKS * PUSH_SPAN * 16  # 4 MiB: beyond it the copy engine is no slower
+PUSH_BLOCKS, PUSH_SPAN = 512, 2048  # blocks of threads, and vectors of 16 bytes for each
+PUSH_BYTES = PUSH_BLOCKS * PUSH_SPAN * 16  # 16 MiB
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -99,9 +99,8 @@ class Push:
         self.flags = self.buffers + data
         self.epochs = torch.zeros(PUSH_BLOCKS, dtype=torch.int32, device=device)
 
-    def sum(self, partial: Tensor) -> Tensor:
-        """The sum of the ranks' partials, contiguous, of at most PUSH_BYTES, a multiple of 16."""
-        out = torch.empty_like(partial)
+    def sum(self, partial: Tensor, out: Tensor) -> None:
+        """out = the ranks' partials added; contiguous, at most PUSH_BYTES, a multiple of 16."""
         count = partial.nbytes // 16
         span = max(512, -(-count // PUSH_BLOCKS))  # a vector a thread at least
         kernel = nvrtc.kernel(
@@ -115,7 +114,6 @@ class Push:
         )
         arguments = [partial, out, self.buffers, self.flags, self.epochs, count, span]
         kernel((-(-count // span), 1, 1), (512, 1, 1), arguments)
-        return out
 
 
 class Mailbox:
