@@ -17,7 +17,7 @@ ADDERS = {"kernel": add_triton.add_in_order, "public": add.add_in_order}
 def parts_of(count, size, dtype, seed=0):
     generator = torch.Generator().manual_seed(seed)
     parts = torch.randn(count, size, generator=generator)
-    if dtype == torch.bfloat16 and HALF != dtype:
+    if dtype == torch.bfloat16 != HALF:
         parts = (4 * parts).round()  # sums of eight need no rounding
     return [part.to(DEVICE, dtype) for part in parts]
 
@@ -58,7 +58,7 @@ def test_the_order_given_is_the_order_of_the_sums(adder):
 
 @pytest.mark.parametrize("adder", ADDERS)
 def test_16_bit_parts_are_summed_in_float32_and_rounded_once(adder):
-    # A quarter of 1's last place is lost whenever it is rounded; three are rounded up to a whole one.
+    # A quarter of the last place of 1 is lost wherever it is rounded; three round up to a whole one.
     eps = torch.finfo(HALF).eps
     parts = [torch.full((7,), v, dtype=HALF, device=DEVICE) for v in (1, *[eps / 4] * 3)]
     out = poisoned(7, HALF)
