@@ -58,7 +58,7 @@ def test_the_order_given_is_the_order_of_the_sums(adder):
 
 @pytest.mark.parametrize("adder", ADDERS)
 def test_16_bit_parts_are_summed_in_float32_and_rounded_once(adder):
-    # A quarter of the last place of 1 is lost wherever it is rounded; three round up to a whole one.
+    # A quarter of the last place of 1 is lost wherever it is rounded; three round up to a whole.
     eps = torch.finfo(HALF).eps
     parts = [torch.full((7,), v, dtype=HALF, device=DEVICE) for v in (1, *[eps / 4] * 3)]
     out = poisoned(7, HALF)

@@ -95,3 +95,119 @@ def test_a_mask_that_is_not_2_of_4_is_refused():
     mask[3, 8:12] = True
     with pytest.raises(ValueError, match="3"):
         Packed24.pack(weight.to(torch.bfloat16), mask)
+
+
+# The truth of the tests below is float64 on the CPU; a GPU has bf16, whose sums round once.
+FLOATS = [torch.bfloat16] if DEVICE == "cuda" else [torch.float64, torch.float32]
+
+
+def close(actual, truth):
+    error = (actual.double() - truth.double()).norm()
+    return bool(error <= 8 * torch.finfo(actual.dtype).eps * truth.double().norm())
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("term", [0, 1])
+@pytest.mark.parametrize("pattern", masks.PATTERNS)
+def test_the_kept_gradient_is_the_gathered_dense_product(pattern, term, dtype):
+    N, K = 192, 320
+    weight = torch.randn(N, K, device=DEVICE).to(dtype)
+    mask = masks.make(pattern, weight)
+    mask = ~mask if term else mask
+    form = Packed24.pack(weight, mask)
+    for batch in (0, 1, 37):
+        dy, x = (torch.randn(batch, n, device=DEVICE).to(dtype) for n in (N, K))
+        truth = (dy.double().t() @ x.double())[mask].view(N, K // 2)
+        found = form.kept_gradient(dy, x)
+        assert found.shape == (N, K // 2)
+        assert found.is_contiguous()
+        assert found.dtype == dtype
+        assert close(found, truth)
+        strided = torch.cat([x.new_full((batch, 4), torch.nan), x, x.new_full((batch, 3), 1)], 1)
+        turned = dy.t().contiguous().t()  # what a gradient's strides are is the caller's affair
+        assert close(form.kept_gradient(turned, strided[:, 4 : 4 + K]), truth)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_check_of_kept_gradients_finds_one_place_that_is_wrong(dtype):
+    weight = torch.randn(64, 64, device=DEVICE).to(dtype)
+    mask = masks.make("tile", weight)
+    dy, x = (torch.randn(64, 64, device=DEVICE).to(dtype) for _ in range(2))
+    truth = (dy.double().t() @ x.double())[mask].view(64, 32)
+    wrong = mask.clone()
+    wrong[4, :4] ^= True
+    assert not close(Packed24.pack(weight, wrong).kept_gradient(dy, x), truth)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("term", [0, 1])
+@pytest.mark.parametrize("pattern", ["1100", "1010", "1001"])
+def test_the_folded_product_takes_all_columns_or_the_kept_ones(pattern, term, dtype):
+    weight = torch.randn(192, 320, device=DEVICE).to(dtype)
+    mask = masks.make(pattern, weight)
+    mask = ~mask if term else mask
+    form, bias = Packed24.pack(weight, mask), torch.randn(192, device=DEVICE).to(dtype)
+    for batch in (0, 1, 37):
+        x = torch.randn(batch, 320, device=DEVICE).to(dtype)
+        kept = x[:, masks.kept_columns(pattern, 320, term, device=DEVICE)]
+        assert torch.equal(form.kept_input(x), kept)
+        assert form.kept_input(kept) is kept
+        dy = torch.randn(batch, 192, device=DEVICE).to(dtype)
+        assert torch.equal(form.kept_gradient(dy, x), form.kept_gradient(dy, kept))
+        for b in (None, bias):
+            truth = x.double() @ (weight * mask).double().t() + (0 if b is None else b.double())
+            found = form.product(x, b, "folded")
+            assert close(found, truth)
+            assert torch.equal(found, form.product(kept, b, "folded"))
+            assert close(form.product(x, b), truth)  # cuSPARSELt, or expanded on the CPU
+
+
+def test_the_period_is_found_when_all_rows_are_written():
+    weight = torch.randn(128, 64, device=DEVICE).bfloat16()
+    form = Packed24.empty(128, 64, dtype=weight.dtype, device=DEVICE)
+    tile, fixed = (masks.make(name, weight) for name in ("tile", "1100"))
+    form.write_rows(0, weight[:64], tile[:64])
+    form.write_rows(64, weight[64:], fixed[64:])
+    assert form.mask_period() is None
+    again = Packed24.from_codes(form.values, masks.encode(tile))
+    assert again.mask_period() == (4, 4, 14, 14)
+    assert again.with_transpose().transposed.mask_period() == (4, 4, 14, 14)
+
+
+def kernels_of(pattern):
+    return ["cusparselt", "thin", *(["folded"] if masks.PATTERNS[pattern].fixed else [])]
+
+
+@pytest.mark.gpus(1)
+@pytest.mark.parametrize("pattern", ["1100", "1010", "tile", "random"])
+@pytest.mark.parametrize("batch", [0, 1, 127, 128, 129, 300])
+def test_every_kernel_gives_the_same_product(pattern, batch):
+    weight, mask, form = packed(pattern, N=192, K=320)
+    x = torch.randn(batch, 320, device=DEVICE).bfloat16()
+    bias = torch.randn(192, device=DEVICE).bfloat16()
+    for b in (None, bias):
+        truth = x.double() @ (weight * mask).double().t() + (0 if b is None else b.double())
+        for kernel in kernels_of(pattern):
+            found = form.product(x, b, kernel)
+            assert found.shape == (batch, 192), kernel
+            assert found.is_contiguous(), kernel
+            error = (found.double() - truth).norm() / max(float(truth.norm()), 1e-9)
+            assert error < 0.35 * torch.finfo(torch.bfloat16).eps, kernel
+
+
+@pytest.mark.gpus(1)
+@pytest.mark.parametrize("pattern", ["1100", "1001", "tile", "magnitude"])
+def test_kept_zeros_of_a_recompressed_weight_reach_no_wrong_place_of_any_kernel(pattern):
+    # cuSPARSELt looks for the places again, and may give a zero, and so its neighbour, another one.
+    weight, mask, form = packed(pattern, N=192, K=320)
+    form.with_transpose_if_possible()
+    other = torch.randn_like(weight) * mask
+    other *= torch.rand(weight.shape, device=DEVICE) < 0.6
+    form.recompress(other)
+    x, dy = (torch.randn(40, n, device=DEVICE).bfloat16() for n in (320, 192))
+    for kernel in kernels_of(pattern):
+        assert close(form.product(x, None, kernel), x.double() @ other.double().t()), kernel
+    if form.has_transpose:
+        for kernel in ("cusparselt", "thin"):
+            back = form.transposed.product(dy, None, kernel)
+            assert close(back, dy.double() @ other.double()), kernel
