@@ -120,11 +120,11 @@ class Packed24:
             return done[0] if len(done) == 1 else torch.cat(done)
         return sparse24.product(x, self.compressed, self.values, self.codes, bias)
 
-    def kept_input(self, x: Tensor) -> Tensor:
+    def kept_input(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """The columns [B, K/2] that a mask of whole columns keeps of x; given those, they pass."""
         if x.shape[1] == self.values.shape[1]:
             return x
-        return columns.take(x, masks.places(self.mask_period()[0]))
+        return columns.take(x, masks.places(self.mask_period()[0]), out)
 
     def kept_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """The kept entries [N, K/2] of dYᵀ X: dy [B, N], x [B, K] (or its kept columns).

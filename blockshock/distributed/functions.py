@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from blockshock.distributed import collectives
-from blockshock.distributed.joins import Gather, Sum
+from blockshock.distributed.joins import Fill, Gather, Sum
 
 
 class Layer(Protocol):
@@ -36,8 +36,8 @@ class Layer(Protocol):
     output: Sum | Gather
     input: Sum | Gather
 
-    def local_input(self, x: Tensor) -> Tensor:
-        """What this rank's products need of x [B, K]."""
+    def local_input(self, x: Tensor) -> tuple[Tensor, Fill | None]:
+        """What this rank's products need of x [B, K], and what has yet to fill it, if anything."""
 
     def product(self, x: Tensor) -> Tensor:
         """A partial of Y, or this rank's columns of it, bias added; x: rows of the local input."""
@@ -74,11 +74,11 @@ def _start_cuda(like: Tensor) -> None:
 class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):
-        local = layer.local_input(x)
+        local, fill = layer.local_input(x)
         # Saving the weight makes autograd refuse a backward after the weight was overwritten.
         ctx.save_for_backward(local if weight.requires_grad else None, weight)
         ctx.layer = layer
-        return layer.output.begin(layer.product, local).wait()
+        return layer.output.begin(layer.product, local, fill=fill).wait()
 
     @staticmethod
     def backward(ctx, dy):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blockshock.distributed import collectives, reduce, symmetric
-from blockshock.distributed.reduce import Pending, Plan
+from blockshock.distributed.reduce import Fill, Pending, Plan
 from blockshock.measure.regions import region
 
 Product = Callable[[Tensor], Tensor]
@@ -33,10 +33,12 @@ class Sum:
         """What is done for a batch of rows."""
         return reduce.plan(self.how, batch, self.columns, self.depth, dtype, device, self.group)
 
-    def begin(self, product: Product, x: Tensor, *, hide: bool = False) -> Pending:
-        """Starts Σ_r product(x)."""
+    def begin(
+        self, product: Product, x: Tensor, *, hide: bool = False, fill: Fill | None = None
+    ) -> Pending:
+        """Starts Σ_r product(x); fill(start, stop) makes these rows of x first."""
         chosen = self.plan(len(x), x.dtype, x.device)
-        return reduce.begin_sum(product, x, chosen, self.group, hide=hide)
+        return reduce.begin_sum(product, x, chosen, self.group, hide=hide, fill=fill)
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,12 @@ class Gather:
             return Plan("exchange", 1)
         return Plan("collective", reason=chosen.reason)
 
-    def begin(self, product: Product, x: Tensor, *, hide: bool = False) -> Pending:
-        """Starts gathering product(x)."""
+    def begin(
+        self, product: Product, x: Tensor, *, hide: bool = False, fill: Fill | None = None
+    ) -> Pending:
+        """Starts gathering product(x); fill as in `Sum.begin`."""
+        if fill is not None:
+            fill(0, len(x))
         part, ranks = product(x), collectives.group_size(self.group)
         out = part.new_empty(len(part), self.columns)
         if ranks == 1 or out.numel() == 0:

@@ -27,6 +27,7 @@ from blockshock.distributed import collectives, symmetric
 from blockshock.kernels import add
 from blockshock.measure.regions import region
 
+Fill = Callable[[int, int], None]
 SUMS = ("auto", "collective", "two_shot", "exchange")
 MAX_CHUNKS = 8
 
@@ -123,14 +124,23 @@ def _plan(how: str, rows: int, columns: int, depth: int, dtype, ranks: int, grou
 
 
 def begin_sum(
-    product: Callable[[Tensor], Tensor], x: Tensor, chosen: Plan, group=None, *, hide: bool = False
+    product: Callable[[Tensor], Tensor],
+    x: Tensor,
+    chosen: Plan,
+    group=None,
+    *,
+    hide: bool = False,
+    fill: Fill | None = None,
 ) -> Pending:
     """Starts Σ_r product(x) over the ranks; product takes some rows of x.
 
-    hide: whether the caller has other work to do before it waits.
+    hide: whether the caller has other work to do before it waits. fill(start, stop) writes these
+    rows of x, which must be done before they are multiplied; an exchange hides it as well.
     """
     if chosen.how == "exchange" and chosen.chunks:
-        return _exchange(product, x, 1 if hide else chosen.chunks, group, hide)
+        return _exchange(product, x, 1 if hide else chosen.chunks, group, hide, fill)
+    if fill is not None:
+        fill(0, len(x))
     partial = product(x)
     if collectives.group_size(group) == 1:
         return Pending(partial)
@@ -153,7 +163,8 @@ def begin_sum(
 
 @dataclass
 class Streams:
-    """Beside the caller's: one sends partials, one finishes chunks, one publishes their sums.
+    """Beside the caller's: one sends partials, one finishes chunks, one fills the rows to come and
+    publishes sums.
 
     With priority, so that their small kernels need not wait for the end of a product.
     """
@@ -190,12 +201,15 @@ def streams() -> Streams:
     return _streams[device]
 
 
-def _exchange(product, x: Tensor, chunks: int, group, hide: bool) -> Pending:
+def _exchange(product, x: Tensor, chunks: int, group, hide: bool, fill) -> Pending:
     bounds = [len(x) * c // chunks for c in range(chunks + 1)]
     side, ranks = streams(), collectives.group_size(group)
     main, partials, gather = side.fork(), [], []
     y = box = last = None
+    filled = _fill(fill, bounds, side)
     for channel, (start, stop) in enumerate(pairwise(bounds), 1):
+        if start in filled:
+            main.wait_event(filled[start])
         partial = collectives.fix_layout(product(x[start:stop]))
         partials.append(partial)  # held until the streams have joined
         if y is None:
@@ -227,6 +241,19 @@ def _exchange(product, x: Tensor, chunks: int, group, hide: bool) -> Pending:
         side.join(main)
 
     return Pending(y, finish, partials)
+
+
+def _fill(fill: Fill | None, bounds: list[int], side: Streams) -> dict[int, torch.cuda.Event]:
+    """Fills the first rows at once, the others beside the products; the events of those."""
+    if fill is None:
+        return {}
+    fill(bounds[0], bounds[1])
+    filled = {}
+    with torch.cuda.stream(side.publish):
+        for start, stop in pairwise(bounds[1:]):
+            fill(start, stop)
+            filled[start] = side.publish.record_event()
+    return filled
 
 
 def _cross(partial, y, start: int, channel: int, side: Streams, box) -> None:

@@ -37,13 +37,15 @@ def quads_reference(y: Tensor) -> Tensor:
     return y.unflatten(1, (-1, 4)).permute(2, 0, 1).contiguous()
 
 
-def take(x: Tensor, places: Places) -> Tensor:
-    """The columns at two places of every group: x [B, K], any strides -> [B, K/2]."""
+def take(x: Tensor, places: Places, out: Tensor | None = None) -> Tensor:
+    """The columns at two places of every group: x [B, K], any strides -> [B, K/2], contiguous."""
     if not _fast(x):
-        return take_reference(x, places)
+        taken = take_reference(x, places)
+        return taken if out is None else out.copy_(taken)
     from blockshock.kernels import columns_triton
 
-    out = x.new_empty(x.shape[0], x.shape[1] // 2)
+    if out is None:
+        out = x.new_empty(x.shape[0], x.shape[1] // 2)
     columns_triton.take(x, places, out)
     return out
 

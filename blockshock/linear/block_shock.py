@@ -29,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from blockshock import masks as masks24
 from blockshock.distributed import collectives, functions
-from blockshock.distributed.joins import Gather, Sum
+from blockshock.distributed.joins import Fill, Gather, Sum
 from blockshock.kernels import algorithms, columns, pack, products, sparse24
 from blockshock.linear import parts
 from blockshock.measure.floor import Cost, all_reduce_wire
@@ -150,10 +150,17 @@ class BlockShock(nn.Module):
         y = functions.apply(self, parts.flatten(x, self.K, self.weight))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def local_input(self, x: Tensor) -> Tensor:
+    def local_input(self, x: Tensor) -> tuple[Tensor, Fill | None]:
         """The shard's columns, [B, K/S], or the kept ones of them, where the product is folded."""
         own = x[:, self.term.columns]
-        return self.packed.kept_input(own) if self._kernel(self.packed, x) == "folded" else own
+        if self._kernel(self.packed, x) != "folded":
+            return own, None
+        kept = x.new_empty(len(x), own.shape[1] // 2)
+
+        def fill(start: int, stop: int) -> None:
+            self.packed.kept_input(own[start:stop], kept[start:stop])
+
+        return kept, fill
 
     def product(self, x: Tensor) -> Tensor:
         """X W(g)ᵀ of rows of the local input -> [rows, N]."""
