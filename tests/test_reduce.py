@@ -1,0 +1,204 @@
+"""Sums and gathers over ranks give every rank the same bits, and the right ones, in every way.
+
+Many calls follow each other without a pause, their results are looked at afterwards: a buffer that
+is used again too early, or a wait that is missing, shows as a wrong entry.
+"""
+
+import pytest
+import torch
+
+from blockshock.distributed import Ranks, reduce
+from blockshock.distributed.reduce import Plan
+from tests import reduce_jobs as jobs
+
+WAYS = [("collective", 0), ("two_shot", 0), *(("exchange", chunks) for chunks in (0, 1, 2, 3, 8))]
+
+
+def clean(answers):
+    assert answers == [[]] * len(answers)
+
+
+@pytest.fixture
+def gpus(ranks):
+    """The ranks, when they have a GPU each."""
+    if ranks.device != "cuda":
+        pytest.skip("the ranks are on the CPU")
+    return ranks
+
+
+def test_plans_are_told_in_words():
+    assert str(Plan("collective")) == "collective"
+    assert str(Plan("collective", reason="no two GPUs")) == "collective (no two GPUs)"
+    assert str(Plan("two_shot")) == "two_shot"
+    assert str(Plan("exchange")) == "exchange, in one kernel"
+    assert str(Plan("exchange", 1)) == "exchange, in one piece"
+    assert str(Plan("exchange", 4)) == "exchange, 4 chunks"
+    assert str(Plan("exchange", 4, "asked")) == "exchange, 4 chunks (asked)"
+
+
+def test_what_a_way_does_not_take_is_named_with_what_does():
+    for dtype in jobs.DTYPES.values():
+        assert reduce.unsupported("auto", dtype, "cpu") is None
+        assert reduce.unsupported("collective", dtype, "cpu") is None
+        assert reduce.unsupported("exchange", dtype, "cuda") is None
+        for how in ("two_shot", "exchange"):
+            text = reduce.unsupported(how, dtype, "cpu")
+            assert how in text
+            assert "GPUs" in text
+            assert "use 'collective'" in text
+    assert reduce.unsupported("two_shot", torch.bfloat16, "cuda") is None
+    assert "bf16 or fp32" in reduce.unsupported("two_shot", torch.float16, "cuda")
+    text = reduce.unsupported("ring", torch.bfloat16, "cuda")
+    assert "'ring'" in text
+    assert all(name in text for name in reduce.SUMS)
+
+
+def test_one_rank_alone_sums_nothing():
+    plan = reduce.plan("exchange", 5, 8, 8, torch.float32, torch.device("cpu"))
+    assert plan == Plan("collective")
+    x = torch.randn(5, 8)
+    assert torch.equal(reduce.begin_sum(lambda rows: rows * 2, x, plan).wait(), x * 2)
+
+
+def test_without_gpus_the_plan_is_collective_and_says_why(ranks):
+    if ranks.device == "cuda":
+        pytest.skip("the ranks have GPUs")
+    asked = [(how, 5, 64, "fp32") for how in reduce.SUMS] + [("auto", 0, 64, "fp32")]
+    for answers in ranks.run(jobs.plans, asked):
+        by_name = dict(zip(reduce.SUMS, answers, strict=False))
+        for how in ("auto", "two_shot", "exchange"):
+            assert by_name[how][1] == "collective (the ranks have no GPUs)"
+        assert by_name["collective"][1] == "collective"
+        assert answers[-1][0][0] == "collective"  # nothing to sum
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_collective_sums_are_right_and_alike(ranks, dtype):
+    shapes = [(1, 64), (63, 20), (0, 64), (5, 192), (1000, 8), (1, 4)]
+    calls = [("collective", 0, *shape, dtype, hide) for hide in (False, True) for shape in shapes]
+    clean(ranks.run(jobs.storm, calls))
+
+
+def test_a_wrong_sum_would_be_told(ranks):
+    calls = [("collective", 0, 5, 64, "fp32")]
+    for problems in ranks.run(jobs.storm_with_a_lost_part, calls):
+        assert len(problems) == 1
+        assert "entries are wrong" in problems[0] or "far from" in problems[0]
+
+
+@pytest.mark.parametrize("place", ["side_by_side", "place_pairs", "add_pairs"])
+def test_gathered_parts_come_to_their_places(ranks, place):
+    if ranks.size % 2:
+        pytest.skip("an odd number of ranks has no pairs")
+    on_gpu = ranks.device == "cuda"
+    ways, dtype = (["collective", "exchange"], "bf16") if on_gpu else (["auto"], "fp32")
+    for how in ways:
+        for B in (0, 1, 5):
+            for hide in (False, True):
+                for right, _ in ranks.run(jobs.gathered, place, how, B, hide, dtype):
+                    assert right, (how, B, hide)
+
+
+def test_four_ranks_sum_and_gather_as_two_do():
+    with Ranks(4, device="cpu") as four:
+        calls = [("collective", 0, 5, 64, "fp32", hide) for hide in (False, True)]
+        clean(four.run(jobs.storm, calls))
+        for place in ("side_by_side", "place_pairs", "add_pairs"):
+            for hide in (False, True):
+                assert all(right for right, _ in four.run(jobs.gathered, place, "auto", 5, hide))
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("how", ["auto", "two_shot", "exchange"])
+def test_all_ranks_have_the_same_plan_and_what_is_planned_sums_right(gpus, how):
+    shapes = [(B, N) for B in (1, 5, 192, 4096) for N in (60, 64, 4096)]  # 60: no whole 16 bytes
+    dtypes = ["bf16", "fp32", *([] if how == "two_shot" else ["fp16"])]
+    asked = [(how, B, N, dtype) for B, N in shapes for dtype in dtypes]
+    answers = gpus.run(jobs.plans, asked)
+    assert all(answer == answers[0] for answer in answers)
+    ways = {"auto": {"collective", "two_shot", "exchange"}}.get(how, {how})
+    for (found, _, reason), _ in answers[0]:
+        assert found in ways or reason
+    clean(gpus.run(jobs.storm, [(how, None, B, N, dtype) for _, B, N, dtype in asked]))
+
+
+@pytest.mark.gpus(2)
+def test_an_unknown_shape_is_not_planned_inside_a_capture(gpus):
+    for text in gpus.run(jobs.refused_in_a_capture, 77, 4096):
+        assert "77 x 4096" in text
+        assert "before the capture" in text
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp16"])
+@pytest.mark.parametrize(("how", "chunks"), WAYS)
+def test_sums_of_all_sizes_back_to_back_are_exact(gpus, how, chunks, dtype):
+    if reduce.unsupported(how, jobs.DTYPES[dtype], "cuda"):
+        pytest.skip("this way does not take the dtype")
+    batches = (4096, 1, 1000, 5, 192, 63, 4096)  # large, small, large
+    calls = [(how, chunks, B, N, dtype) for N in (64, 4096) for B in batches]
+    clean(gpus.run(jobs.storm, [call for call in calls if fits(*call)], repeat=3))
+
+
+def fits(how, chunks, B, N, dtype):
+    """One kernel takes only small messages."""
+    from blockshock.distributed import symmetric
+
+    size = B * N * jobs.DTYPES[dtype].itemsize
+    return how != "exchange" or chunks > 0 or size <= symmetric.PUSH_BYTES
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("hide", [False, True])
+def test_all_ways_in_turn_are_exact(gpus, hide):
+    mixed = [
+        ("exchange", 0, 192, 4096),
+        ("exchange", 3, 1000, 4096),
+        ("two_shot", 0, 63, 4096),
+        ("gather", None, 192, 64),
+        ("exchange", 8, 4096, 4096),
+        ("exchange", 0, 1, 64),
+        ("two_shot", 0, 4096, 4096, "fp32"),
+        ("exchange", 1, 5, 64, "fp32"),
+        ("collective", 0, 192, 4096),
+        ("gather", None, 1, 4096, "fp32"),
+        ("exchange", 2, 192, 4096, "fp16"),
+    ]
+    calls = [(*call, *["bf16"][len(call) - 4 :], hide) for call in mixed]
+    clean(gpus.run(jobs.storm, calls, repeat=10))
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("hide", [False, True])
+@pytest.mark.parametrize(
+    ("how", "chunks"), [("two_shot", 0), ("exchange", 0), ("exchange", 1), ("exchange", 3)]
+)
+def test_a_slow_rank_changes_no_bit(gpus, how, chunks, hide):
+    shapes = [(192, 4096), (5, 64), (1000, 4096)]
+    calls = [(how, chunks, *shape, "bf16", hide) for shape in shapes]
+    calls += [("gather", None, 63, 64, "bf16", hide)] if how == "exchange" else []
+    clean(gpus.run(jobs.storm, calls, repeat=5, cycles=2_000_000))  # about a millisecond each
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [("exchange", 0, 192, 4096)],
+        [("exchange", 3, 1000, 4096)],
+        [("two_shot", 0, 192, 4096)],
+        [("gather", None, 192, 64)],
+        [("exchange", 0, 192, 4096), ("exchange", 0, 5, 64), ("exchange", 0, 192, 4096)],
+        [
+            ("exchange", 8, 4096, 4096),
+            ("exchange", 0, 192, 4096),
+            ("two_shot", 0, 63, 4096),
+            ("exchange", 2, 192, 64, "fp32", True),
+            ("gather", None, 5, 64),
+        ],
+    ],
+    ids=["kernel", "chunks", "two_shot", "gather", "kernels", "mixed"],
+)
+def test_replayed_graphs_follow_their_inputs(gpus, calls):
+    assert len(calls) % 2  # so that buffers that are used in turn do not start over at each replay
+    clean(gpus.run(jobs.replay, calls, 7))
