@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockshock.distributed import collectives, reduce, symmetric
-from blockshock.distributed.reduce import Fill, Pending, Plan
+from blockshock.distributed import collectives, exchange, reduce, symmetric
+from blockshock.distributed.exchange import Fill, Pending
+from blockshock.distributed.reduce import Plan
 from blockshock.measure.regions import region
 
 Product = Callable[[Tensor], Tensor]
@@ -92,16 +93,16 @@ class Gather:
             self.place(parts, out)
 
     def _exchange(self, part: Tensor, out: Tensor) -> Pending:
-        ranks, side = collectives.group_size(self.group), reduce.streams()
-        box = symmetric.mailbox(ranks * part.nbytes, self.group)
+        ranks = collectives.group_size(self.group)
+        side, box = exchange.streams(ranks), symmetric.mailbox(ranks * part.nbytes, self.group)
         rank, main = box.shared.rank, side.fork()
-        with torch.cuda.stream(side.send):
-            box.open()
-            for peer in box.shared.peers:
-                box.send(peer, 1, part, rank * part.numel())
+        for peer, stream in zip(box.shared.peers, side.send, strict=True):
+            with torch.cuda.stream(stream):
+                box.open(peer)
+                box.send(peer, 0, part, rank * part.numel())
         with torch.cuda.stream(side.finish):
             parts = {
-                peer: box.receive(peer, 1, part.shape, part.dtype, peer * part.numel())
+                peer: box.receive(peer, 0, part.shape, part.dtype, peer * part.numel())
                 for peer in box.shared.peers
             }
             parts[rank] = part

@@ -120,10 +120,10 @@ class Mailbox:
     """Messages between the ranks, each with a channel of its own, in rounds.
 
     A round begins with `open` and ends with `close`; in between every rank sends what the others
-    receive. `open` waits until the others have read the messages of the round before.
+    receive. `open` waits until a peer has read the messages of the round before.
     """
 
-    CLOSED = 0  # the channel of `close`; messages use the channels from 1 on
+    CLOSED = 0  # the signal of `close`; the message of channel c has the signal c + 1
 
     def __init__(self, nbytes: int, group=None):
         self.shared = Shared(nbytes, group)
@@ -131,10 +131,9 @@ class Mailbox:
         for peer in self.shared.peers:
             self.shared.handle.put_signal(peer, self.CLOSED)
 
-    def open(self) -> None:
-        """Before the first `send` of a round, in its stream."""
-        for peer in self.shared.peers:
-            self.shared.handle.wait_signal(peer, self.CLOSED)
+    def open(self, peer: int) -> None:
+        """Before the first `send` of a round to a peer, in its stream."""
+        self.shared.handle.wait_signal(peer, self.CLOSED)
 
     def close(self) -> None:
         """After everything received in the round was read, in the stream of the last reader."""
@@ -144,11 +143,11 @@ class Mailbox:
     def send(self, peer: int, channel: int, message: Tensor, offset: int) -> None:
         """Copies a contiguous tensor into the peer's buffer, offset in elements, and signals."""
         self.shared.at(peer, message.shape, message.dtype, offset).copy_(message)
-        self.shared.handle.put_signal(peer, channel)
+        self.shared.handle.put_signal(peer, channel + 1)
 
     def receive(self, peer: int, channel: int, shape, dtype: torch.dtype, offset: int) -> Tensor:
         """The message of a peer, in this rank's buffer, valid until `close`."""
-        self.shared.handle.wait_signal(peer, channel)
+        self.shared.handle.wait_signal(peer, channel + 1)
         return self.shared.at(self.shared.rank, shape, dtype, offset)
 
 

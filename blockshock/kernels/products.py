@@ -12,7 +12,7 @@ none: folded where it can, thin up to 64 rows, else cusparselt.
 import torch
 
 from blockshock import choices
-from blockshock.kernels import sparse24, thin24
+from blockshock.kernels import algorithms, sparse24, thin24
 
 KERNELS = ("auto", "cusparselt", "thin", "folded")
 UNTUNED_THIN = 64
@@ -49,3 +49,24 @@ def choose(kernel: str, mask: str, rows: int, shape: tuple[int, int], dtype, dev
         thin = rows <= UNTUNED_THIN and not thin24.unsupported(dtype, device.type)
         found = "folded" if mask == "columns" else "thin" if thin else "cusparselt"
     return found
+
+
+def describe(kernel: str, packed, rows: int) -> str:
+    """What runs, in words; the algorithm is known once it has run. packed: a `Packed24`."""
+    N, K = packed.shape
+    if kernel == "cusparselt":
+        return f"cuSPARSELt, algorithm {algorithms.known(rows, N, K, packed.values.dtype)}"
+    return {
+        "plain": "dense product with the expanded term: plain PyTorch on the CPU",
+        "folded": "dense product of the kept columns",
+        "thin": "thin 2:4 kernel",
+    }[kernel]
+
+
+def describe_gradient(mask: str) -> str:
+    """What computes the weight's gradient under a mask of this kind."""
+    return {
+        "columns": "dense product of the kept columns",
+        "periodic": "dense products of the kept columns of each row of four",
+        "free": "dense product, then the kept entries",
+    }[mask]

@@ -30,7 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from blockshock import masks as masks24
 from blockshock.distributed import collectives, functions
 from blockshock.distributed.joins import Fill, Gather, Sum
-from blockshock.kernels import algorithms, columns, pack, products, sparse24
+from blockshock.kernels import columns, pack, products, sparse24
 from blockshock.linear import parts
 from blockshock.measure.floor import Cost, all_reduce_wire
 from blockshock.measure.regions import region
@@ -236,15 +236,15 @@ class BlockShock(nn.Module):
     def paths(self, batch: int) -> dict[str, str]:
         """What computes the products and the sum of a batch of rows, once they have run."""
         like = self.weight.new_empty(0).expand(batch, 0)
-        forward = _path(self.packed, self._kernel(self.packed, like), batch)
+        forward = products.describe(self._kernel(self.packed, like), self.packed, batch)
         if self.folds:
             backward = "dense product with the kept columns, gathered"
         elif self.packed.has_transpose:
             back = self.packed.transposed
-            backward = _path(back, self._kernel(back, like), batch)
+            backward = products.describe(self._kernel(back, like), back, batch)
         else:
             backward = "dense product with the expanded term: the mask is not transposable"
-        gradient = _gradient_path(products.kind(self.packed.mask_period()))
+        gradient = products.describe_gradient(products.kind(self.packed.mask_period()))
         own = {"forward": forward, "backward": backward, "weight_gradient": gradient}
         return own | parts.join_paths(self, batch)
 
@@ -332,22 +332,3 @@ class BlockShock(nn.Module):
         elif self._written:
             self.packed.mark_stale()  # refreshed by the backward, if there is one
             self._note_in_step()
-
-
-def _path(packed: Packed24, kernel: str, batch: int) -> str:
-    N, K = packed.shape
-    if kernel == "cusparselt":
-        return f"cuSPARSELt, algorithm {algorithms.known(batch, N, K, packed.values.dtype)}"
-    return {
-        "plain": "dense product with the expanded term: plain PyTorch on the CPU",
-        "folded": "dense product of the kept columns",
-        "thin": "thin 2:4 kernel",
-    }[kernel]
-
-
-def _gradient_path(kind: str) -> str:
-    return {
-        "columns": "dense product of the kept columns",
-        "periodic": "dense products of the kept columns of each row of four",
-        "free": "dense product, then the kept entries",
-    }[kind]
