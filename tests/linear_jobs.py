@@ -6,6 +6,7 @@ from blockshock import masks, sources
 from blockshock.distributed import collectives
 from blockshock.distributed.ranks import device
 from blockshock.linear import METHODS
+from blockshock.measure import clock
 from blockshock.measure.errors import figure, relative_error
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -146,3 +147,39 @@ def train(method, steps, optimizer, fused, call_upkeep, dtype, size, **options):
         "weight": float((layers[0].to_dense() - layers[1].to_dense()).norm() / change),
         "dx": relative_error(layers[0].dx, layers[1].dx),
     }
+
+
+def paths(method, N, B, dtype, **options):
+    """What a layer says of itself after a step with B rows."""
+    weight, b, x, dy = data(N, N, B, dtype)
+    layer = METHODS[method].from_dense(weight, b, **options)
+    layer(x.requires_grad_()).backward(dy)
+    return layer.paths(B)
+
+
+def captured(method, N, B, dtype, **options):
+    """How far replays of a captured step with other inputs are from the same step run eagerly."""
+    weight, b, x, dy = data(N, N, B, dtype)
+    layer, results = METHODS[method].from_dense(weight, b, **options), {}
+    x.requires_grad_()
+
+    def step():
+        y = layer(x)
+        dx, dw, db = torch.autograd.grad(y, (x, layer.weight, layer.bias), dy)
+        results.update(output=y.detach(), grad_input=dx, grad_weight=dw, grad_bias=db)
+
+    graph = clock.capture(step)
+    static, largest = dict(results), 0.0
+    for seed in (1, 2, 3):
+        *_, new_x, new_dy = data(N, N, B, dtype, seed=seed)
+        with torch.no_grad():
+            x.copy_(new_x)
+            dy.copy_(new_dy)
+        for tensor in static.values():
+            tensor.fill_(torch.nan)
+        graph.replay()
+        found = {name: tensor.clone() for name, tensor in static.items()}
+        step()
+        worst = max(relative_error(found[name], results[name]) for name in found)
+        largest = max(largest, worst) if worst == worst else worst
+    return largest
