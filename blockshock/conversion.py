@@ -10,6 +10,7 @@ model's outputs and gradients; its own state_dict holds this rank's parts and lo
 """
 
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -50,9 +51,10 @@ def convert(
 
     where: a glob over the layers' names ("*.mlp.*"), or a function of (name, layer). options: for
     the method's `from_dense`, such as mask="tile_magnitude". A layer that the method cannot hold
-    (a size, a dtype, one rank), that shares something with another module, that has hooks, or that
-    is a subclass of nn.Linear is left, with the reason. Raises ValueError, and changes nothing, for
-    an unknown method or option, a weight that is not finite, and ranks whose weights differ.
+    (a size, a dtype, one rank, a kernel or sum that is not to be had here), that shares something
+    with another module, that has hooks, or that is a subclass of nn.Linear is left, with the
+    reason; when all are left, that is a warning. Raises ValueError, and changes nothing, for an
+    unknown method or option, a weight that is not finite, and ranks whose weights differ.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
@@ -66,7 +68,7 @@ def convert(
         if not isinstance(layer, nn.Linear):
             continue
         reason = "not asked for by `where`" if not wanted(name, layer) else None
-        reason = reason or _keep(layer, cls, users, group, options.get("mask"))
+        reason = reason or _keep(layer, cls, users, group, options)
         if reason:
             report.left[name] = reason
         else:
@@ -77,6 +79,9 @@ def convert(
     for name, layer in built.items():
         _replace(model, name, layer)
         report.replaced.append(name)
+    _avoid_fused_encoders(model, built)
+    if not built:
+        warnings.warn(f"convert changed nothing: {report}", stacklevel=2)
     return report
 
 
@@ -100,7 +105,7 @@ def revert(model: nn.Module) -> list[str]:
     return names
 
 
-def _keep(layer: nn.Linear, cls, users: dict[int, int], group, mask) -> str | None:
+def _keep(layer: nn.Linear, cls, users: dict[int, int], group, options) -> str | None:
     """Why a layer stays as it is, or None."""
     if type(layer) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(layer).__name__}), which may be used by its weight"
@@ -111,22 +116,28 @@ def _keep(layer: nn.Linear, cls, users: dict[int, int], group, mask) -> str | No
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
         return "it has hooks, which would be lost"
     N, K = layer.weight.shape
+    asked = inspect.signature(cls.unsupported).parameters
     return cls.unsupported(
         N,
         K,
         dtype=layer.weight.dtype,
         device_type=layer.weight.device.type,
         ranks=collectives.group_size(group),
-        mask=mask,
+        **{name: value for name, value in options.items() if name in asked},
     )
 
 
 def _check_options(cls, options: dict) -> None:
     taken = set(inspect.signature(cls.from_dense).parameters) - {"weight", "bias", "group"}
-    for name in options:
+    for name, value in options.items():
         if name not in taken:
             known = ", ".join(sorted(taken)) or "none"
             raise ValueError(f"{cls.__name__} takes no option {name!r}; it takes {known}")
+        valid = getattr(cls, f"{name}s", None)  # masks, kernels, reduces
+        if valid and value not in valid:
+            raise ValueError(
+                f"{cls.__name__} has no {name} {value!r}; use one of {', '.join(valid)}"
+            )
 
 
 def _converted(layer: nn.Linear, cls, group, options) -> nn.Module:
@@ -152,3 +163,21 @@ def _users(model: nn.Module) -> Counter[int]:
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+def _avoid_fused_encoders(model: nn.Module, built: dict[str, nn.Module]) -> None:
+    """PyTorch's encoder, in eval, hands its layers' weights to one kernel and never calls them.
+
+    It does so for no module that has a hook, and for no encoder without nested tensors.
+    """
+    for name, layer in built.items():
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            layer.register_forward_pre_hook(_must_be_called)
+    new = set(built.values())
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and new & set(encoder.modules()):
+            encoder.use_nested_tensor = False
+
+
+def _must_be_called(layer: nn.Module, args) -> None:
+    """Does nothing, and is there."""

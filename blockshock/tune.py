@@ -30,9 +30,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = {"columns": "1100", "periodic": "tile", "free": "random"}
 ROUNDS = 10
 PLANS = [
-    Plan("collective"),
+    *(Plan("collective", chunks) for chunks in (0, 2, 4)),
     Plan("two_shot"),
-    *(Plan("exchange", c) for c in (0, 1, 2, 3, 4, 6, 8)),
+    *(Plan("exchange", chunks) for chunks in (0, 1, 2, 3, 4, 6, 8)),
 ]
 THIN_ROWS = 512  # beyond it the thin kernel reads the weight too often to be a candidate
 
@@ -110,7 +110,7 @@ def _sums(N: int, B: int, dtype: torch.dtype, stopwatch) -> dict:
 
 def _possible(plan: Plan, B: int, N: int, dtype: torch.dtype) -> bool:
     if plan.how == "collective":
-        return True
+        return 128 * plan.chunks <= B
     if reduce.unsupported(plan.how, dtype, "cuda") or symmetric.why_not():
         return False
     if plan.how == "two_shot":

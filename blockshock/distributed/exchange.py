@@ -7,6 +7,7 @@
 
 All copies are the copy engines', in streams of their own, while chunk c + 1 is multiplied. What is
 left at the end is the last chunk's way; with two ranks it takes one kernel, if it is small.
+(`begin_collective` leaves the sums of the chunks to the backend.)
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from blockshock.distributed import collectives, symmetric
@@ -132,6 +134,33 @@ def begin(
         side.join(main)
 
     return Pending(y, finish, partials)
+
+
+def begin_collective(
+    product: Callable[[Tensor], Tensor],
+    x: Tensor,
+    chunks: int,
+    group=None,
+    *,
+    fill: Fill | None = None,
+) -> Pending:
+    """The same by the backend: a chunk's all_reduce runs beside the next chunk's product."""
+    bounds = [len(x) * c // chunks for c in range(chunks + 1)]
+    side, partials, y = streams(collectives.group_size(group)), [], None
+    main = side.fork()
+    filled = _fill(fill, bounds, side)
+    for start, stop in pairwise(bounds):
+        if start in filled:
+            main.wait_event(filled[start])
+        partial = collectives.fix_layout(product(x[start:stop]))
+        partials.append(partial)
+        if y is None:
+            y = partial.new_empty(len(x), partial.shape[1])
+        work = dist.all_reduce(partial, group=group, async_op=True)
+        with torch.cuda.stream(side.finish):
+            work.wait()
+            y[start:stop].copy_(partial)
+    return Pending(y, lambda: side.join(main), partials)
 
 
 def _fill(fill: Fill | None, bounds: list[int], side: Streams) -> dict[int, torch.cuda.Event]:

@@ -82,6 +82,11 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
+        with torch.autocast(dy.device.type, enabled=False):  # a caller may be in one
+            return _Apply.gradients(ctx, dy)
+
+    @staticmethod
+    def gradients(ctx, dy):
         local, _ = ctx.saved_tensors
         _start_cuda(dy)
         layer, (need_x, need_weight, need_bias, _) = ctx.layer, ctx.needs_input_grad

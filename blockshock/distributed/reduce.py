@@ -2,7 +2,7 @@
 
     Y = Σ_r P_r,   P_r = product_r(X) [B, N];   every rank gets the same bits
 
-    collective   the backend's all_reduce, after the product
+    collective   the backend's all_reduce, after the product ("auto" may hide it, chunk by chunk)
     two_shot     PyTorch's symmetric-memory kernel (reduce-scatter, all-gather), after the product
     exchange     through the other ranks' memory, in one kernel for small messages, else hidden: the
                  rows of X are cut in chunks, and each chunk's partial travels by the copy engine
@@ -32,17 +32,21 @@ MAX_CHUNKS = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """One way, settled. chunks: of an exchange, 0 in one kernel; reason: why not as asked."""
+    """One way, settled. reason: why not as asked.
+
+    chunks: of an exchange, 0 in one kernel; of a collective that is hidden, 0 if it is not.
+    """
 
     how: str
     chunks: int = 0
     reason: str = ""
 
     def __str__(self) -> str:
-        if self.how != "exchange":
-            return self.how + (f" ({self.reason})" if self.reason else "")
-        ways = {0: "in one kernel", 1: "in one piece"}
-        text = f"exchange, {ways.get(self.chunks, f'{self.chunks} chunks')}"
+        text = self.how
+        if self.how == "exchange" and self.chunks < 2:
+            text += ", in one piece" if self.chunks else ", in one kernel"
+        elif self.chunks:
+            text += f", {self.chunks} chunks"
         return text + (f" ({self.reason})" if self.reason else "")
 
 
@@ -98,7 +102,8 @@ def _plan(how: str, rows: int, columns: int, depth: int, dtype, ranks: int, grou
         name = found["how"] if found else "collective"
         if unsupported(name, dtype, "cuda"):
             return Plan("collective", reason=f"{name} was faster in another dtype")
-        return Plan(name, reason=reason)
+        chunks = min(found["chunks"], rows // 128) if found else 0
+        return Plan(name, chunks if chunks > 1 else 0, reason)
     # A chunk of less than 512 rows does not fill the processors.
     chunks = found["chunks"] if found and found["how"] == "exchange" else min(4, rows // 512)
     if size > symmetric.PUSH_BYTES or not vectors:
@@ -123,6 +128,8 @@ def begin_sum(
     if chosen.how == "exchange" and chosen.chunks:
         chunks = 1 if hide else chosen.chunks
         return exchange.begin(product, x, chunks, group, hide=hide, fill=fill)
+    if chosen.how == "collective" and chosen.chunks and not hide:
+        return exchange.begin_collective(product, x, chosen.chunks, group, fill=fill)
     if fill is not None:
         fill(0, len(x))
     partial = product(x)

@@ -144,6 +144,9 @@ class BlockShock(nn.Module):
         whole = products.kind(self.packed.mask_period()) == "columns"
         return whole and self.kernel in ("auto", "folded")
 
+    __deepcopy__ = parts.copy_in_group
+
+    @torch.compiler.disable  # version counters would be guards, and each step another graph
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
         self._follow_parameters()

@@ -101,6 +101,8 @@ class DenseTPRow(nn.Module):
         source = parts.checked(cls, weight, group, reduce=reduce)
         return cls(_own_columns(source, group), bias, group, reduce)
 
+    __deepcopy__ = parts.copy_in_group
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
         y = functions.apply(self, parts.flatten(x, self.K, self.weight))
@@ -188,6 +190,8 @@ class DenseTPColumn(nn.Module):
         """
         source = parts.checked(cls, weight, group, reduce=reduce)
         return cls(_own_rows(source, group), bias, group, reduce)
+
+    __deepcopy__ = parts.copy_in_group
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""

@@ -68,6 +68,8 @@ class BlockShockFolded(nn.Module):
         own = parts.take_columns(source, _columns(mask, term, source.device))
         return cls(own, mask, term, K, bias, group, reduce)
 
+    __deepcopy__ = parts.copy_in_group
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
         y = functions.apply(self, parts.flatten(x, self.K, self.weight))

@@ -67,6 +67,8 @@ class MaskedSplit(nn.Module):
             local[start:stop] = rows[:, term.columns] * kept[start:stop]
         return cls(local, kept, term, K, bias, group, reduce)
 
+    __deepcopy__ = parts.copy_in_group
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
         y = functions.apply(self, parts.flatten(x, self.K, self.weight))

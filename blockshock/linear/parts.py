@@ -5,6 +5,7 @@ method takes from a block what it holds. The same taking, applied to the dense g
 a parameter's gradient must be.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -156,6 +157,14 @@ def _stack(blocks, source, height: int) -> Tensor:
 def bias_parameter(bias: Tensor | None) -> nn.Parameter | None:
     """The whole bias [N], held by every rank; see `distributed.functions` for who adds it."""
     return None if bias is None else nn.Parameter(bias.detach().clone())
+
+
+def copy_in_group(layer: nn.Module, memo: dict) -> nn.Module:
+    """`__deepcopy__` of a layer: the copy is in the same process group, which has no copies."""
+    memo[id(layer.group)] = layer.group
+    twin = memo[id(layer)] = layer.__new__(type(layer))
+    twin.__dict__.update(copy.deepcopy(layer.__dict__, memo))
+    return twin
 
 
 def flatten(x: Tensor, width: int, weight: Tensor) -> Tensor:

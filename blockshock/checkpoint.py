@@ -1,0 +1,83 @@
+"""torch.distributed.checkpoint of a model with layers that several ranks hold together.
+
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save(checkpoint.state_dict(model), checkpoint_id=folder)
+    checkpoint.load(checkpoint.state_dict(model), folder)      # in place
+
+Tensors of one name on all ranks are replicas to dcp, which writes one of them. What a rank alone
+holds has therefore a name of its own, "mlp.0.weight.rank0of2"; biases and other modules keep theirs.
+The tensors are the model's own memory. A load writes them in place, which raises their version
+counters: at its next forward `BlockShock` finds the weight or the codes written, and brings its
+compressed forms, also those of another mask, into step. Nothing else is to be called.
+
+A checkpoint is read by as many ranks as wrote it. To change their number, or the method, save the
+state_dict of the reverted model (`conversion.revert`), which is the dense model's.
+
+An optimizer's state is in part the rank's alone: give all of it the rank's name.
+
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    state = checkpoint.state_dict(model)
+    state["optimizer" + checkpoint.suffix()] = get_optimizer_state_dict(model, optimizer)
+"""
+
+import re
+
+import torch.distributed.checkpoint as dcp
+from torch import nn
+
+from blockshock.distributed import collectives
+from blockshock.linear import METHODS
+
+OWN = ("weight", "codes", "mask")  # of a layer; its bias is whole on every rank
+
+
+def state_dict(model: nn.Module) -> dict:
+    """The model's state_dict for `dcp.save` and `load`: names as above, the model's own memory."""
+    state, classes = model.state_dict(), tuple(METHODS.values())
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, classes) and getattr(layer, "ranks", 1) > 1:
+            for own in OWN:
+                key = f"{name}.{own}" if name else own
+                if key in state:
+                    state[key + suffix(layer.group)] = state.pop(key)
+    return dict(state)
+
+
+def suffix(group=None) -> str:
+    """What ends the name of anything that this rank of the group alone holds: ".rank0of2"."""
+    return f".rank{collectives.group_rank(group)}of{collectives.group_size(group)}"
+
+
+def load(state: dict, folder) -> None:
+    """Reads a checkpoint that `dcp.save` wrote to a folder into the tensors of `state`.
+
+    Raises ValueError, and writes nothing, where this rank's parts are not in it. Every rank must
+    call it.
+    """
+    held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for key in _keys(state):
+        part = re.match(r"(.*)\.rank\d+of(\d+)(?=\.|$)", key)
+        if part is None or key in held:
+            continue
+        stem, ranks = part.groups()
+        others = re.compile(re.escape(stem) + r"\.rank\d+of(\d+)(\.|$)")
+        found = sorted({match[1] for match in map(others.match, held) if match})
+        if stem in held:
+            kept = "it holds the whole of it: load it into the model before `convert`"
+        elif found:
+            kept = f"its parts are of {' and '.join(found)} ranks: load it with as many"
+        else:
+            kept = "it holds no part of it: it is of another model or method"
+        raise ValueError(f"the checkpoint {folder} has no {key!r}, {ranks} ranks' part; {kept}")
+    dcp.load(state, checkpoint_id=folder)
+
+
+def _keys(state: dict, above: str = ""):
+    """The names by which dcp stores the entries of dicts in dicts."""
+    for key, value in state.items():
+        if isinstance(value, dict) and value:
+            yield from _keys(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}"
