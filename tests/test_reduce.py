@@ -11,7 +11,12 @@ from blockshock.distributed import Ranks, reduce
 from blockshock.distributed.reduce import Plan
 from tests import reduce_jobs as jobs
 
-WAYS = [("collective", 0), ("two_shot", 0), *(("exchange", chunks) for chunks in (0, 1, 2, 3, 8))]
+WAYS = [
+    ("collective", 0),
+    ("collective", 3),
+    ("two_shot", 0),
+    *(("exchange", chunks) for chunks in (0, 1, 2, 3, 8)),
+]
 
 
 def clean(answers):
@@ -29,6 +34,7 @@ def gpus(ranks):
 def test_plans_are_told_in_words():
     assert str(Plan("collective")) == "collective"
     assert str(Plan("collective", reason="no two GPUs")) == "collective (no two GPUs)"
+    assert str(Plan("collective", 4)) == "collective, 4 chunks"
     assert str(Plan("two_shot")) == "two_shot"
     assert str(Plan("exchange")) == "exchange, in one kernel"
     assert str(Plan("exchange", 1)) == "exchange, in one piece"

@@ -48,7 +48,9 @@ class Layout:
 def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
     """Why the kernel cannot run, or None when it can."""
     if device_type != "cuda":
-        return f"the thin 2:4 kernel is CUDA code, and the layer is on the {device_type}"
+        return (
+            f"the thin 2:4 kernel is CUDA code, and the layer is on the {device_type}; use 'auto'"
+        )
     if dtype not in DTYPES:
         return f"the thin 2:4 kernel takes bf16 or fp16, got {str(dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability() < (8, 0):
