@@ -35,6 +35,7 @@ def test_plans_are_told_in_words():
     assert str(Plan("collective")) == "collective"
     assert str(Plan("collective", reason="no two GPUs")) == "collective (no two GPUs)"
     assert str(Plan("collective", 4)) == "collective, 4 chunks"
+    assert str(Plan("collective", 4)) == "collective, 4 chunks"
     assert str(Plan("two_shot")) == "two_shot"
     assert str(Plan("exchange")) == "exchange, in one kernel"
     assert str(Plan("exchange", 1)) == "exchange, in one piece"
@@ -167,6 +168,7 @@ def test_all_ways_in_turn_are_exact(gpus, hide):
         ("two_shot", 0, 4096, 4096, "fp32"),
         ("exchange", 1, 5, 64, "fp32"),
         ("collective", 0, 192, 4096),
+        ("collective", 3, 1000, 4096),
         ("gather", None, 1, 4096, "fp32"),
         ("exchange", 2, 192, 4096, "fp16"),
     ]
@@ -177,7 +179,8 @@ def test_all_ways_in_turn_are_exact(gpus, hide):
 @pytest.mark.gpus(2)
 @pytest.mark.parametrize("hide", [False, True])
 @pytest.mark.parametrize(
-    ("how", "chunks"), [("two_shot", 0), ("exchange", 0), ("exchange", 1), ("exchange", 3)]
+    ("how", "chunks"),
+    [("collective", 3), ("two_shot", 0), *(("exchange", chunks) for chunks in (0, 1, 3))],
 )
 def test_a_slow_rank_changes_no_bit(gpus, how, chunks, hide):
     shapes = [(192, 4096), (5, 64), (1000, 4096)]
@@ -193,6 +196,7 @@ def test_a_slow_rank_changes_no_bit(gpus, how, chunks, hide):
         [("exchange", 0, 192, 4096)],
         [("exchange", 3, 1000, 4096)],
         [("two_shot", 0, 192, 4096)],
+        [("collective", 4, 1000, 4096)],
         [("gather", None, 192, 64)],
         [("exchange", 0, 192, 4096), ("exchange", 0, 5, 64), ("exchange", 0, 192, 4096)],
         [
@@ -203,7 +207,7 @@ def test_a_slow_rank_changes_no_bit(gpus, how, chunks, hide):
             ("gather", None, 5, 64),
         ],
     ],
-    ids=["kernel", "chunks", "two_shot", "gather", "kernels", "mixed"],
+    ids=["kernel", "chunks", "two_shot", "collective", "gather", "kernels", "mixed"],
 )
 def test_replayed_graphs_follow_their_inputs(gpus, calls):
     assert len(calls) % 2  # so that buffers that are used in turn do not start over at each replay
