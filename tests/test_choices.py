@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from blockshock import choices
+from blockshock.kernels import products
 
 
 @pytest.fixture
@@ -132,3 +134,25 @@ def test_tables_that_are_shipped_can_be_read_whole():
         raw, table = json.loads(file.read_text()), choices.read(file)
         assert table == {kind: raw.get(kind, []) for kind in choices.KINDS}, file.name
         assert any(table.values()), file.name
+
+
+def test_auto_follows_the_table_and_without_one_what_is_usually_fastest(tables, monkeypatch):
+    def chosen(kernel, mask, rows, dtype=torch.bfloat16):
+        return products.choose(kernel, mask, rows, (4096, 4096), dtype, torch.device("cuda"))
+
+    monkeypatch.setattr(products.thin24, "unsupported", lambda *_: None)
+    tables(user={"products": [product(4096, 64, "cusparselt", mask="columns")]})
+    assert chosen("auto", "columns", 64) == "cusparselt"
+    assert chosen("auto", "columns", 64, torch.float16) == "folded"
+    assert chosen("auto", "free", 64) == chosen("auto", "free", 0) == "thin"
+    assert chosen("auto", "periodic", 65) == "cusparselt"
+    for asked in ("cusparselt", "thin", "folded"):
+        assert chosen(asked, "columns", 64) == asked
+    monkeypatch.setattr(products.thin24, "unsupported", lambda *_: "no sparse tensor cores")
+    assert chosen("auto", "free", 64) == "cusparselt"
+
+
+def test_a_masks_kind_is_what_its_period_says():
+    assert products.kind(None) == "free"
+    assert products.kind((4, 4, 4, 4)) == "columns"
+    assert products.kind((4, 4, 14, 14)) == "periodic"
