@@ -6,13 +6,13 @@
     checkpoint.load(checkpoint.state_dict(model), folder)      # in place
 
 Tensors of one name on all ranks are replicas to dcp, which writes one of them. What a rank alone
-holds has therefore a name of its own, "mlp.0.weight.rank0of2"; biases and other modules keep theirs.
-The tensors are the model's own memory. A load writes them in place, which raises their version
-counters: at its next forward `BlockShock` finds the weight or the codes written, and brings its
-compressed forms, also those of another mask, into step. Nothing else is to be called.
+holds has therefore a name of its own, "mlp.0.weight.rank0of2"; biases and other modules keep
+theirs. The tensors are the model's own memory. A load writes them in place, which raises their
+version counters: at its next forward `BlockShock` finds the weight or the codes written, and brings
+its compressed forms, also those of another mask, into step. Nothing else is to be called.
 
-A checkpoint is read by as many ranks as wrote it. To change their number, or the method, save the
-state_dict of the reverted model (`conversion.revert`), which is the dense model's.
+A checkpoint is read by as many ranks as wrote it, with the same method and master. To change them,
+save the state_dict of the reverted model (`conversion.revert`), which is the dense model's.
 
 An optimizer's state is in part the rank's alone: give all of it the rank's name.
 
@@ -25,7 +25,7 @@ An optimizer's state is in part the rank's alone: give all of it the rank's name
 import re
 
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 
 from blockshock.distributed import collectives
 from blockshock.linear import METHODS
@@ -51,33 +51,39 @@ def suffix(group=None) -> str:
 
 
 def load(state: dict, folder) -> None:
-    """Reads a checkpoint that `dcp.save` wrote to a folder into the tensors of `state`.
+    """`dcp.load` of a folder that `dcp.save` wrote, into the tensors of `state`. A collective.
 
-    Raises ValueError, and writes nothing, where this rank's parts are not in it. Every rank must
-    call it.
+    Raises ValueError, and has written nothing, where this rank's parts are not in it.
     """
-    held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    for key in _keys(state):
-        part = re.match(r"(.*)\.rank\d+of(\d+)(?=\.|$)", key)
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        reason = _missing(state, dcp.FileSystemReader(folder).read_metadata().state_dict_metadata)
+        if reason is None:
+            raise
+        raise ValueError(f"the checkpoint {folder} has no {reason}") from error
+
+
+def _missing(state: dict, held) -> str | None:
+    """The first part of this rank that a checkpoint does not hold, and why; or None."""
+    for key in _tensors(state):
+        part = re.match(r"(.*)\.rank\d+of\d+(?=\.|$)", key)
         if part is None or key in held:
             continue
-        stem, ranks = part.groups()
-        others = re.compile(re.escape(stem) + r"\.rank\d+of(\d+)(\.|$)")
-        found = sorted({match[1] for match in map(others.match, held) if match})
-        if stem in held:
-            kept = "it holds the whole of it: load it into the model before `convert`"
-        elif found:
-            kept = f"its parts are of {' and '.join(found)} ranks: load it with as many"
-        else:
-            kept = "it holds no part of it: it is of another model or method"
-        raise ValueError(f"the checkpoint {folder} has no {key!r}, {ranks} ranks' part; {kept}")
-    dcp.load(state, checkpoint_id=folder)
+        others = re.compile(re.escape(part[1]) + r"\.rank\d+of(\d+)(\.|$)")
+        ranks = sorted({match[1] for match in map(others.match, held) if match})
+        if part[1] in held:
+            return f"{key!r}, but the whole of it: load that into the model before `convert`"
+        if ranks:
+            return f"{key!r}, but parts of {' and '.join(ranks)} ranks: load it with as many"
+        return f"{key!r}, and no other part of it: it is of another model or method"
+    return None
 
 
-def _keys(state: dict, above: str = ""):
-    """The names by which dcp stores the entries of dicts in dicts."""
+def _tensors(state: dict, above: str = ""):
+    """The names by which dcp stores the tensors of dicts in dicts."""
     for key, value in state.items():
-        if isinstance(value, dict) and value:
-            yield from _keys(value, f"{above}{key}.")
-        else:
+        if isinstance(value, dict):
+            yield from _tensors(value, f"{above}{key}.")
+        elif isinstance(value, Tensor):
             yield f"{above}{key}"

@@ -43,8 +43,7 @@ def fastest_sum(**wanted) -> dict | None:
 
 
 def _nearest(kind: str, wanted: dict) -> dict | None:
-    sizes = ("N", "K", "B")
-    fixed = {key: value for key, value in wanted.items() if key not in sizes}
+    fixed = {key: value for key, value in wanted.items() if key not in SIZES}
     entries = [
         entry
         for entry in _table()[kind]
@@ -52,7 +51,7 @@ def _nearest(kind: str, wanted: dict) -> dict | None:
     ]
 
     def distance(entry: dict) -> float:
-        return sum(abs(math.log2(entry[size] / wanted[size])) for size in sizes)
+        return sum(abs(math.log2(entry[size] / wanted[size])) for size in SIZES)
 
     return min(entries, key=distance, default=None)
 
@@ -64,6 +63,7 @@ def _table() -> dict[str, list[dict]]:
     return {kind: [entry for table in tables for entry in table[kind]] for kind in KINDS}
 
 
+SIZES = ("N", "K", "B")
 KINDS = {
     "products": {"N", "K", "B", "dtype", "mask", "kernel"},
     "sums": {"ranks", "N", "K", "B", "dtype", "how", "chunks"},
@@ -75,8 +75,13 @@ def read(file: Path) -> dict[str, list[dict]]:
     try:
         found = json.loads(file.read_text())
         return {
-            kind: [entry for entry in found.get(kind, []) if needed <= entry.keys()]
+            kind: [entry for entry in found.get(kind, []) if _complete(entry, needed)]
             for kind, needed in KINDS.items()
         }
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, TypeError):
         return {kind: [] for kind in KINDS}
+
+
+def _complete(entry: dict, needed: set[str]) -> bool:
+    sizes = [entry.get(size) for size in SIZES]
+    return needed <= entry.keys() and all(isinstance(size, int) and size > 0 for size in sizes)

@@ -33,6 +33,7 @@ class Packed24:
         self._transposed: Packed24 | None = None
         self._thin: thin24.Layout | None = None
         self._period = None  # of the mask; unknown while the codes are being written
+        self._library_places = False
         self._seen = -1
 
     @classmethod
@@ -110,8 +111,14 @@ class Packed24:
     def product(self, x: Tensor, bias: Tensor | None = None, kernel: str = "cusparselt") -> Tensor:
         """X Wᵀ (+ bias [N]): x [B, K] -> [B, N], contiguous. kernel: a name in `kernels.products`.
 
-        "folded" takes x [B, K/2] as well: the kept columns.
+        "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for "folded" and
+        "thin" after `recompress`, whose values only the library can read.
         """
+        if self._library_places and kernel != "cusparselt":
+            raise ValueError(
+                f"kernel {kernel!r} reads values by their codes, and the library compressed this "
+                "matrix again with places of its own; use `rewrite` in place of `recompress`"
+            )
         if kernel == "folded":
             return F.linear(self.kept_input(x), self.values, bias)
         if kernel == "thin":
@@ -190,17 +197,25 @@ class Packed24:
             pack.transpose_kept(self.values, self.codes, twin.codes, out=twin.values)
 
     @torch.no_grad()
+    def rewrite(self, weight: Tensor) -> None:
+        """Takes the kept values of a dense matrix [N, K]; metadata and codes stay as they are."""
+        pack.gather_kept(weight, self.codes, out=self.values)
+        self.refresh()
+
+    @torch.no_grad()
     def recompress(self, weight: Tensor) -> None:
         """Compresses a dense matrix [N, K] again, values and metadata, as PyTorch's own 2:4 does.
 
         The mask must be the one this form was made with. On CUDA cuSPARSELt finds the places
         itself; where a kept entry is exactly zero it may name another place for that zero, so
-        `values` then no longer match `codes` entry by entry, while every product is unchanged.
+        `values` then no longer match `codes` entry by entry. The library's products are unchanged,
+        the other kernels refuse. (The cost that users of PyTorch's 2:4 pay; `rewrite` avoids it.)
         """
         if self.compressed is None:
             pack.gather_kept(weight, self.codes, out=self.values)
         else:
             self.compressed.copy_(torch._cslt_compress(weight).view_as(self.compressed))
+            self._library_places = True
         self._seen = self.values._version
         if self._transposed is not None:
             self._transposed.recompress(weight.t().contiguous())

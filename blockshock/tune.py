@@ -191,14 +191,14 @@ def _line(entry: dict) -> str:
     beside = ", ".join(f"{name} {seconds / best:.2f}x" for name, seconds in others)
     what = entry.get("mask") or f"sum over {entry['ranks']}"
     size = f"N={entry['N']} K={entry['K']} B={entry['B']} {entry['dtype']}"
-    return f"{size} {what}: {chosen} {best * 1e3:.4f} ms; {beside}"
+    return f"{size} {what}: {chosen} {best * 1e3:.4f} ms" + (f"; {beside}" if beside else "")
 
 
 def _numbers(text: str) -> list[int]:
-    numbers = [int(word) for word in text.split(",")]
-    if min(numbers) < 1:
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) for word in words):
         raise argparse.ArgumentTypeError(f"{text!r}: sizes are whole numbers from 1 on")
-    return numbers
+    return [int(word) for word in words]
 
 
 def _dtypes(text: str) -> list[str]:

@@ -51,11 +51,12 @@ def choose(kernel: str, mask: str, rows: int, shape: tuple[int, int], dtype, dev
     return found
 
 
-def describe(kernel: str, packed, rows: int) -> str:
-    """What runs, in words; the algorithm is known once it has run. packed: a `Packed24`."""
+def describe(kernel: str, packed, rows: tuple[int, ...]) -> str:
+    """What runs, in words. packed: a `Packed24`; rows: sizes of x, of which one has run."""
     N, K = packed.shape
     if kernel == "cusparselt":
-        return f"cuSPARSELt, algorithm {algorithms.known(rows, N, K, packed.values.dtype)}"
+        known = (algorithms.known(size, N, K, packed.values.dtype) for size in rows)
+        return f"cuSPARSELt, algorithm {next((n for n in known if n is not None), 'unknown')}"
     return {
         "plain": "dense product with the expanded term: plain PyTorch on the CPU",
         "folded": "dense product of the kept columns",

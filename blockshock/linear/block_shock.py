@@ -15,7 +15,9 @@ The parameters are, by `master`:
 
     "packed"  the kept values [N, K/2S]: gradients are computed in packed form, an optimizer writes
               the values in place, and only the transposed copy is refreshed (`upkeep`)
-    "dense"   the masked weight [N, K/S]: after a step it is masked and compressed again
+    "dense"   the masked weight [N, K/S]: after a step it is masked and compressed again, as with
+              PyTorch's own 2:4 tensors, and multiplied by the library's kernel, unless another one
+              is asked for
 
 With 2S ranks, K is cut in S column shards and a pair of ranks holds the two terms of each.
 """
@@ -142,7 +144,11 @@ class BlockShock(nn.Module):
     def folds(self) -> bool:
         """Whether the products are dense ones of the kept columns."""
         whole = products.kind(self.packed.mask_period()) == "columns"
-        return whole and self.kernel in ("auto", "folded")
+        return whole and self.kernel in ("auto", "folded") and not self._by_library
+
+    @property
+    def _by_library(self) -> bool:
+        return self.master == "dense" and self.kernel in ("auto", "cusparselt")
 
     __deepcopy__ = parts.copy_in_group
 
@@ -167,7 +173,8 @@ class BlockShock(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """X W(g)ᵀ of rows of the local input -> [rows, N]."""
-        kernel = "folded" if self._is_kept(x) else self._kernel(self.packed, x)
+        kept = x.shape[1] != self.term.width
+        kernel = "folded" if kept else self._kernel(self.packed, x)
         return self.packed.product(x, functions.bias_of_first(self), kernel)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
@@ -186,12 +193,10 @@ class BlockShock(nn.Module):
 
     def _kernel(self, packed: Packed24, x: Tensor) -> str:
         mask = products.kind(packed.mask_period())
+        kernel = "cusparselt" if self._by_library else self.kernel
         return products.choose(
-            self.kernel, mask, len(x), packed.shape, self.weight.dtype, self.weight.device
+            kernel, mask, len(x), packed.shape, self.weight.dtype, self.weight.device
         )
-
-    def _is_kept(self, x: Tensor) -> bool:
-        return x.shape[1] != self.term.width
 
     def upkeep(self) -> None:
         """Brings the compressed forms into step after the weight was written; see `master`.
@@ -204,7 +209,8 @@ class BlockShock(nn.Module):
                 self.packed.refresh()
             else:
                 self.weight.mul_(masks24.decode(self.codes))
-                self.packed.recompress(self.weight)
+                renew = self.packed.recompress if self._by_library else self.packed.rewrite
+                renew(self.weight)
         self._note_in_step()
 
     def check_pair(self) -> None:
@@ -238,18 +244,25 @@ class BlockShock(nn.Module):
 
     def paths(self, batch: int) -> dict[str, str]:
         """What computes the products and the sum of a batch of rows, once they have run."""
-        like = self.weight.new_empty(0).expand(batch, 0)
-        forward = products.describe(self._kernel(self.packed, like), self.packed, batch)
+        forward = self._describe(self.packed, self.output, batch)
         if self.folds:
             backward = "dense product with the kept columns, gathered"
         elif self.packed.has_transpose:
-            back = self.packed.transposed
-            backward = products.describe(self._kernel(back, like), back, batch)
+            backward = self._describe(self.packed.transposed, self.input, batch)
         else:
             backward = "dense product with the expanded term: the mask is not transposable"
         gradient = products.describe_gradient(products.kind(self.packed.mask_period()))
         own = {"forward": forward, "backward": backward, "weight_gradient": gradient}
         return own | parts.join_paths(self, batch)
+
+    def _describe(self, packed: Packed24, join, batch: int) -> str:
+        """The kernel of one chunk's product; a folded one takes its columns of the whole batch."""
+        chunks = max(1, join.plan(batch, self.weight.dtype, self.weight.device).chunks)
+        rows = self.weight.new_empty(0).expand(-(-batch // chunks), 0)
+        whole = self.weight.new_empty(0).expand(batch, 0)
+        kernel = self._kernel(packed, whole)
+        kernel = kernel if kernel == "folded" else self._kernel(packed, rows)
+        return products.describe(kernel, packed, (len(rows), batch // chunks, batch))
 
     def weight_bytes(self) -> tuple[int, int]:
         """(estimated, actual) bytes of the weight in all its forms on this rank.
