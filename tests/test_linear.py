@@ -182,8 +182,11 @@ def test_folding_block_shock_matches_dense(ranks, mask, kernel, master):
     options = {"mask": mask, "kernel": kernel, "master": master}
     check(ranks.run(jobs.errors, "block_shock", 256, 256, 512, "bf16", **options))
     for told in ranks.run(jobs.paths, "block_shock", 256, 32, "bf16", **options):
-        assert told["backward"] == "dense product with the kept columns, gathered"
         assert told["weight_gradient"] == "dense product of the kept columns"
+        if master == "dense" and kernel == "auto":  # as with PyTorch's own 2:4 tensors
+            assert "expanded term" in told["backward"]
+            continue
+        assert told["backward"] == "dense product with the kept columns, gathered"
         if kernel == "folded" or ranks.device == "cpu":
             assert told["forward"] == "dense product of the kept columns"
 
