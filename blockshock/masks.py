@@ -184,8 +184,9 @@ def period(codes: Tensor) -> tuple[int, int, int, int] | None:
     codes uint8 [n, K/4], n a multiple of 4. True of the fixed patterns and of "tile".
     """
     first = codes[:4, :1]
-    if not bool((codes.view(-1, 4, codes.shape[1]) == first).all()):
-        return None
+    for rows in codes.split(4096):
+        if not bool((rows.view(-1, 4, rows.shape[1]) == first).all()):
+            return None
     return tuple(first.flatten().tolist())
 
 

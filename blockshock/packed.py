@@ -18,6 +18,9 @@ from blockshock import masks
 from blockshock.kernels import columns, pack, sparse24, thin24
 
 
+BLOCK = 256  # rows of a mask that are decoded at once, so that no whole one is ever held
+
+
 class Packed24:
     """A 2:4-sparse matrix [N, K]; N and K multiples of 64, dtype float.
 
@@ -164,7 +167,9 @@ class Packed24:
         """
         rows, columns = self.shape
         twin = Packed24.empty(columns, rows, dtype=self.values.dtype, device=self.values.device)
-        twin.codes.copy_(masks.transpose(self.codes))
+        for start in range(0, rows, BLOCK):
+            block = masks.transpose(self.codes[start : start + BLOCK])
+            twin.codes[:, start // 4 : start // 4 + block.shape[1]] = block
         twin._write_metadata()
         self._transposed = twin
         self.refresh()
@@ -228,8 +233,8 @@ class Packed24:
         return own + (self._transposed.nbytes if self._transposed is not None else 0)
 
     def _write_metadata(self) -> None:
-        for start in range(0, self.shape[0], 1024):
-            mask = masks.decode(self.codes[start : start + 1024])
+        for start in range(0, self.shape[0], BLOCK):
+            mask = masks.decode(self.codes[start : start + BLOCK])
             masks.check(mask)
             if self.compressed is not None:
                 sparse24.write_metadata(self.compressed, mask, start)

@@ -173,6 +173,18 @@ def test_a_shard_is_built_without_the_whole_weight(lab, method):
     assert memory["build_peak_bytes"] < memory["weight_bytes"] + 3 * block + 3 * drawn
 
 
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("mask", ["tile", "tile_magnitude", "1100"])
+def test_a_term_is_built_in_its_own_memory_and_some_blocks(lab, mask):
+    case = Case("forward", "block_shock", 32768, 16, mask=mask)
+    memory = lab.result(case, [case])[1]["memory"]
+    whole = 32768 * 32768 * 2
+    # Some blocks of rows, and the scores of the 90 tiles; whatever N is.
+    assert (
+        memory["build_peak_bytes"] < memory["weight_bytes"] + 2**30 < memory["weight_bytes"] + whole
+    )
+
+
 def test_a_weight_with_nan_ends_in_a_message_that_names_the_place(ranks, options, tmp_path):
     numpy = pytest.importorskip("numpy")
     weight = numpy.ones((128, 128), dtype=numpy.float32)
