@@ -51,11 +51,11 @@ def run(net):
     return {"logits": outputs[0].detach(), **{n: p.grad for n, p in net.named_parameters()}}
 
 
-def converted(method):
+def converted(method, **options):
     """The converted model's errors over the dense model's, both against float64."""
     true, dense = run(model().double()), run(model())
     net = model()
-    report = blockshock.convert(net, method)
+    report = blockshock.convert(net, method, **options)
     split = {f"{name}.weight" for name in report.replaced}
     ratios = {
         name: relative_error(value, true[name])
@@ -116,6 +116,54 @@ def test_outputs_and_gradients_are_the_dense_models(ranks, method):
         assert all(ratio < 2 for ratio in answer["ratios"].values()), answer["ratios"]
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        *[(name, {"reduce": "collective"}) for name in METHOD_NAMES],
+        ("block_shock", {"kernel": "folded", "mask": "1010", "reduce": "collective"}),
+    ],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else value,
+)
+def test_the_kernel_and_the_sum_asked_for_are_those_of_the_layers(ranks, method, options):
+    for answer in ranks.run(converted, method, **options):
+        assert "mlp.0" in answer["replaced"]
+        assert all(ratio < 2 for ratio in answer["ratios"].values()), answer["ratios"]
+    for answer in ranks.run(made_of, method, **options):
+        assert answer == {name: options[name] for name in options if name != "mask"}
+
+
+def made_of(method, **options):
+    """The options as the first converted layer holds them."""
+    net = model()
+    blockshock.convert(net, method, **options)
+    held = {"reduce": net.mlp[0].output.how, "kernel": getattr(net.mlp[0], "kernel", None)}
+    return {name: held[name] for name in options if name != "mask"}
+
+
+def refused_here(options):
+    """The warning, and the reason why mlp.0 was left."""
+    net = model()
+    with pytest.warns(UserWarning, match="changed nothing") as caught:
+        report = blockshock.convert(net, "block_shock", where="mlp.*", **options)
+    return str(caught[0].message), report.replaced, report.left["mlp.0"]
+
+
+def test_a_kernel_that_the_mask_does_not_allow_leaves_every_layer_with_a_warning(ranks):
+    for warning, replaced, reason in ranks.run(refused_here, {"kernel": "folded", "mask": "tile"}):
+        assert not replaced
+        assert "'folded'" in reason
+        assert reason in warning
+
+
+def test_a_sum_that_needs_gpus_leaves_every_layer_with_a_warning(ranks):
+    if ranks.device != "cpu":
+        pytest.skip("here the ranks have GPUs")
+    for warning, replaced, reason in ranks.run(refused_here, {"reduce": "exchange"}):
+        assert not replaced
+        assert "needs GPUs" in reason
+        assert reason in warning
+
+
 def test_what_is_left_is_listed_with_its_reason(ranks):
     answer = ranks.run(converted, "block_shock")[0]
     assert answer["replaced"] == ["mlp.0", "mlp.2"]
@@ -144,6 +192,9 @@ def test_an_unknown_method_or_option_is_refused():
         blockshock.convert(nn.Sequential(nn.Linear(64, 64)), "blockshock")
     with pytest.raises(ValueError, match="pattern"):
         blockshock.convert(nn.Sequential(nn.Linear(64, 64)), "dense_single", pattern="1100")
+    for wrong in ({"mask": "0110"}, {"kernel": "thick"}, {"reduce": "two_shots"}):
+        with pytest.raises(ValueError, match="use one of"):
+            blockshock.convert(nn.Sequential(nn.Linear(64, 64)), "block_shock", **wrong)
     with pytest.raises(ValueError, match="from_dense"):
         blockshock.convert(nn.Linear(64, 64), "dense_single")
 
@@ -153,7 +204,8 @@ def test_what_is_shared_hooked_or_computed_is_left_and_a_failure_changes_nothing
     hooked, computed = nn.Linear(64, 64), nn.utils.spectral_norm(nn.Linear(64, 64))
     hooked.register_forward_hook(lambda *_: None)
     model = nn.ModuleDict({"a": shared, "b": shared, "c": hooked, "d": computed})
-    report = blockshock.convert(model, "dense_single")
+    with pytest.warns(UserWarning, match="changed nothing"):
+        report = blockshock.convert(model, "dense_single")
     assert not report.replaced
     assert {name: reason.split()[-1] for name, reason in report.left.items()} == {
         "a": "module",
@@ -204,7 +256,8 @@ def test_codes_that_are_no_mask_are_refused_when_they_are_loaded(ranks):
 def test_without_ranks_the_split_methods_leave_every_layer_and_say_why():
     if collectives.group_size() > 1:
         pytest.skip("this process is one of torchrun's ranks")
-    report = blockshock.convert(nn.Sequential(nn.Linear(64, 64)), "block_shock")
+    with pytest.warns(UserWarning, match="even number of ranks"):
+        report = blockshock.convert(nn.Sequential(nn.Linear(64, 64)), "block_shock")
     assert not report.replaced
     assert "even number of ranks" in report.left["0"]
     assert "even number of ranks" in str(report)
