@@ -105,7 +105,7 @@ def product(x: Tensor, values: Tensor, places: Layout, bias: Tensor | None = Non
     if batch > MAX_BATCH:
         raise ValueError(f"{batch} rows: the thin 2:4 kernel takes at most {MAX_BATCH}")
     if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)  # of one row `contiguous` copies nothing
     tiles, split = -(-N // ROWS), _split(N, K, x.device)
     batch_tiles = -(-batch // 8)
     deal_out, multiply = _kernels(
