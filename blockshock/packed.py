@@ -17,7 +17,6 @@ from torch import Tensor
 from blockshock import masks
 from blockshock.kernels import columns, pack, sparse24, thin24
 
-
 BLOCK = 256  # rows of a mask that are decoded at once, so that no whole one is ever held
 
 

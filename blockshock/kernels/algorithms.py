@@ -112,13 +112,15 @@ def _store(found: dict[str, int]) -> dict[str, int]:
 def _search(key: str, shape, compressed: Tensor, values: Tensor, codes: Tensor) -> int:
     from blockshock.kernels import sparse24
 
-    rows, columns = values.shape[0], values.shape[1] * 2
     random = torch.Generator(values.device).manual_seed(shape[0] * 7919 + shape[1])
-    # Random values under the real metadata: a weight of zeros could not tell right from wrong.
-    compressed = compressed.clone()
-    values = compressed.view(-1)[: rows * columns // 2].view(values.shape).normal_(generator=random)
-    x, bias = (values.new_empty(size).normal_(generator=random) for size in (shape, (rows,)))
+    # Random values in place of the weight's, in which zeros could not tell right from wrong, and
+    # which the library may have given places of its own.
+    values = torch.empty_like(values).normal_(generator=random)
+    x, bias = (
+        values.new_empty(size).normal_(generator=random) for size in (shape, values.shape[:1])
+    )
     dense = pack.expand(values, codes)
+    compressed = torch._cslt_compress(dense).view_as(compressed)
     truths = [(b, F.linear(x, dense, b)) for b in (None, bias)]
     timed, refusal = [], None
     for algorithm in range(_UNTRIED[values.dtype]):
