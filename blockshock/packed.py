@@ -133,7 +133,13 @@ class Packed24:
         """The columns [B, K/2] that a mask of whole columns keeps of x; given those, they pass."""
         if x.shape[1] == self.values.shape[1]:
             return x
-        return columns.take(x, masks.places(self.mask_period()[0]), out)
+        period = self.mask_period()
+        if period is None or len(set(period)) > 1:
+            raise ValueError(
+                "this mask keeps other columns in each row, so its product cannot be folded; use "
+                "kernel 'auto'"
+            )
+        return columns.take(x, masks.places(period[0]), out)
 
     def kept_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """The kept entries [N, K/2] of dYᵀ X: dy [B, N], x [B, K] (or its kept columns).
@@ -155,6 +161,11 @@ class Packed24:
 
     def _thin_layout(self) -> thin24.Layout:
         if self._thin is None:
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "the thin kernel has no indices of this mask yet and a graph is being "
+                    "captured; run this shape once before the capture"
+                )
             self._thin = thin24.layout(self.codes, self.mask_period())
         return self._thin
 
@@ -170,6 +181,7 @@ class Packed24:
             block = masks.transpose(self.codes[start : start + BLOCK])
             twin.codes[:, start // 4 : start // 4 + block.shape[1]] = block
         twin._write_metadata()
+        twin.mask_period()  # looked up now: it waits for the device, and a capture may not
         self._transposed = twin
         self.refresh()
         return self
@@ -202,7 +214,11 @@ class Packed24:
 
     @torch.no_grad()
     def rewrite(self, weight: Tensor) -> None:
-        """Takes the kept values of a dense matrix [N, K]; metadata and codes stay as they are."""
+        """Takes the kept values of a dense matrix [N, K], at the places of the codes."""
+        if self._library_places:
+            self._write_metadata()
+            if self._transposed is not None:
+                self._transposed._write_metadata()
         pack.gather_kept(weight, self.codes, out=self.values)
         self.refresh()
 
@@ -237,6 +253,7 @@ class Packed24:
             masks.check(mask)
             if self.compressed is not None:
                 sparse24.write_metadata(self.compressed, mask, start)
+        self._library_places = False
 
 
 def estimated_bytes(rows: int, columns: int, itemsize: int) -> int:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from blockshock import choices, masks
 from blockshock.distributed import collectives, open_ranks, reduce, symmetric
 from blockshock.distributed.reduce import Plan
-from blockshock.kernels import sparse24, thin24
+from blockshock.kernels import products, sparse24, thin24
 from blockshock.measure import clock
 from blockshock.measure.errors import relative_error
 from blockshock.packed import Packed24
@@ -154,6 +154,8 @@ def save(table: dict[str, list[dict]], file: Path) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     partial.write_text("{\n" + ",\n".join(parts) + "\n}\n")
     partial.replace(file)
+    choices.forget()
+    products.choose.cache_clear()
 
 
 def main(argv: list[str]) -> int:

@@ -92,6 +92,49 @@ def repeated_bits(method, N, B, dtype):
     return all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+def second_derivative(method, **options):
+    """The text of the error of a gradient of a gradient, or None."""
+    weight, b, x, dy = data(64, 64, 8, "fp32")
+    layer = METHODS[method].from_dense(weight, b, **options).requires_grad_(False)
+    x.requires_grad_()
+    (dx,) = torch.autograd.grad((layer(x).square() * dy).sum(), x, create_graph=True)
+    try:
+        dx.square().sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def goes_on_after_a_failure(where, N=256, B=32, **options):
+    """Whether Y and dX are right after the weight gradient (or a product) failed once."""
+    weight, b, x, dy = data(N, N, B, "bf16" if device().type == "cuda" else "fp32")
+    layer = METHODS["dense_tp_row"].from_dense(weight, b, **options)
+    expected = run_once(layer, x, dy)
+    calls, whole = [], getattr(layer, where)
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == (2 if where == "product" else 1):
+            raise torch.OutOfMemoryError("made up")
+        return whole(*args)
+
+    setattr(layer, where, fail)
+    for _ in range(2):  # the second time is right again
+        try:
+            found = run_once(layer, x, dy)
+        except torch.OutOfMemoryError:
+            found = None
+    return found is not None and all(torch.equal(*pair) for pair in zip(expected, found, strict=True))
+
+
+def run_once(layer, x, dy):
+    """Y and dX."""
+    x_in = x.detach().clone().requires_grad_()
+    y = layer(x_in)
+    y.backward(dy)
+    return y.detach(), x_in.grad
+
+
 def flip_one_mask_group(layer):
     """One group of four keeps another place than the weight was packed for."""
     if layer_is_second():

@@ -23,7 +23,8 @@ def tables(tmp_path, monkeypatch):
             folder.mkdir(exist_ok=True)
             text = table if isinstance(table, str) else json.dumps(table)
             (folder / "Some-GPU.json").write_text(text)
-        choices._table.cache_clear()
+        choices.forget()
+        products.choose.cache_clear()
 
     choices._table.cache_clear()
     yield write
@@ -70,7 +71,8 @@ def test_dtype_mask_and_ranks_must_be_the_same(tables):
     assert fastest(64, 64) == "thin"  # though the other one has just this size
     assert fastest(64, 64, mask="columns") == "folded"
     assert fastest(64, 64, mask="periodic") is None
-    assert fastest(64, 64, dtype="float16") is None
+    assert fastest(64, 64, dtype="float16") == "thin"  # as many bytes, and not measured itself
+    assert fastest(64, 64, dtype="float32") is None
     wanted = {"N": 64, "K": 32, "B": 64, "dtype": "bfloat16"}
     assert choices.fastest_sum(ranks=4, **wanted)["how"] == "two_shot"
     assert choices.fastest_sum(ranks=2, **wanted)["chunks"] == 2
@@ -143,11 +145,12 @@ def test_auto_follows_the_table_and_without_one_what_is_usually_fastest(tables, 
     monkeypatch.setattr(products.thin24, "unsupported", lambda *_: None)
     tables(user={"products": [product(4096, 64, "cusparselt", mask="columns")]})
     assert chosen("auto", "columns", 64) == "cusparselt"
-    assert chosen("auto", "columns", 64, torch.float16) == "folded"
+    assert chosen("auto", "columns", 64, torch.float16) == "cusparselt"
     assert chosen("auto", "free", 64) == chosen("auto", "free", 0) == "thin"
     assert chosen("auto", "periodic", 65) == "cusparselt"
     for asked in ("cusparselt", "thin", "folded"):
         assert chosen(asked, "columns", 64) == asked
+    products.choose.cache_clear()
     monkeypatch.setattr(products.thin24, "unsupported", lambda *_: "no sparse tensor cores")
     assert chosen("auto", "free", 64) == "cusparselt"
 

@@ -130,6 +130,26 @@ def test_the_kept_gradient_is_the_gathered_dense_product(pattern, term, dtype):
         assert close(form.kept_gradient(turned, strided[:, 4 : 4 + K]), truth)
 
 
+def test_a_mask_of_other_columns_in_each_row_is_not_folded():
+    for pattern in ("tile", "random"):
+        form = packed(pattern)[2]
+        with pytest.raises(ValueError, match="cannot be folded"):
+            form.product(torch.randn(5, 192, device=DEVICE).bfloat16(), None, "folded")
+
+
+@pytest.mark.gpus(1)
+def test_what_was_recompressed_can_be_rewritten():
+    weight, mask, form = packed("tile", N=192, K=320)
+    form.with_transpose()
+    other = torch.randn_like(weight) * mask * (torch.rand(weight.shape, device=DEVICE) < 0.6)
+    form.recompress(other)
+    form.rewrite(other)
+    x, dy = (torch.randn(40, n, device=DEVICE).bfloat16() for n in (320, 192))
+    for kernel in ("cusparselt", "thin"):
+        assert close(form.product(x, None, kernel), x.double() @ other.double().t())
+        assert close(form.transposed.product(dy, None, kernel), dy.double() @ other.double())
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_the_check_of_kept_gradients_finds_one_place_that_is_wrong(dtype):
     weight = torch.randn(64, 64, device=DEVICE).to(dtype)

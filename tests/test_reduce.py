@@ -54,6 +54,7 @@ def test_what_a_way_does_not_take_is_named_with_what_does():
             assert "GPUs" in text
             assert "use 'collective'" in text
     assert reduce.unsupported("two_shot", torch.bfloat16, "cuda") is None
+    assert "bf16, fp16 or fp32" in reduce.unsupported("exchange", torch.float64, "cuda")
     assert "bf16 or fp32" in reduce.unsupported("two_shot", torch.float16, "cuda")
     text = reduce.unsupported("ring", torch.bfloat16, "cuda")
     assert "'ring'" in text

@@ -26,16 +26,31 @@ Fill = Callable[[int, int], None]  # makes some rows of a tensor: start, stop
 
 
 class Pending:
-    """A result on its way. `wait` must be called, in the stream that began it."""
+    """A result on its way: `wait` must be called in the stream that began it, before the next one
+    of the group is begun.
 
-    def __init__(self, result: Tensor, finish: Callable[[], None] | None = None, held=()):
+    name: the region of the time that was not hidden. then: what is left to do after it.
+    """
+
+    def __init__(
+        self,
+        result: Tensor,
+        finish: Callable[[], None] | None = None,
+        held=(),
+        *,
+        name: str = "allreduce",
+        then: Callable[[], None] | None = None,
+    ):
         self._result, self._finish, self._held = result, finish, held
+        self._name, self._then = name, then
 
     def wait(self) -> Tensor:
-        """The result; the time that was not hidden is a region `allreduce`."""
+        """The result."""
         if self._finish is not None:
-            with region("allreduce", bytes=self._result.nbytes):
+            with region(self._name, bytes=self._result.nbytes):
                 self._finish()
+        if self._then is not None:
+            self._then()
         self._held = ()
         return self._result
 
@@ -98,35 +113,39 @@ def begin(
     ranks = collectives.group_size(group)
     side, partials = streams(ranks), []
     main, y, box, last = side.fork(), None, None, None
-    filled = _fill(fill, bounds, side)
-    for chunk, (start, stop) in enumerate(pairwise(bounds)):
-        if start in filled:
-            main.wait_event(filled[start])
-        partial = collectives.fix_layout(product(x[start:stop]))
-        partials.append(partial)  # held until the streams have joined
-        if y is None:
-            y = partial.new_empty(len(x), partial.shape[1])
-            row = y.shape[1] * y.element_size()
-            box = symmetric.mailbox(2 * y.nbytes + chunks * ranks * row, group)
-            for peer, stream in zip(box.shared.peers, side.send, strict=True):
-                with torch.cuda.stream(stream):
-                    box.open(peer)
-        small = partial.nbytes <= symmetric.PUSH_BYTES and row % 16 == 0
-        if ranks == 2 and stop == len(x) and not hide and small:
-            # Nothing is left to hide the last one behind: one kernel ends sooner than messages.
-            last = partial
-            continue
-        ready = main.record_event()
-        for stream in (*side.send, side.finish):
-            stream.wait_event(ready)
-        if ranks == 2:
-            _cross(partial, y, start, chunk, side, box)
-        else:
-            _scatter(partial, y, start, chunk, chunks, side, box)
-    for stream in side.publish:
-        side.finish.wait_stream(stream)
-    with torch.cuda.stream(side.finish):
-        box.close()
+    try:
+        filled = _fill(fill, bounds, side)
+        for chunk, (start, stop) in enumerate(pairwise(bounds)):
+            if start in filled:
+                main.wait_event(filled[start])
+            partial = collectives.fix_layout(product(x[start:stop]))
+            partials.append(partial)  # held until the streams have joined
+            if y is None:
+                y = partial.new_empty(len(x), partial.shape[1])
+                row = y.shape[1] * y.element_size()
+                # With two ranks the mailbox has partials, with more their sums as well.
+                room = y.nbytes if ranks == 2 else 2 * y.nbytes + chunks * ranks * row
+                box = symmetric.mailbox(room, group)
+                for peer, stream in zip(box.shared.peers, side.send, strict=True):
+                    with torch.cuda.stream(stream):
+                        box.open(peer)
+            small = partial.nbytes <= symmetric.PUSH_BYTES and row % 16 == 0
+            if ranks == 2 and stop == len(x) and not hide and small:
+                # Nothing is left to hide the last one behind: one kernel ends sooner than messages.
+                last = partial
+                continue
+            ready = main.record_event()
+            for stream in (*side.send, side.finish):
+                stream.wait_event(ready)
+            if ranks == 2:
+                _cross(partial, y, start, chunk, side, box)
+            else:
+                _scatter(partial, y, start, chunk, chunks, side, box)
+    except BaseException:  # ranks that fail at the same chunk can go on with the next round
+        _close(side, box)
+        side.join(main)
+        raise
+    _close(side, box)
 
     def finish():
         if last is not None:
@@ -134,6 +153,14 @@ def begin(
         side.join(main)
 
     return Pending(y, finish, partials)
+
+
+def _close(side: Streams, box: symmetric.Mailbox | None) -> None:
+    for stream in side.publish:
+        side.finish.wait_stream(stream)
+    if box is not None:
+        with torch.cuda.stream(side.finish):
+            box.close()
 
 
 def begin_collective(
@@ -217,6 +244,9 @@ def _scatter(partial, y, start: int, chunk: int, chunks: int, side: Streams, box
         stream.wait_event(summed)
         with torch.cuda.stream(stream):
             box.send(peer, chunks + chunk, own, half + (start + cut[rank]) * N)
+    # All sends stand before any receive: streams may share a queue of the hardware.
+    for peer, stream in zip(box.shared.peers, side.publish, strict=True):
+        with torch.cuda.stream(stream):
             theirs = rows(y, peer, start)
             at = half + (start + cut[peer]) * N
             theirs.copy_(box.receive(peer, chunks + chunk, theirs.shape, theirs.dtype, at))

@@ -23,6 +23,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from blockshock.distributed import collectives
 from blockshock.distributed.joins import Fill, Gather, Sum
@@ -74,6 +75,7 @@ def _start_cuda(like: Tensor) -> None:
 class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):
+        _start_cuda(x)
         local, fill = layer.local_input(x)
         # Saving the weight makes autograd refuse a backward after the weight was overwritten.
         ctx.save_for_backward(local if weight.requires_grad else None, weight)
@@ -81,19 +83,24 @@ class _Apply(torch.autograd.Function):
         return layer.output.begin(layer.product, local, fill=fill).wait()
 
     @staticmethod
+    @once_differentiable  # a second derivative would not see the sums over ranks
     def backward(ctx, dy):
         with torch.autocast(dy.device.type, enabled=False):  # a caller may be in one
             return _Apply.gradients(ctx, dy)
 
     @staticmethod
     def gradients(ctx, dy):
+        _start_cuda(dy)  # before tensors are unpacked: a checkpoint then runs the forward here
         local, _ = ctx.saved_tensors
-        _start_cuda(dy)
         layer, (need_x, need_weight, need_bias, _) = ctx.layer, ctx.needs_input_grad
-        pending = dw = None
+        pending = dx = dw = None
         if need_x:
             pending = layer.input.begin(layer.input_gradient, dy, hide=need_weight)
-        if need_weight:
-            dw = layer.weight_gradient(dy, local)
-        db = dy.sum(0) if need_bias else None
-        return None if pending is None else pending.wait(), dw, db, None
+        try:
+            if need_weight:
+                dw = layer.weight_gradient(dy, local)
+            db = dy.sum(0) if need_bias else None
+        finally:  # whatever happens: other streams use memory that this one would take back
+            if pending is not None:
+                dx = pending.wait()
+        return dx, dw, db, None

@@ -5,7 +5,7 @@ rank holds in the same bits. In between the caller may do other work (`hide`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,15 +30,21 @@ class Sum:
     depth: int
     group: object = None
 
-    def plan(self, batch: int, dtype: torch.dtype, device: torch.device) -> Plan:
-        """What is done for a batch of rows."""
-        return reduce.plan(self.how, batch, self.columns, self.depth, dtype, device, self.group)
+    def plan(
+        self, batch: int, dtype: torch.dtype, device: torch.device, *, hide: bool = False
+    ) -> Plan:
+        """What is done for a batch of rows; hide: behind other work, so in one piece."""
+        like = batch, self.columns, self.depth, dtype, device
+        chosen = reduce.plan(self.how, *like, self.group)
+        if not hide or chosen.chunks < 2:
+            return chosen
+        return replace(chosen, chunks=1 if chosen.how == "exchange" else 0)
 
     def begin(
         self, product: Product, x: Tensor, *, hide: bool = False, fill: Fill | None = None
     ) -> Pending:
         """Starts Σ_r product(x); fill(start, stop) makes these rows of x first."""
-        chosen = self.plan(len(x), x.dtype, x.device)
+        chosen = self.plan(len(x), x.dtype, x.device, hide=hide)
         return reduce.begin_sum(product, x, chosen, self.group, hide=hide, fill=fill)
 
 
@@ -56,12 +62,16 @@ class Gather:
     place: Callable[[list[Tensor], Tensor], None]
     group: object = None
 
-    def plan(self, batch: int, dtype: torch.dtype, device: torch.device) -> Plan:
-        """What is done for a batch of rows."""
-        chosen = reduce.plan(self.how, batch, self.columns, self.depth, dtype, device, self.group)
+    def plan(
+        self, batch: int, dtype: torch.dtype, device: torch.device, *, hide: bool = False
+    ) -> Plan:
+        """What is done for a batch of rows; always in one piece."""
+        like = batch, self.columns, self.depth, dtype, device
+        chosen = reduce.plan(self.how, *like, self.group)
         if chosen.how == "exchange":
             return Plan("exchange", 1)
-        return Plan("collective", reason=chosen.reason)
+        reason = "a gather has no two shots" if chosen.how == "two_shot" else chosen.reason
+        return Plan("collective", reason=reason)
 
     def begin(
         self, product: Product, x: Tensor, *, hide: bool = False, fill: Fill | None = None
@@ -82,11 +92,10 @@ class Gather:
             return Pending(out)
         gathered, work = collectives.start_all_gather(part, self.group)
 
-        def finish():
-            work.wait()
+        def write():
             self._write(list(gathered), out)
 
-        return Pending(out, finish, [part])
+        return Pending(out, work.wait, [part], name="allgather", then=write)
 
     def _write(self, parts: list[Tensor], out: Tensor) -> None:
         with region("layout_fix", bytes=out.nbytes):
@@ -106,9 +115,11 @@ class Gather:
                 for peer in box.shared.peers
             }
             parts[rank] = part
-            self.place([parts[r] for r in range(ranks)], out)
-            box.close()
-        return Pending(out, lambda: side.join(main), [part])
+            try:
+                self.place([parts[r] for r in range(ranks)], out)
+            finally:
+                box.close()
+        return Pending(out, lambda: side.join(main), [part], name="allgather")
 
 
 def side_by_side(parts: list[Tensor], out: Tensor) -> None:

@@ -58,6 +58,8 @@ def unsupported(how: str, dtype: torch.dtype, device_type: str) -> str | None:
         return f"the sum {how!r} needs GPUs that reach each other's memory; use 'collective'"
     if how == "two_shot" and dtype not in (torch.bfloat16, torch.float32):
         return "the sum 'two_shot' takes bf16 or fp32; use 'exchange' or 'collective'"
+    if how == "exchange" and dtype not in symmetric.DTYPES:
+        return "the sum 'exchange' takes bf16, fp16 or fp32; use 'collective'"
     return None
 
 
@@ -67,6 +69,8 @@ def plan(how: str, rows: int, columns: int, depth: int, dtype, device, group=Non
     A collective on first use; alike on all ranks, as the table is read by the group's first one.
     """
     ranks = collectives.group_size(group)
+    if group is None and ranks > 1:
+        group = dist.group.WORLD  # another one after the process group was made anew
     if ranks == 1 or how == "collective" or rows == 0:
         return Plan("collective")
     if device.type != "cuda":
@@ -94,11 +98,11 @@ def _plan(how: str, rows: int, columns: int, depth: int, dtype, ranks: int, grou
     vectors = columns * dtype.itemsize % 16 == 0  # what the one kernel moves
     if how == "two_shot":
         return Plan("two_shot")
-    # What travels is bytes: the 16-bit types have one table.
-    name = "bfloat16" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")
-    found = choices.fastest_sum(ranks=ranks, N=columns, K=depth, B=rows, dtype=name)
+    found = choices.fastest_sum(ranks=ranks, N=columns, K=depth, B=rows, dtype=dtype)
     if how == "auto" and (found is None or found["how"] != "exchange"):
-        reason = "" if found else "no sum was measured on this GPU: python -m blockshock.tune"
+        reason = "" if found else f"no sum of {dtype} over {ranks} ranks was measured on this GPU"
+        if not found and dtype.itemsize == 2:
+            reason += f": python -m blockshock.tune --ranks {ranks}"
         name = found["how"] if found else "collective"
         if unsupported(name, dtype, "cuda"):
             return Plan("collective", reason=f"{name} was faster in another dtype")
@@ -126,9 +130,8 @@ def begin_sum(
     rows of x, which must be done before they are multiplied; an exchange hides it as well.
     """
     if chosen.how == "exchange" and chosen.chunks:
-        chunks = 1 if hide else chosen.chunks
-        return exchange.begin(product, x, chunks, group, hide=hide, fill=fill)
-    if chosen.how == "collective" and chosen.chunks and not hide:
+        return exchange.begin(product, x, chosen.chunks, group, hide=hide, fill=fill)
+    if chosen.how == "collective" and chosen.chunks:
         return exchange.begin_collective(product, x, chosen.chunks, group, fill=fill)
     if fill is not None:
         fill(0, len(x))

@@ -19,38 +19,47 @@ from torch import Tensor
 
 from blockshock.kernels import nvrtc
 
-# PyTorch would set multicast up beside every buffer; nothing here uses it.
-os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-
 PUSH_BLOCKS, PUSH_SPAN = 512, 2048  # blocks of threads, and vectors of 16 bytes for each
 PUSH_BYTES = PUSH_BLOCKS * PUSH_SPAN * 16  # 16 MiB
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
-@lru_cache
 def why_not(group=None) -> str | None:
     """Why the ranks of a group cannot reach each other's memory, or None. A collective, once."""
-    mine = _problem(group)
-    found = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, (socket.gethostname(), mine), group=group)
-    if len({host for host, _ in found}) > 1:
-        return "its ranks are on several hosts"
-    return next((problem for _, problem in found if problem), None)
+    return _why_not(_group(group))
 
 
-def _problem(group) -> str | None:
-    if dist.get_backend(group) != "nccl":
+def _group(group):
+    """Never None, which would name another group after the process group was made anew."""
+    return dist.group.WORLD if group is None else group
+
+
+@lru_cache
+def _why_not(group) -> str | None:
+    if "nccl" not in dist.get_backend(group):
         return "its ranks have no GPU each"
+    device = torch.cuda.current_device()
+    here = socket.gethostname(), os.environ.get("CUDA_VISIBLE_DEVICES"), device
+    there = [None] * dist.get_world_size(group)
+    dist.all_gather_object(there, here, group=group)
+    problem = _problem(device, there)
+    found = [None] * len(there)
+    dist.all_gather_object(found, problem, group=group)
+    return next((problem for problem in found if problem), None)
+
+
+def _problem(device: int, there: list[tuple]) -> str | None:
+    if len({host for host, _, _ in there}) > 1:
+        return "its ranks are on several hosts"
+    if len({visible for _, visible, _ in there}) > 1:
+        return "its ranks do not see each other's GPUs (CUDA_VISIBLE_DEVICES differs)"
+    for _, _, other in there:
+        if other != device and not torch.cuda.can_device_access_peer(device, other):
+            return f"GPU {device} cannot reach the memory of GPU {other}"
     try:
         from torch.distributed import _symmetric_memory as symmetric
 
-        device = torch.device("cuda", torch.cuda.current_device())
-        others = range(torch.cuda.device_count())
-        if not all(
-            torch.cuda.can_device_access_peer(device, i) for i in others if i != device.index
-        ):
-            return f"GPU {device.index} cannot reach the memory of all other GPUs"
-        symmetric.empty(16, dtype=torch.uint8, device=device)
+        symmetric.empty(16, dtype=torch.uint8, device=torch.device("cuda", device))
     except (ImportError, RuntimeError) as error:
         return f"symmetric memory does not work here: {str(error).splitlines()[0]}"
     return None
@@ -70,6 +79,8 @@ class Shared:
                 "a graph is being captured and the ranks have no shared buffer of "
                 f"{nbytes} bytes yet; run this shape once before the capture"
             )
+        # PyTorch would set multicast up beside the buffer; nothing here uses it.
+        os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         device = torch.device("cuda", torch.cuda.current_device())
         self.group = dist.group.WORLD if group is None else group
         self.memory = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
@@ -106,7 +117,7 @@ class Push:
         kernel = nvrtc.kernel(
             "push_sum.cu",
             "push_sum",
-            HALF=DTYPES[partial.dtype],
+            KIND=DTYPES[partial.dtype],
             RANKS=self.shared.ranks,
             RANK=self.shared.rank,
             BLOCKS=PUSH_BLOCKS,
@@ -172,11 +183,17 @@ class TwoShot:
 _made: dict = {}
 
 
+def held_bytes() -> int:
+    """Bytes of all buffers on this rank, which PyTorch's allocator does not count."""
+    return sum(one.shared.memory.nbytes for made in _made.values() for one in made)
+
+
 def push(group=None) -> Push:
     """The group's `Push`, made on first use."""
-    if ("push", group) not in _made:
-        _made["push", group] = Push(group)
-    return _made["push", group]
+    group = _group(group)
+    if (Push, group) not in _made:
+        _made[Push, group] = [Push(group)]
+    return _made[Push, group][0]
 
 
 def two_shot(nbytes: int, group=None) -> TwoShot:
@@ -191,6 +208,7 @@ def mailbox(nbytes: int, group=None) -> Mailbox:
 
 def _roomy(cls, nbytes: int, group):
     """The largest made so far, or a new one. Outgrown ones stay: captured graphs may use them."""
+    group = _group(group)
     made = _made.setdefault((cls, group), [])
     if not made or made[-1].nbytes < nbytes:
         made.append(cls(1 << max(24, (nbytes - 1).bit_length()), group))

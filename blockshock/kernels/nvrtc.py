@@ -29,6 +29,7 @@ def kernel(file: str, name: str, shared_bytes: int = 0, prelude: str = "", **mac
     return found
 
 
+@lru_cache
 def available() -> bool:
     """Whether the compiler can be loaded."""
     try:

@@ -9,6 +9,8 @@
 none: folded where it can, thin up to 64 rows, else cusparselt.
 """
 
+from functools import lru_cache
+
 import torch
 
 from blockshock import choices
@@ -36,6 +38,7 @@ def unsupported(kernel: str, dtype: torch.dtype, device_type: str) -> str | None
     return sparse24.unsupported(dtype, device_type)
 
 
+@lru_cache(maxsize=4096)
 def choose(kernel: str, mask: str, rows: int, shape: tuple[int, int], dtype, device) -> str:
     """The kernel for x [rows, K], W of this shape (N, K) and a mask of this kind."""
     if device.type != "cuda":
@@ -43,8 +46,7 @@ def choose(kernel: str, mask: str, rows: int, shape: tuple[int, int], dtype, dev
     if kernel != "auto":
         return kernel
     N, K = shape
-    wanted = {"N": N, "K": K, "B": max(rows, 1), "dtype": str(dtype).removeprefix("torch.")}
-    found = choices.fastest_product(mask=mask, **wanted)
+    found = choices.fastest_product(mask=mask, N=N, K=K, B=max(rows, 1), dtype=dtype)
     if found is None:
         thin = rows <= UNTUNED_THIN and not thin24.unsupported(dtype, device.type)
         found = "folded" if mask == "columns" else "thin" if thin else "cusparselt"

@@ -1,17 +1,20 @@
 // The sum over ranks of a small message, in one kernel: every rank writes its partial into the other
 // ranks' buffers, waits for theirs, and adds all of them in the order of the ranks.
 //
-// Compiled with: HALF (0 bf16, 1 fp16, 2 float), RANKS, RANK, BLOCKS and SPAN (of a buffer). A block of threads works alone: it
-// sends, awaits and adds its own `span` of each message through its own place in the buffers, which
-// is SPAN vectors of 16 bytes whatever the message. `epochs` counts the messages of each block; a
-// place is used in turn with a second one, so that a rank which runs ahead by one message (it cannot
-// by two: it has waited for this rank's last one) does not overwrite what is still read.
+// Compiled with: KIND (0 bf16, 1 fp16, 2 float), RANKS, RANK, BLOCKS and SPAN (of a buffer).
+//
+// A block of threads works alone: it sends, awaits and adds its own `span` of each message through
+// its own place in the buffers, which is SPAN vectors of 16 bytes whatever the message. `epochs`
+// counts the messages of each block; a place is used in turn with a second one, so that a rank that
+// runs ahead by one message (it cannot by two: it has waited for this rank's last one) does not
+// overwrite what is still read. More blocks than fit on the GPU are no deadlock as long as all ranks
+// start them in the order of their numbers, as CUDA devices do.
 
 typedef unsigned int u32;
 
 #define THREADS 512
 
-#if HALF == 2
+#if KIND == 2
 #define LANES 4
 struct Vector { float lane[4]; };
 __device__ float widened(const Vector& v, int i) { return v.lane[i]; }
@@ -19,13 +22,13 @@ __device__ void set(Vector& v, int i, float value) { v.lane[i] = value; }
 #else
 #define LANES 8
 struct Vector { unsigned short lane[8]; };
-#if HALF
+#if KIND
 #define TYPE "f16"
 #else
 #define TYPE "bf16"
 #endif
 __device__ float widened(const Vector& v, int i) {
-#if HALF
+#if KIND
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(v.lane[i]));
     return value;

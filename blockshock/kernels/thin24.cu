@@ -1,8 +1,8 @@
 // Y = X Wᵀ + b for a 2:4-sparse W [N, K] and few rows of X, bound by reading W.
 //
-// D = A·B with A = W, 64 columns at a time, and B = Xᵀ, on the sparse tensor cores: `wgmma.sp` on
-// Hopper (WGMMA = 1), `mma.sp` elsewhere (PTX ISA, both with A and its indices in registers). W is
-// read once, in the plain row-major order of its kept values.
+// D = A·B with A = W, 64 columns at a time, and B = Xᵀ, on the sparse tensor cores: `wgmma.sp`
+// on Hopper (WGMMA = 1), `mma.sp` elsewhere (PTX ISA, both with A and its indices in registers).
+// W is read once, in the plain row-major order of its kept values.
 //
 // Compiled with: HALF (0 bf16, 1 fp16), NT (tiles of 8 rows of X), MT (tiles of 16 rows of W that a
 // warp holds), WARPS (a multiple of 4), STAGES and KB (the pipeline: stages of KB blocks of 64
@@ -10,8 +10,8 @@
 //
 // Of a block of 64 columns (16 groups of four), thread q of a quad reads the groups 4q..4q+3 of its
 // rows, 16 bytes, and feeds group 4q + 2s + u to step s (0, 1) as its register pair u (0, 1). So
-// place 16u + 4q + e of step s is column 16q + 8s + 4u + e of the block, and X is dealt out to match:
-// by place, in core matrices of 8 rows × 8 places (128 bytes).
+// place 16u + 4q + e of step s is column 16q + 8s + 4u + e of the block, and X is dealt out to
+// match: by place, in core matrices of 8 rows × 8 places (128 bytes).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -76,8 +76,11 @@ __device__ __forceinline__ float widened(u16 bits) {
 }
 
 // x [batch, K] with `pitch` elements a row -> dealt [K/64][8 chunks][NT * 8] of eight places; zeros
-// beyond the batch. The grid is K/64.
-extern "C" __global__ void deal_out(const u16* x, uint4* dealt, int batch, int pitch) {
+// beyond the batch. The grid is K/64. Clears the counters of the product that follows.
+extern "C" __global__ void deal_out(
+    const u16* x, uint4* dealt, u32* counters, int tiles, int batch, int pitch) {
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < tiles; i += gridDim.x * blockDim.x)
+        counters[i] = 0;
     for (int i = threadIdx.x; i < 64 * NT; i += blockDim.x) {
         const int chunk = i % 8, row = i / 8;
         const int column = chunk % 2 * 32 + chunk / 4 * 8 + chunk / 2 % 2 * 4;
@@ -93,7 +96,7 @@ extern "C" __global__ void deal_out(const u16* x, uint4* dealt, int batch, int p
 
 // values [N, K/2], indices [N/16][K/64][32], dealt X, bias [N] -> y [batch, N]. The grid is
 // (row tiles, split): each CTA sums a part of K; the last one to arrive at a tile adds the parts,
-// always in the same order. `counters` are zero before and after.
+// always in the same order. `counters`, one a tile, are zero before.
 extern "C" __global__ void __launch_bounds__(THREADS) product(
     const u16* values, const u32* indices, const uint4* dealt, const u16* bias, u16* y,
     float4* parts, u32* counters, int N, int K, int batch, int fixed) {

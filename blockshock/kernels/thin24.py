@@ -26,23 +26,22 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # 128 rows of W a block of threads, four stages of 128 columns: of 4 and 8 warps, 1, 2 and 4 tiles a
 # warp, 3, 4 and 6 stages, and every split of K, within 2 % of the best at N = 4096, 8192, 16384 and
 # B = 16, 64, 128 (H200; 0.44 of cuSPARSELt's best time at N = 16384, B = 64).
-WARPS, TILES, STAGES, BLOCKS = 8, 1, 4, 2
+WARPS, TILES = 8, 1
+PIPELINES = ((4, 2), (3, 2), (2, 2), (4, 1), (3, 1), (2, 1))  # the first that fits shared memory
 ROWS = WARPS * TILES * 16
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What the kernel needs of a mask. indices, or the four codes of a periodic mask; counters: a
-    word for each tile of rows, zero between products."""
+    """What the kernel needs of a mask: its indices, or the four codes of a periodic one."""
 
     indices: Tensor | None
     codes: int
-    counters: Tensor
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.counters.nbytes + (0 if self.indices is None else self.indices.nbytes)
+        return 0 if self.indices is None else self.indices.nbytes
 
 
 def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
@@ -62,10 +61,9 @@ def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
 
 def layout(codes: Tensor, period: tuple[int, int, int, int] | None) -> Layout:
     """From a mask's codes, uint8 [N, K/4] on CUDA, and their period (`masks.period`)."""
-    counters = torch.zeros(-(-codes.shape[0] // ROWS), dtype=torch.int32, device=codes.device)
     if period is None:
-        return Layout(arrange_indices(codes), 0, counters)
-    return Layout(None, sum(code << 4 * row for row, code in enumerate(period)), counters)
+        return Layout(arrange_indices(codes), 0)
+    return Layout(None, sum(code << 4 * row for row, code in enumerate(period)))
 
 
 def arrange_indices(codes: Tensor) -> Tensor:
@@ -106,8 +104,9 @@ def product(x: Tensor, values: Tensor, places: Layout, bias: Tensor | None = Non
         raise ValueError(f"{batch} rows: the thin 2:4 kernel takes at most {MAX_BATCH}")
     if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
         x = x.clone(memory_format=torch.contiguous_format)  # of one row `contiguous` copies nothing
-    tiles, split = -(-N // ROWS), _split(N, K, x.device)
     batch_tiles = -(-batch // 8)
+    pipeline = _pipeline(batch_tiles)
+    tiles, split = -(-N // ROWS), _split(N, K, pipeline, x.device)
     deal_out, multiply = _kernels(
         x.dtype, batch_tiles, places.indices is not None, bias is not None
     )
@@ -116,46 +115,62 @@ def product(x: Tensor, values: Tensor, places: Layout, bias: Tensor | None = Non
     parts = dealt  # not used without a split
     if split > 1:
         parts = x.new_empty(tiles * split * ROWS * batch_tiles * 8, dtype=torch.float32)
-    deal_out((K // 64, 1, 1), (256, 1, 1), [x, dealt, batch, x.stride(0)])
+    counters = x.new_empty(tiles, dtype=torch.int32)
+    deal_out((K // 64, 1, 1), (256, 1, 1), [x, dealt, counters, tiles, batch, x.stride(0)])
     indices = dealt if places.indices is None else places.indices
     arguments = [values, indices, dealt, dealt if bias is None else bias, y, parts]
-    arguments += [places.counters, N, K, batch, places.codes]
-    multiply((tiles, split, 1), (WARPS * 32, 1, 1), arguments, _shared_bytes(batch_tiles))
+    arguments += [counters, N, K, batch, places.codes]
+    shared = _shared_bytes(batch_tiles, *pipeline)
+    multiply((tiles, split, 1), (WARPS * 32, 1, 1), arguments, shared)
     return y
 
 
-def _split(N: int, K: int, device: torch.device) -> int:
+def _split(N: int, K: int, pipeline: tuple[int, int], device: torch.device) -> int:
     """Parts of K that are summed side by side, so that every processor has a tile of rows."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    stages = K // 64 // BLOCKS
-    return max(1, min(processors // -(-N // ROWS), stages // STAGES))
+    stages, blocks = pipeline
+    return max(1, min(processors // -(-N // ROWS), K // 64 // blocks // stages))
+
+
+@lru_cache
+def _pipeline(batch_tiles: int) -> tuple[int, int]:
+    """Stages, and blocks of 64 columns in each. The last one fits every GPU with sparse tensor
+    cores."""
+    most = torch.cuda.get_device_properties().shared_memory_per_block_optin
+    return next(p for p in PIPELINES if _shared_bytes(batch_tiles, *p) <= most)
+
+
+def _hopper() -> bool:
+    """Whether `wgmma.sp` is there; else `mma.sp` is used."""
+    return torch.cuda.get_device_capability()[0] == 9
 
 
 @lru_cache
 def _kernels(dtype: torch.dtype, batch_tiles: int, indices: bool, bias: bool):
-    hopper = torch.cuda.get_device_capability()[0] == 9
+    hopper, (stages, blocks) = _hopper(), _pipeline(batch_tiles)
     macros = {
         "HALF": int(dtype == torch.float16),
         "NT": batch_tiles,
         "MT": TILES,
         "WARPS": WARPS,
-        "STAGES": STAGES,
-        "KB": BLOCKS,
+        "STAGES": stages,
+        "KB": blocks,
         "INDICES": int(indices),
         "BIAS": int(bias),
         "WGMMA": int(hopper),
     }
     prelude = _multiply_source(dtype, batch_tiles) if hopper else ""
-    shared = {"deal_out": 0, "product": _shared_bytes(batch_tiles)}
+    shared = {"deal_out": 0, "product": _shared_bytes(batch_tiles, stages, blocks)}
     return [
         nvrtc.kernel("thin24.cu", name, shared[name], prelude, **macros)
         for name in ("deal_out", "product")
     ]
 
 
-def _shared_bytes(batch_tiles: int) -> int:
+def _shared_bytes(batch_tiles: int, stages: int, blocks: int) -> int:
     values, indices = TILES * 2 * WARPS * 32 * 16, TILES * WARPS * 32 * 4
-    return STAGES * BLOCKS * (values + indices + batch_tiles * 1024)
+    ring = stages * blocks * (values + indices + batch_tiles * 1024)
+    return max(ring, batch_tiles * 8 * (ROWS + 8) * 2)  # at the end the tile of the output
 
 
 def _multiply_source(dtype: torch.dtype, batch_tiles: int) -> str:

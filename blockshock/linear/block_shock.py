@@ -244,20 +244,21 @@ class BlockShock(nn.Module):
 
     def paths(self, batch: int) -> dict[str, str]:
         """What computes the products and the sum of a batch of rows, once they have run."""
-        forward = self._describe(self.packed, self.output, batch)
+        forward_plan, backward_plan = parts.join_plans(self, batch)
+        forward = self._describe(self.packed, forward_plan, batch)
         if self.folds:
             backward = "dense product with the kept columns, gathered"
         elif self.packed.has_transpose:
-            backward = self._describe(self.packed.transposed, self.input, batch)
+            backward = self._describe(self.packed.transposed, backward_plan, batch)
         else:
             backward = "dense product with the expanded term: the mask is not transposable"
         gradient = products.describe_gradient(products.kind(self.packed.mask_period()))
         own = {"forward": forward, "backward": backward, "weight_gradient": gradient}
         return own | parts.join_paths(self, batch)
 
-    def _describe(self, packed: Packed24, join, batch: int) -> str:
+    def _describe(self, packed: Packed24, plan, batch: int) -> str:
         """The kernel of one chunk's product; a folded one takes its columns of the whole batch."""
-        chunks = max(1, join.plan(batch, self.weight.dtype, self.weight.device).chunks)
+        chunks = max(1, plan.chunks)
         rows = self.weight.new_empty(0).expand(-(-batch // chunks), 0)
         whole = self.weight.new_empty(0).expand(batch, 0)
         kernel = self._kernel(packed, whole)
@@ -279,6 +280,8 @@ class BlockShock(nn.Module):
         """Per rank, one forward product: half the products of the dense shard."""
         N, width = self.packed.shape
         size = self.weight.element_size()
+        if self.folds:
+            return parts.row_cost(self, batch, width // 2)
         return Cost(
             flops=batch * N * width,
             weight_bytes=estimated_bytes(N, width, size),
@@ -313,9 +316,10 @@ class BlockShock(nn.Module):
             own = places if self.term.index == 0 else columns.others(places)
             place = partial(parts.place_pairs, places=own)
             return output, Gather(self.how, self.K, N, place, self.group)
+        depth = N // 2 if self.packed.has_transpose else N
         if self.ranks == 2:
-            return output, Sum(self.how, self.K, N, self.group)
-        return output, Gather(self.how, self.K, N, parts.add_pairs, self.group)
+            return output, Sum(self.how, self.K, depth, self.group)
+        return output, Gather(self.how, self.K, depth, parts.add_pairs, self.group)
 
     def _note_in_step(self) -> None:
         self.weight.packed_writes = 0

@@ -143,16 +143,7 @@ class DenseTPRow(nn.Module):
 
     def cost(self, batch: int) -> Cost:
         """Per rank, one forward product."""
-        N, width = self.weight.shape
-        size = self.weight.element_size()
-        return product_cost(
-            batch,
-            N,
-            width,
-            size,
-            wire_forward=all_reduce_wire(batch * N * size, self.ranks),
-            wire_backward=all_gather_wire(batch * self.K * size, self.ranks),
-        )
+        return parts.row_cost(self, batch, self.weight.shape[1])
 
 
 class DenseTPColumn(nn.Module):

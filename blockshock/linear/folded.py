@@ -21,7 +21,7 @@ from blockshock.distributed import collectives, functions
 from blockshock.distributed.joins import Fill, Gather, Sum
 from blockshock.kernels import columns as kept_columns
 from blockshock.linear import parts
-from blockshock.measure.floor import Cost, all_gather_wire, all_reduce_wire, product_cost
+from blockshock.measure.floor import Cost
 
 
 class BlockShockFolded(nn.Module):
@@ -117,16 +117,7 @@ class BlockShockFolded(nn.Module):
 
     def cost(self, batch: int) -> Cost:
         """Per rank, one forward product."""
-        N, width = self.weight.shape
-        size = self.weight.element_size()
-        return product_cost(
-            batch,
-            N,
-            width,
-            size,
-            wire_forward=all_reduce_wire(batch * N * size, self.ranks),
-            wire_backward=all_gather_wire(batch * self.K * size, self.ranks),
-        )
+        return parts.row_cost(self, batch, self.weight.shape[1])
 
 
 def _columns(mask: str, term: parts.Term, device) -> Tensor:

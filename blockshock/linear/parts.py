@@ -16,6 +16,7 @@ from blockshock import masks, sources
 from blockshock.distributed import collectives
 from blockshock.distributed import reduce as sums
 from blockshock.kernels import columns
+from blockshock.measure.floor import Cost, all_gather_wire, all_reduce_wire, product_cost
 
 REDUCES = sums.SUMS  # of the superposed methods; the first is the usual one
 
@@ -98,13 +99,30 @@ def checked(cls, weight, group=None, **options):
     return source
 
 
-def join_paths(layer, batch: int) -> dict[str, str]:
-    """For a method's `paths`: how a batch of rows is joined, forward and backward."""
+def row_cost(layer, batch: int, width: int) -> Cost:
+    """Per rank, one dense forward product of `width` columns, summed; dX is gathered."""
+    N, size = layer.weight.shape[0], layer.weight.element_size()
+    return product_cost(
+        batch,
+        N,
+        width,
+        size,
+        wire_forward=all_reduce_wire(batch * N * size, layer.ranks),
+        wire_backward=all_gather_wire(batch * layer.K * size, layer.ranks),
+    )
+
+
+def join_plans(layer, batch: int) -> tuple[sums.Plan, sums.Plan]:
+    """How a batch of rows is joined, forward and backward; behind dW, where there is one."""
     like = batch, layer.weight.dtype, layer.weight.device
-    return {
-        "reduce": str(layer.output.plan(*like)),
-        "reduce_backward": str(layer.input.plan(*like)),
-    }
+    hide = layer.weight.requires_grad
+    return layer.output.plan(*like), layer.input.plan(*like, hide=hide)
+
+
+def join_paths(layer, batch: int) -> dict[str, str]:
+    """For a method's `paths`."""
+    forward, backward = join_plans(layer, batch)
+    return {"reduce": str(forward), "reduce_backward": str(backward)}
 
 
 def even_unsupported(name: str, size: int, ranks: int) -> str | None:

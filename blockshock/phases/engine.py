@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from blockshock.distributed import collectives, note
+from blockshock.distributed import collectives, note, symmetric
 from blockshock.distributed.ranks import device as rank_device
 from blockshock.measure import ceilings, clock, errors
 from blockshock.measure.floor import step_floor
@@ -146,6 +146,7 @@ def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepa
     outcome["memory"] = {
         "peak_bytes": peak,
         "build_peak_bytes": build_peak,
+        "symmetric_bytes": symmetric.held_bytes(),  # of the sums so far, outside the allocator
         "weight_bytes": actual,
         "weight_bytes_estimated": estimated,
     }
