@@ -26,6 +26,7 @@ def test_the_forward_table_has_a_column_for_each_question(tmp_path):
     entries = synthetic.everything((4096, 8192), (64,), variants=synthetic.VARIANTS)
     text, table = forward_table(read(tmp_path, entries))
     assert text == "bf16"
+    masks = ("tile", "1100", "tile_magnitude")
     assert columns(table) == [
         "N",
         "B",
@@ -38,8 +39,8 @@ def test_the_forward_table_has_a_column_for_each_question(tmp_path):
         "block_shock · cusparselt",
         "masked_split",
         "block_shock_folded",
-        "block_shock (tile) / dense_tp_row",
-        "block_shock (tile) / dense_tp_row, same reduce",
+        *(f"block_shock ({mask}) / dense_tp_row" for mask in masks),
+        *(f"block_shock ({mask}) / dense_tp_row, same reduce" for mask in masks),
     ]
     assert len(table.splitlines()) == 4
     assert cell(table, 0, "dense_tp_row, best other reduce").endswith("(auto)")
@@ -59,14 +60,16 @@ def test_the_training_table_compares_policies_for_each_optimizer(tmp_path):
     _, table = training_table(results)
     assert columns(table)[:6] == [
         *("N", "B", "optimizer", "dense_tp_row"),
-        *("block_shock · packed_master", "block_shock · dense_master"),
+        *("block_shock · packed_master (tile)", "block_shock · packed_master (1100)"),
     ]
     assert [cell(table, row, "optimizer") for row in (0, 1)] == ["adam", "sgd"]
     found = {(r.label, r.case.optimizer): r for r in results.of("training")}
     shock, dense = (found[name, "sgd"] for name in ("block_shock · packed_master", "dense_tp_row"))
-    assert cell(table, 1, "packed_master / dense_tp_row") == str(over(shock, dense))
+    assert cell(table, 1, "packed_master (tile) / dense_tp_row") == str(over(shock, dense))
     other = found["dense_tp_row · auto reduce", "sgd"]
-    assert cell(table, 1, "packed_master / dense_tp_row, same reduce") == str(over(shock, other))
+    assert cell(table, 1, "packed_master (tile) / dense_tp_row, same reduce") == str(
+        over(shock, other)
+    )
 
 
 def test_each_device_and_number_of_ranks_has_its_section(tmp_path, capsys):

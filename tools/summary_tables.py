@@ -36,13 +36,12 @@ def forward_table(results: Results) -> tuple[str, str]:
         ("block_shock_folded", _usual("block_shock_folded")),
         *((method, _usual(method)) for method in methods if method not in METHODS),
     ]
-    # The usual mask stands for Block-Shock where there are several; added methods are compared too.
-    compared = [main[mask] for mask in masks[:1]] + [m for m in methods if m not in METHODS]
+    compared = [*main.values(), *(m for m in methods if m not in METHODS)]
     pick_of = dict(picks)
     ratios = [(f"{title} / {REFERENCE}", pick_of[title], _usual(REFERENCE)) for title in compared]
     ratios += [
         (f"{title} / {REFERENCE}, same reduce", pick_of[title], _same_reduce(pick_of[title]))
-        for title in compared[:1]
+        for title in main.values()
     ]
     return text, _table(found, ("N", "B"), picks, ratios)
 
@@ -51,14 +50,18 @@ def training_table(results: Results) -> tuple[str, str]:
     """(setting in words, Markdown) of training steps, all optimizers; empty without."""
     trained = [r for r in results.of("training") if r.case.policy != "frozen"]
     text, found = _largest_setting(trained)
-    plain = _usual(REFERENCE)
-    shocks = {f"{SHOCK} · {policy}": _usual(SHOCK, policy=policy) for policy in POLICIES}
-    picks = [(REFERENCE, plain), *shocks.items()]
-    by_policy = list(zip(POLICIES, shocks.values(), strict=True))
-    ratios = [(f"{policy} / {REFERENCE}", pick, plain) for policy, pick in by_policy]
+    plain, masks = _usual(REFERENCE), _masks(found)
+    shocks = {
+        policy + (f" ({mask})" if len(masks) > 1 else ""): _usual(SHOCK, mask, policy)
+        for policy in POLICIES
+        for mask in masks
+    }
+    picks = [(REFERENCE, plain), *((f"{SHOCK} · {title}", pick) for title, pick in shocks.items())]
+    ratios = [(f"{title} / {REFERENCE}", pick, plain) for title, pick in shocks.items()]
     ratios += [
-        (f"{policy} / {REFERENCE}, same reduce", pick, _same_reduce(pick))
-        for policy, pick in by_policy[:1]
+        (f"{title} / {REFERENCE}, same reduce", pick, _same_reduce(pick))
+        for title, pick in shocks.items()
+        if title.startswith(POLICIES[0])
     ]
     return text, _table(found, ("N", "B", "optimizer"), picks, ratios)
 

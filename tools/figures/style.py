@@ -215,6 +215,8 @@ def _few_lines(results: list[Result]) -> tuple[list[Result], str]:
     left = results
     for keeps in (
         lambda r: len(r.unusual) <= 2,
+        # Another sum of the methods that choose theirs; how dense methods do with it stays.
+        lambda r: "reduce" not in r.unusual or r.usual.get("reduce") == "collective",
         lambda r: len(r.unusual) <= 1,
         lambda r: "mask" not in r.unusual,
         lambda r: not r.unusual,
