@@ -199,7 +199,7 @@ def paths(method, N, B, dtype, **options):
     weight, b, x, dy = data(N, N, B, dtype)
     layer = METHODS[method].from_dense(weight, b, **options)
     layer(x.requires_grad_()).backward(dy)
-    return layer.paths(B)
+    return layer.paths(B) if hasattr(layer, "paths") else {}
 
 
 def captured(method, N, B, dtype, **options):
