@@ -14,6 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    # Without a GPU Triton's interpreter runs the kernels. Told before Triton is imported, which the
+    # imports below may do.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from bench import sweep as sweeps
 from bench.reporting import Progress, SafeResults
 from blockshock.distributed import RankFailure, open_ranks
@@ -23,10 +28,6 @@ from blockshock.phases.case import PHASES, Case
 from blockshock.phases.engine import Options
 from blockshock.phases.problem import check_data
 from blockshock.phases.session import CaseFailed, Laboratory
-
-if not torch.cuda.is_available():
-    # Without a GPU Triton's interpreter runs the kernels; it must be told before their import.
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 pytest_plugins = ["pytester"]  # runs of the benchmarks inside the tests
 

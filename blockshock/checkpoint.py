@@ -6,8 +6,8 @@
     checkpoint.load(checkpoint.state_dict(model), folder)      # in place
 
 Tensors of one name on all ranks are replicas to dcp, which writes one of them. What a rank alone
-holds has therefore a name of its own, "mlp.0.weight.rank0of2"; biases and other modules keep
-theirs. The tensors are the model's own memory. A load writes them in place, which raises their
+holds has therefore a name of its own, "mlp.0.weight.block_shock.rank0of2"; biases and other modules
+keep theirs. The tensors are the model's own memory. A load writes them in place, which raises their
 version counters: at its next forward `BlockShock` finds the weight or the codes written, and brings
 its compressed forms, also those of another mask, into step. Nothing else is to be called.
 
@@ -41,8 +41,15 @@ def state_dict(model: nn.Module) -> dict:
             for own in OWN:
                 key = f"{name}.{own}" if name else own
                 if key in state:
-                    state[key + suffix(layer.group)] = state.pop(key)
+                    state[f"{key}.{_kind(layer)}{suffix(layer.group)}"] = state.pop(key)
     return dict(state)
+
+
+def _kind(layer: nn.Module) -> str:
+    """What a weight of this shape means: the method, and the mask where no buffer holds it."""
+    name = next(name for name, cls in METHODS.items() if cls is type(layer))
+    mask = getattr(layer, "mask", None)
+    return f"{name}-{mask}" if isinstance(mask, str) else name
 
 
 def suffix(group=None) -> str:
@@ -72,7 +79,7 @@ def _missing(state: dict, held) -> str | None:
             continue
         others = re.compile(re.escape(part[1]) + r"\.rank\d+of(\d+)(\.|$)")
         ranks = sorted({match[1] for match in map(others.match, held) if match})
-        if part[1] in held:
+        if part[1].rpartition(".")[0] in held:
             return f"{key!r}, but the whole of it: load that into the model before `convert`"
         if ranks:
             return f"{key!r}, but parts of {' and '.join(ranks)} ranks: load it with as many"

@@ -54,7 +54,8 @@ def convert(
     (a size, a dtype, one rank, a kernel or sum that is not to be had here), that shares something
     with another module, that has hooks, or that is a subclass of nn.Linear is left, with the
     reason; when all are left, that is a warning. Raises ValueError, and changes nothing, for an
-    unknown method or option, a weight that is not finite, and ranks whose weights differ.
+    unknown method or option, a weight that is not finite, and ranks whose terms are not
+    each other's complement.
     """
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")

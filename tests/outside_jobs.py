@@ -245,11 +245,13 @@ def wrong_checkpoints(folder):
     dcp.save(net.state_dict(), checkpoint_id=f"{folder}/dense")
     blockshock.convert(net, "block_shock")
     own = checkpoint.state_dict(net)
-    ending = checkpoint.suffix()
+    ending = ".block_shock" + checkpoint.suffix()
     size = dist.get_world_size()
     renamed = {key.replace(f"of{size}", f"of{2 * size}"): value for key, value in own.items()}
     dcp.save(renamed, checkpoint_id=f"{folder}/ranks")
-    dcp.save({"up.bias": net.up.bias.detach()}, checkpoint_id=f"{folder}/method")
+    other = built()
+    blockshock.convert(other, "masked_split")
+    dcp.save(checkpoint.state_dict(other), checkpoint_id=f"{folder}/method")
     texts, before = {}, net.up.weight.detach().clone()
     for kind in ("ranks", "method", "dense"):
         try:

@@ -105,6 +105,13 @@ def test_a_second_derivative_is_refused(ranks, method):
         assert "once" in text
 
 
+def test_a_part_without_its_ranks_is_refused():
+    layer = METHODS["dense_tp_row"].from_dense(torch.randn(64, 64))
+    layer.ranks = 2  # as when it was saved whole by two ranks, and loaded by one process
+    with pytest.raises(RuntimeError, match="built by 2 ranks"):
+        layer(torch.randn(3, 64))
+
+
 def test_a_step_after_one_that_failed_in_the_middle_is_right(ranks):
     for answer in ranks.run(jobs.goes_on_after_a_failure, "weight_gradient"):
         assert answer

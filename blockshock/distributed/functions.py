@@ -32,6 +32,7 @@ from blockshock.distributed.joins import Fill, Gather, Sum
 class Layer(Protocol):
     """What `apply` asks of a layer; B rows."""
 
+    ranks: int
     weight: nn.Parameter
     bias: nn.Parameter | None
     output: Sum | Gather
@@ -52,7 +53,16 @@ class Layer(Protocol):
 
 @torch.compiler.disable  # kernels, streams and collectives of its own: a break in a compiled graph
 def apply(layer: Layer, x: Tensor) -> Tensor:
-    """Y [B, N] of x [B, K], which has the weight's dtype and device."""
+    """Y [B, N] of x [B, K], which has the weight's dtype and device.
+
+    Raises RuntimeError where the layer's ranks are not there: a part alone gives a part of Y.
+    """
+    ranks = collectives.group_size(layer.group)
+    if ranks != layer.ranks:
+        raise RuntimeError(
+            f"the layer was built by {layer.ranks} ranks and its group has {ranks}; use it in the "
+            "process group it was built in, or `revert` it there first"
+        )
     with torch.autocast(x.device.type, enabled=False):  # it computes in the weight's dtype
         return _Apply.apply(x, layer.weight, layer.bias, layer)
 

@@ -201,8 +201,9 @@ class BlockShock(nn.Module):
     def upkeep(self) -> None:
         """Brings the compressed forms into step after the weight was written; see `master`.
 
-        `forward` does it by itself when it finds the weight changed. A step that is captured in a
-        CUDA graph must call it after the optimizer: in a replay nothing looks for changes.
+        `forward` does it by itself when it finds the weight changed. Call it after what cannot be
+        found: a write through `.data`, and the optimizer's in a step that is captured in a CUDA
+        graph, as in a replay nothing looks for changes.
         """
         with torch.no_grad(), region("compress"):
             if self.master == "packed":
@@ -340,6 +341,7 @@ class BlockShock(nn.Module):
         )
         if (
             moved
+            or self.weight.dtype != self.packed.values.dtype
             or not hasattr(self.weight, "packed_writes")
             or self.codes._version != self._seen_codes
         ):
