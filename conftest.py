@@ -76,6 +76,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpus(n): needs n GPUs; skipped, or failed by --require-gpu")
     if config.option.ranks < 1:
         raise pytest.UsageError(f"--ranks {config.option.ranks}: at least one rank is needed")
+    given = int(os.environ.get("WORLD_SIZE", config.option.ranks))
+    if config.option.ranks != given:
+        raise pytest.UsageError(
+            f"--ranks {config.option.ranks}: this job was started with {given} ranks (WORLD_SIZE), "
+            "which cannot be changed from within; leave the option out"
+        )
     if config.option.rounds < 1:
         raise pytest.UsageError(f"--rounds {config.option.rounds}: at least one sample is needed")
     _check_profile(config.option.profile)

@@ -163,13 +163,16 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m blockshock.tune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--ranks", type=int, default=2, help="GPUs that share a layer (default 2)")
-    parser.add_argument("--N", type=_numbers, default=[4096, 8192, 16384], metavar="N[,N]")
-    parser.add_argument("--B", type=_numbers, default=[16, 64, 128, 1024, 4096], metavar="B[,B]")
-    parser.add_argument("--dtype", type=_dtypes, default=["bf16"], metavar="D[,D]")
+    add = parser.add_argument
+    add("--N", type=_numbers, default=[4096, 8192, 16384], metavar="N[,N]", help="sides of W")
+    add("--B", type=_numbers, default=[16, 64, 128, 1024, 4096], metavar="B[,B]", help="rows of x")
+    add("--dtype", type=_dtypes, default=["bf16"], metavar="D[,D]", help="bf16, fp16")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the table (default: the user's)")
     options = parser.parse_args(argv)
     count = torch.cuda.device_count()
-    if options.ranks < 1 or count < options.ranks:
+    if options.ranks < 1:
+        parser.error(f"--ranks {options.ranks}: at least one GPU is needed")
+    if count < options.ranks:
         parser.error(f"--ranks {options.ranks}: a GPU for each rank is needed, found {count}")
     bad = [N for N in options.N if N % (64 * options.ranks)]
     if bad:

@@ -37,10 +37,10 @@ def section(results: Results) -> str:
         )
     parts = []
     if forward:
-        words = "Forward, median ms of device time."
+        words = f"Forward, median ms of {_clock(results)} time."
         parts += [_caption(results, words, text), forward]
     if training:
-        words = "Training, median ms of device time of one step."
+        words = f"Training, median ms of {_clock(results)} time of one step."
         parts += [_caption(results, words, trained_text), training]
     # Of a number of ranks that decides nothing, the tables are all there is to say.
     if results.machine.get("ranks") in (None, 2):
@@ -74,10 +74,15 @@ def replaced(readme: str, content: str, path: str) -> str:
 def _caption(results: Results, words: str, text: str) -> str:
     dates = sorted({date[:10] for date in results.dates if date})
     cold = "cold L2" if "cold" in results.caches else ""
-    facts = [_device(results), text, cold, results.versions, ", ".join(dates)]
+    device = results.device if "ranks" in text else _device(results)
+    facts = [device, text, cold, results.versions, ", ".join(dates)]
     caption = f"{words} Ratios below 1: faster than {REFERENCE}, with their 95% intervals. "
     caption += "; ".join(fact for fact in facts if fact) + "."
     return f"**{CPU_CAVEAT}.** {caption}" if results.cpu else caption
+
+
+def _clock(results: Results) -> str:
+    return "host" if results.cpu else "device"
 
 
 def _device(results: Results) -> str:

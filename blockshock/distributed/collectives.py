@@ -16,7 +16,12 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 
 def group_size(group=None) -> int:
     """Ranks in the group (None: the default one); 1 without a process group."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+    if not dist.is_initialized():
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError("this rank is not in the process group it was given; use a group it is in")
+    return size
 
 
 def group_rank(group=None) -> int:
