@@ -26,9 +26,14 @@ def folder() -> Path:
     return Path(root) if root else Path.home() / ".cache" / "blockshock"
 
 
+def device_name() -> str:
+    """The current GPU's, as file names carry it."""
+    return torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
+
+
 def file_name() -> str:
     """The name of the current GPU's table."""
-    return torch.cuda.get_device_name().replace(" ", "-").replace("/", "-") + ".json"
+    return f"{device_name()}.json"
 
 
 def fastest_product(**wanted) -> str | None:

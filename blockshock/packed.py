@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blockshock import masks
-from blockshock.kernels import columns, pack, sparse24, thin24
+from blockshock.kernels import columns, pack, products, sparse24, thin24
 
 BLOCK = 256  # rows of a mask that are decoded at once, so that no whole one is ever held
 
@@ -134,7 +134,7 @@ class Packed24:
         if x.shape[1] == self.values.shape[1]:
             return x
         period = self.mask_period()
-        if period is None or len(set(period)) > 1:
+        if products.kind(period) != "columns":
             raise ValueError(
                 "this mask keeps other columns in each row, so its product cannot be folded; use "
                 "kernel 'auto'"
@@ -148,9 +148,10 @@ class Packed24:
         that its code keeps. With any other mask the whole product is made, then gathered.
         """
         period = self.mask_period()
-        if period is None:
+        kind = products.kind(period)
+        if kind == "free":
             return pack.gather_kept(dy.t() @ x, self.codes)
-        if len(set(period)) == 1:
+        if kind == "columns":
             return dy.t() @ self.kept_input(x)
         N, K = self.shape
         kept = {code: columns.take(x, masks.places(code)) for code in set(period)}

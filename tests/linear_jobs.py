@@ -69,6 +69,14 @@ def errors(method, N, K, B, dtype, bias=True, lead=(), strided=False, break_it=N
     return {"ratios": ratios, "same_bits": all(same), "exact_weight": exact}
 
 
+def check(answers):
+    """Fails unless the `errors` of all ranks are small, and their results alike. For the parent."""
+    for answer in answers:
+        assert answer["exact_weight"]
+        assert answer["same_bits"]
+        assert all(passes for _, passes in answer["ratios"].values()), answer["ratios"]
+
+
 def empty(method, N, K):
     """Shape of Y, of dX and the sum of |dW| for an input without rows."""
     weight, b, _, _ = data(N, K, 8, "bf16")

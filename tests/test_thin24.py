@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from blockshock import masks
-from blockshock.kernels import pack, thin24
+from blockshock.kernels import pack, sparse24, thin24
 from blockshock.measure.clock import capture
 from blockshock.measure.errors import relative_error
 
@@ -158,7 +158,7 @@ def test_the_reference_is_the_dense_product_of_the_kept_entries():
     case = Case(64, 128, dtype=torch.float64, device="cpu")
     x, bias = case.input(5), case.bias()
     torch.testing.assert_close(
-        thin24.product_reference(x, case.values, case.codes, bias), F.linear(x, case.dense, bias)
+        sparse24.product_reference(x, case.values, case.codes, bias), F.linear(x, case.dense, bias)
     )
 
 

@@ -148,7 +148,8 @@ def begin_sum(
         return Pending(total)
     if chosen.how == "two_shot":
         with region("allreduce", bytes=partial.nbytes):
-            return Pending(symmetric.two_shot(partial.nbytes + 4096, group).sum(partial))
+            room = partial.nbytes + 16 * collectives.group_size(group)  # even for every rank
+            return Pending(symmetric.two_shot(room, group).sum(partial))
     if hide:
         work = dist.all_reduce(partial, group=group, async_op=True)
         return Pending(partial, work.wait)

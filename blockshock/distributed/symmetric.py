@@ -82,7 +82,7 @@ class Shared:
         # PyTorch would set multicast up beside the buffer; nothing here uses it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         device = torch.device("cuda", torch.cuda.current_device())
-        self.group = dist.group.WORLD if group is None else group
+        self.group = _group(group)
         self.memory = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
         self.handle = symmetric.rendezvous(self.memory, self.group)
         self.memory.zero_()

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockshock import choices
 from blockshock.kernels import pack
 
 _REPLAYS, _ROUNDS = 4, 3  # replays timed together, and how often; the median counts
@@ -36,10 +37,8 @@ class AlgorithmError(RuntimeError):
 
 def cache_file() -> Path:
     """The file of this device's choices; its name carries the device and the library's version."""
-    root = os.environ.get("BLOCKSHOCK_CACHE")
-    folder = Path(root) if root else Path.home() / ".cache" / "blockshock"
-    device = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
-    return folder / f"cusparselt-{torch.backends.cusparselt.version()}-{device}.json"
+    version = torch.backends.cusparselt.version()
+    return choices.folder() / f"cusparselt-{version}-{choices.device_name()}.json"
 
 
 def choose(x: Tensor, compressed: Tensor, values: Tensor, codes: Tensor) -> int:

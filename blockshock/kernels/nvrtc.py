@@ -40,7 +40,7 @@ def available() -> bool:
 
 
 def _library():
-    # Renamed in torch 2.10 or so, when ROCm's compiler came beside it.
+    # Newer releases of torch have the first name, since ROCm's compiler stands beside it.
     find = getattr(_utils, "_get_gpu_rtc_library", None) or _utils._get_nvrtc_library
     return find()
 

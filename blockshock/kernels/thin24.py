@@ -8,24 +8,25 @@ A mask that is the same in every group of four columns and repeats after four ro
 needs no indices at all. Source of the instructions and of the layout of their operands: PTX ISA,
 "wgmma.mma_async.sp" (Hopper) and "mma.sp" (elsewhere), m64nNk32 and m16n8k32 for 16-bit types.
 
-N and K multiples of 64, bf16 or fp16, at most `MAX_BATCH` rows of X.
+N and K multiples of 64, bf16 or fp16, at most `MAX_BATCH` rows of X. The plain-PyTorch reference is
+`sparse24.product_reference`.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from blockshock.kernels import nvrtc, pack
+from blockshock.kernels import nvrtc
 
 MAX_BATCH = 128
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
-# 128 rows of W a block of threads, four stages of 128 columns: of 4 and 8 warps, 1, 2 and 4 tiles a
-# warp, 3, 4 and 6 stages, and every split of K, within 2 % of the best at N = 4096, 8192, 16384 and
-# B = 16, 64, 128 (H200; 0.44 of cuSPARSELt's best time at N = 16384, B = 64).
+# 128 rows of W a block of threads, four stages of 128 columns. Tried on H200: 4 and 8 warps, 1, 2
+# and 4 tiles a warp, 3, 4 and 6 stages of 64 or 128 columns, splits of K, at N = 4096, 8192, 16384.
+# These are the best, or within 2 % of it, at B = 64 and 128; at N = 16384, B = 16, 4 warps take 3 %
+# less.
 WARPS, TILES = 8, 1
 PIPELINES = ((4, 2), (3, 2), (2, 2), (4, 1), (3, 1), (2, 1))  # the first that fits shared memory
 ROWS = WARPS * TILES * 16
@@ -83,13 +84,6 @@ def arrange_indices(codes: Tensor) -> Tensor:
         words = words.reshape(-1, groups // 16, 32)
         indices[at : at + step] = torch.where(words >= 1 << 31, words - (1 << 32), words)
     return indices
-
-
-def product_reference(
-    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None = None
-) -> Tensor:
-    """X Wᵀ + b in plain PyTorch. x [B, K], values [N, K/2], codes [N, K/4] -> [B, N]."""
-    return F.linear(x, pack.expand_reference(values, codes), bias)
 
 
 def product(x: Tensor, values: Tensor, places: Layout, bias: Tensor | None = None) -> Tensor:

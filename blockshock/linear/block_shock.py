@@ -162,7 +162,7 @@ class BlockShock(nn.Module):
     def local_input(self, x: Tensor) -> tuple[Tensor, Fill | None]:
         """The shard's columns, [B, K/S], or the kept ones of them, where the product is folded."""
         own = x[:, self.term.columns]
-        if self._kernel(self.packed, x) != "folded":
+        if self._kernel(self.packed, len(x)) != "folded":
             return own, None
         kept = x.new_empty(len(x), own.shape[1] // 2)
 
@@ -174,7 +174,7 @@ class BlockShock(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """X W(g)ᵀ of rows of the local input -> [rows, N]."""
         kept = x.shape[1] != self.term.width
-        kernel = "folded" if kept else self._kernel(self.packed, x)
+        kernel = "folded" if kept else self._kernel(self.packed, len(x))
         return self.packed.product(x, functions.bias_of_first(self), kernel)
 
     def input_gradient(self, dy: Tensor) -> Tensor:
@@ -183,7 +183,7 @@ class BlockShock(nn.Module):
             return dy @ self.packed.values
         if self.packed.has_transpose:
             back = self.packed.transposed
-            return back.product(dy, None, self._kernel(back, dy))
+            return back.product(dy, None, self._kernel(back, len(dy)))
         return dy @ (self.weight if self.master == "dense" else self.packed.unpack())
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
@@ -191,12 +191,11 @@ class BlockShock(nn.Module):
         kept = self.packed.kept_gradient(dy, x)
         return pack.expand(kept, self.codes) if self.master == "dense" else kept
 
-    def _kernel(self, packed: Packed24, x: Tensor) -> str:
+    def _kernel(self, packed: Packed24, rows: int) -> str:
         mask = products.kind(packed.mask_period())
         kernel = "cusparselt" if self._by_library else self.kernel
-        return products.choose(
-            kernel, mask, len(x), packed.shape, self.weight.dtype, self.weight.device
-        )
+        like = packed.shape, self.weight.dtype, self.weight.device
+        return products.choose(kernel, mask, rows, *like)
 
     def upkeep(self) -> None:
         """Brings the compressed forms into step after the weight was written; see `master`.
@@ -260,11 +259,9 @@ class BlockShock(nn.Module):
     def _describe(self, packed: Packed24, plan, batch: int) -> str:
         """The kernel of one chunk's product; a folded one takes its columns of the whole batch."""
         chunks = max(1, plan.chunks)
-        rows = self.weight.new_empty(0).expand(-(-batch // chunks), 0)
-        whole = self.weight.new_empty(0).expand(batch, 0)
-        kernel = self._kernel(packed, whole)
+        rows, kernel = -(-batch // chunks), self._kernel(packed, batch)
         kernel = kernel if kernel == "folded" else self._kernel(packed, rows)
-        return products.describe(kernel, packed, (len(rows), batch // chunks, batch))
+        return products.describe(kernel, packed, (rows, batch // chunks, batch))
 
     def weight_bytes(self) -> tuple[int, int]:
         """(estimated, actual) bytes of the weight in all its forms on this rank.
