@@ -1,4 +1,4 @@
-"""Every kernel and every sum over ranks computes the dense layer, and what cannot be had is refused."""
+"""Every kernel and every sum over ranks computes the dense layer; what cannot be had is refused."""
 
 import pytest
 import torch
