@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blockshock import masks
-from blockshock.kernels import columns, pack, products, sparse24, thin24
+from blockshock.kernels import columns, kept_product, pack, products, sparse24, thin24
 
 BLOCK = 256  # rows of a mask that are decoded at once, so that no whole one is ever held
 
@@ -145,12 +145,12 @@ class Packed24:
         """The kept entries [N, K/2] of dYᵀ X: dy [B, N], x [B, K] (or its kept columns).
 
         A periodic mask needs half the products: row r of every four multiplies only the columns
-        that its code keeps. With any other mask the whole product is made, then gathered.
+        that its code keeps. With any other mask it is `kernels.kept_product`.
         """
         period = self.mask_period()
         kind = products.kind(period)
         if kind == "free":
-            return pack.gather_kept(dy.t() @ x, self.codes)
+            return kept_product.kept_product(dy, x, self.codes)
         if kind == "columns":
             return dy.t() @ self.kept_input(x)
         N, K = self.shape

@@ -202,6 +202,27 @@ def train(method, steps, optimizer, fused, call_upkeep, dtype, size, **options):
     }
 
 
+def small_steps(steps=64, share=2**-10, size=256, **options):
+    """By what factor the products, forward and backward, grew over steps of a share of the weight;
+    None where they disagree. Weights are powers of two, so that bf16 has them and the sum exactly.
+    """
+    weight, _, x, _ = data(size, size, 32, "bf16")
+    weight = weight.sign().mul(2.0 ** torch.arange(-4, 4, device=device()).repeat(size // 8))
+    layer = METHODS["block_shock"].from_dense(weight.bfloat16(), **options)
+    start, step = layer.weight.detach().clone(), torch.optim.SGD(layer.parameters(), lr=1.0)
+    for _ in range(steps):
+        layer.weight.grad = start * -share
+        step.step()
+        layer(x)
+    whole, x_in = layer.to_dense(), x.clone().requires_grad_()
+    y = layer(x_in)
+    y.backward(x)
+    factor = (whole / weight).unique().tolist()
+    same = relative_error(y, x.double() @ whole.double().t()) < 0.01
+    same &= relative_error(x_in.grad, x.double() @ whole.double()) < 0.01
+    return {"factor": factor[0] if len(factor) == 1 and same else None, "dtype": str(y.dtype)}
+
+
 def paths(method, N, B, dtype, **options):
     """What a layer says of itself after a step with B rows."""
     weight, b, x, dy = data(N, N, B, dtype)

@@ -41,22 +41,16 @@ def part(rank, number, call):
     return made.to(DTYPES[call.dtype])
 
 
-def begin(call, x, product, late=False):
-    """Starts the call; product takes some rows of x. late: they are made only when asked for."""
-    ranks, fill = dist.get_world_size(), None
-    if late:
-        made, x = x, torch.full_like(x, torch.nan)
-
-        def fill(start, stop):
-            x[start:stop] = made[start:stop]
-
+def begin(call, x, product):
+    """Starts the call; product takes some rows of x."""
+    ranks = dist.get_world_size()
     if call.how == "gather":
         gather = joins.Gather("exchange", ranks * call.N, call.N, joins.side_by_side)
-        return gather.begin(product, x, hide=call.hide, fill=fill)
+        return gather.begin(product, x, hide=call.hide)
     if call.chunks is None:
-        return joins.Sum(call.how, call.N, call.N).begin(product, x, hide=call.hide, fill=fill)
+        return joins.Sum(call.how, call.N, call.N).begin(product, x, hide=call.hide)
     chunks = min(call.chunks, max(1, call.B // ranks))  # as `reduce.plan` has it
-    return reduce.begin_sum(product, x, Plan(call.how, chunks), hide=call.hide, fill=fill)
+    return reduce.begin_sum(product, x, Plan(call.how, chunks), hide=call.hide)
 
 
 def problem(number, call, found):
@@ -106,7 +100,7 @@ def storm(calls, repeat=1, cycles=0):
         poison = [torch.full_like(x, torch.nan) for _ in range(3)]
         del poison  # partials and results come from this memory
         lag(cycles, number)
-        pending = begin(call, x, partial(product, number=number), late=number % 3 == 1)
+        pending = begin(call, x, partial(product, number=number))
         if call.hide:
             lag(cycles, number + 1)
             x.new_full((64, 64), 1) @ x.new_full((64, 64), 1)
@@ -126,7 +120,7 @@ def replay(calls, replays):
 
     def step():
         for i, (call, x) in enumerate(zip(calls, inputs, strict=True)):
-            results[i] = begin(call, x, torch.clone, late=i % 3 == 1).wait()
+            results[i] = begin(call, x, torch.clone).wait()
 
     graph = capture(step)
     numbers = [[1 + r * len(calls) + i for i in range(len(calls))] for r in range(replays)]

@@ -48,7 +48,7 @@ POLICIES = {
     "dense_tp_row": ("frozen", "plain"),
     "dense_tp_column": ("frozen", "plain"),
     "masked_split": ("frozen", "plain"),
-    "block_shock": ("frozen", "dense_master", "packed_master"),
+    "block_shock": ("frozen", "dense_master", "packed_master", "float32_master"),
     "block_shock_folded": ("frozen", "packed_master"),
 }
 
@@ -216,7 +216,7 @@ def model(method, n, b, case):
         if case["policy"] == "dense_master":
             regions["optimizer"] *= 2
             regions["compress"] = 6.0e-3 * (n / 16384) ** 2
-        elif case["policy"] == "packed_master":
+        elif case["policy"] in ("packed_master", "float32_master"):
             regions["compress"] = 0.31e-3 * (n / 16384) ** 2
     if phase == "drift":
         total = forward * case["steps"]

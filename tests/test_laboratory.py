@@ -81,7 +81,7 @@ def test_a_result_says_everything_the_schema_promises(lab, phase):
     assert set(info["usual"]) == {"mask", "kernel", "reduce"}
 
 
-@pytest.mark.parametrize("policy", ["frozen", "dense_master", "packed_master"])
+@pytest.mark.parametrize("policy", ["frozen", "dense_master", "packed_master", "float32_master"])
 def test_a_training_step_is_told_apart_in_regions(lab, policy):
     case = Case("training", "block_shock", 128, 32, mask="tile", policy=policy, optimizer="adam")
     _, info = lab.result(case, [case])

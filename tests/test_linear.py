@@ -61,11 +61,20 @@ def test_without_bias_matches_dense(ranks, method):
     jobs.check(ranks.run(jobs.errors, method, 256, 256, 512, "bf16", bias=False))
 
 
-@pytest.mark.parametrize("mask", ["tile", "magnitude"])
-def test_dense_master_matches_dense(ranks, mask):
+@pytest.mark.parametrize("mask", ["tile", "1100", "magnitude"])
+@pytest.mark.parametrize("master", ["float32", "dense"])
+def test_other_masters_match_dense(ranks, mask, master):
     jobs.check(
-        ranks.run(jobs.errors, "block_shock", 256, 256, 512, "bf16", mask=mask, master="dense")
+        ranks.run(jobs.errors, "block_shock", 256, 256, 512, "bf16", mask=mask, master=master)
     )
+
+
+@pytest.mark.parametrize("mask", ["tile", "1100", "magnitude"])
+def test_float32_masters_gather_steps_that_bf16_would_lose(ranks, mask):
+    # Each of 64 steps of a 1024th is less than half of bf16's last place, 2⁻⁸ of the value.
+    for master, reached in (("float32", 1 + 2**-4), ("packed", 1.0)):
+        for answer in ranks.run(jobs.small_steps, mask=mask, master=master):
+            assert answer == {"factor": reached, "dtype": "torch.bfloat16"}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -150,6 +159,7 @@ def test_an_odd_number_of_ranks_is_refused(size):
     ("method", "options"),
     [
         ("block_shock", {"master": "packed"}),
+        ("block_shock", {"master": "float32"}),
         ("block_shock", {"master": "dense"}),
         ("block_shock_folded", {}),
         ("masked_split", {}),

@@ -27,7 +27,7 @@ def needs(ranks, device):
         pytest.skip(f"the ranks are on {ranks.device}")
 
 
-@pytest.mark.parametrize("master", ["packed", "dense"])
+@pytest.mark.parametrize("master", ["packed", "float32", "dense"])
 @pytest.mark.parametrize("kernel", ["folded", "auto"])
 @pytest.mark.parametrize("mask", ["1100", "1010", "1001"])
 def test_folding_block_shock_matches_dense(ranks, mask, kernel, master):

@@ -11,12 +11,14 @@ LAYERS = [
     ("block_shock", {"mask": "tile"}),
     ("block_shock", {"mask": "1100"}),
     ("block_shock", {"mask": "magnitude", "master": "dense"}),
+    ("block_shock", {"mask": "tile", "master": "float32"}),
     ("dense_tp_row", {}),
 ]
 SAVED = [
     ("block_shock", {"mask": "tile"}),
     ("block_shock", {"mask": "tile_magnitude"}),
     ("block_shock", {"mask": "tile_magnitude", "master": "dense"}),
+    ("block_shock", {"mask": "tile_magnitude", "master": "float32"}),
     ("block_shock", {"mask": "1100"}),
     ("block_shock_folded", {}),
     ("masked_split", {"mask": "tile_magnitude"}),

@@ -15,7 +15,7 @@ from tools.tables import Column, as_markdown, milliseconds, number
 
 REFERENCE, SHOCK = DENSE[0], "block_shock"
 OTHER_KERNEL = "cusparselt"
-POLICIES = ("packed_master", "dense_master")
+POLICIES = ("packed_master", "float32_master", "dense_master")
 
 Pick = Callable[[list[Result]], Result | None]
 

@@ -22,8 +22,6 @@ from blockshock.distributed import collectives, symmetric
 from blockshock.kernels import add
 from blockshock.measure.regions import region
 
-Fill = Callable[[int, int], None]  # makes some rows of a tensor: start, stop
-
 
 class Pending:
     """A result on its way: `wait` must be called in the stream that began it, before the next one
@@ -60,18 +58,17 @@ class Streams:
     """Beside the caller's, with priority, so that small kernels need not wait for a product's end.
 
     send, publish: one to each other rank, so that several copy engines work at once; publish has
-    the sums of more than two ranks. finish: adds. fill: makes the rows to come.
+    the sums of more than two ranks. finish: adds.
     """
 
     send: list[torch.cuda.Stream]
     publish: list[torch.cuda.Stream]
     finish: torch.cuda.Stream
-    fill: torch.cuda.Stream
 
     @property
     def all(self) -> list[torch.cuda.Stream]:
         """All of them."""
-        return [*self.send, *self.publish, self.finish, self.fill]
+        return [*self.send, *self.publish, self.finish]
 
     def fork(self) -> torch.cuda.Stream:
         """Makes them wait for the caller's stream, which is returned."""
@@ -93,9 +90,9 @@ def streams(ranks: int) -> Streams:
     """The current device's, for a group of so many ranks."""
     key = torch.cuda.current_device(), ranks
     if key not in _streams:
-        made = [torch.cuda.Stream(priority=-1) for _ in range(2 * ranks)]
-        publish = made[ranks - 1 : 2 * ranks - 2] if ranks > 2 else []
-        _streams[key] = Streams(made[: ranks - 1], publish, *made[-2:])
+        made = [torch.cuda.Stream(priority=-1) for _ in range(2 * ranks - 1)]
+        publish = made[ranks - 1 : -1] if ranks > 2 else []
+        _streams[key] = Streams(made[: ranks - 1], publish, made[-1])
     return _streams[key]
 
 
@@ -106,7 +103,6 @@ def begin(
     group=None,
     *,
     hide: bool = False,
-    fill: Fill | None = None,
 ) -> Pending:
     """Starts Σ_r product(x), the rows of x cut in chunks; see `reduce.begin_sum`."""
     bounds = [len(x) * c // chunks for c in range(chunks + 1)]
@@ -114,10 +110,7 @@ def begin(
     side, partials = streams(ranks), []
     main, y, box, last = side.fork(), None, None, None
     try:
-        filled = _fill(fill, bounds, side)
         for chunk, (start, stop) in enumerate(pairwise(bounds)):
-            if start in filled:
-                main.wait_event(filled[start])
             partial = collectives.fix_layout(product(x[start:stop]))
             partials.append(partial)  # held until the streams have joined
             if y is None:
@@ -164,43 +157,26 @@ def _close(side: Streams, box: symmetric.Mailbox | None) -> None:
 
 
 def begin_collective(
-    product: Callable[[Tensor], Tensor],
-    x: Tensor,
-    chunks: int,
-    group=None,
-    *,
-    fill: Fill | None = None,
+    product: Callable[[Tensor], Tensor], x: Tensor, chunks: int, group=None
 ) -> Pending:
     """The same by the backend: a chunk's all_reduce runs beside the next chunk's product."""
     bounds = [len(x) * c // chunks for c in range(chunks + 1)]
     side, partials, y = streams(collectives.group_size(group)), [], None
     main = side.fork()
-    filled = _fill(fill, bounds, side)
-    for start, stop in pairwise(bounds):
-        if start in filled:
-            main.wait_event(filled[start])
-        partial = collectives.fix_layout(product(x[start:stop]))
-        partials.append(partial)
-        if y is None:
-            y = partial.new_empty(len(x), partial.shape[1])
-        work = dist.all_reduce(partial, group=group, async_op=True)
-        with torch.cuda.stream(side.finish):
-            work.wait()
-            y[start:stop].copy_(partial)
+    try:
+        for start, stop in pairwise(bounds):
+            partial = collectives.fix_layout(product(x[start:stop]))
+            partials.append(partial)
+            if y is None:
+                y = partial.new_empty(len(x), partial.shape[1])
+            work = dist.all_reduce(partial, group=group, async_op=True)
+            with torch.cuda.stream(side.finish):
+                work.wait()
+                y[start:stop].copy_(partial)
+    except BaseException:
+        side.join(main)
+        raise
     return Pending(y, lambda: side.join(main), partials)
-
-
-def _fill(fill: Fill | None, bounds: list[int], side: Streams) -> dict[int, torch.cuda.Event]:
-    """Fills the first rows at once, the others beside the products; the events of those."""
-    if fill is None:
-        return {}
-    fill(bounds[0], bounds[1])
-    filled = {}
-    with torch.cuda.stream(side.fill):
-        for start, stop in pairwise(bounds[1:]):
-            fill(start, stop)
-            filled[start] = side.fill.record_event()
-    return filled
 
 
 def _cross(partial, y, start: int, chunk: int, side: Streams, box) -> None:

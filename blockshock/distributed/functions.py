@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from blockshock.distributed import collectives
-from blockshock.distributed.joins import Fill, Gather, Sum
+from blockshock.distributed.joins import Gather, Sum
 
 
 class Layer(Protocol):
@@ -38,8 +38,8 @@ class Layer(Protocol):
     output: Sum | Gather
     input: Sum | Gather
 
-    def local_input(self, x: Tensor) -> tuple[Tensor, Fill | None]:
-        """What this rank's products need of x [B, K], and what has yet to fill it, if anything."""
+    def local_input(self, x: Tensor) -> Tensor:
+        """What this rank's products need of x [B, K]."""
 
     def product(self, x: Tensor) -> Tensor:
         """A partial of Y, or this rank's columns of it, bias added; x: rows of the local input."""
@@ -86,11 +86,11 @@ class _Apply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, layer):
         _start_cuda(x)
-        local, fill = layer.local_input(x)
+        local = layer.local_input(x)
         # Saving the weight makes autograd refuse a backward after the weight was overwritten.
         ctx.save_for_backward(local if weight.requires_grad else None, weight)
         ctx.layer = layer
-        return layer.output.begin(layer.product, local, fill=fill).wait()
+        return layer.output.begin(layer.product, local).wait()
 
     @staticmethod
     @once_differentiable  # a second derivative would not see the sums over ranks

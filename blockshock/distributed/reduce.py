@@ -23,7 +23,7 @@ from torch import Tensor
 
 from blockshock import choices
 from blockshock.distributed import collectives, exchange, symmetric
-from blockshock.distributed.exchange import Fill, Pending
+from blockshock.distributed.exchange import Pending
 from blockshock.measure.regions import region
 
 SUMS = ("auto", "collective", "two_shot", "exchange")
@@ -122,19 +122,15 @@ def begin_sum(
     group=None,
     *,
     hide: bool = False,
-    fill: Fill | None = None,
 ) -> Pending:
     """Starts Σ_r product(x) over the ranks; product takes some rows of x.
 
-    hide: whether the caller has other work to do before it waits. fill(start, stop) writes these
-    rows of x, which must be done before they are multiplied; an exchange hides it as well.
+    hide: whether the caller has other work to do before it waits.
     """
     if chosen.how == "exchange" and chosen.chunks:
-        return exchange.begin(product, x, chosen.chunks, group, hide=hide, fill=fill)
+        return exchange.begin(product, x, chosen.chunks, group, hide=hide)
     if chosen.how == "collective" and chosen.chunks:
-        return exchange.begin_collective(product, x, chosen.chunks, group, fill=fill)
-    if fill is not None:
-        fill(0, len(x))
+        return exchange.begin_collective(product, x, chosen.chunks, group)
     partial = product(x)
     if collectives.group_size(group) == 1:
         return Pending(partial)

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from blockshock import choices
-from blockshock.kernels import algorithms, sparse24, thin24
+from blockshock.kernels import algorithms, kept_product, sparse24, thin24
 
 KERNELS = ("auto", "cusparselt", "thin", "folded")
 UNTUNED_THIN = 64
@@ -66,8 +66,10 @@ def describe(kernel: str, packed, rows: tuple[int, ...]) -> str:
     }[kernel]
 
 
-def describe_gradient(mask: str) -> str:
-    """What computes the weight's gradient under a mask of this kind."""
+def describe_gradient(mask: str, rows: int, like: torch.Tensor) -> str:
+    """What computes the weight's gradient under a mask of this kind; like: its dtype and device."""
+    if mask == "free" and kept_product.fused(rows, like.dtype, like.device):
+        return "product that keeps the mask's entries as it ends"
     return {
         "columns": "dense product of the kept columns",
         "periodic": "dense products of the kept columns of each row of four",

@@ -3,7 +3,7 @@
     Y     = Σ_g X W(g)ᵀ            2:4 product, one sum over ranks
     dX    = Σ_g dY W(g)            2:4 product with the packed W(g)ᵀ, one sum over ranks
     dW(g) = (dYᵀ X) ∘ M(g)         at half the arithmetic where the mask is periodic ("tile" and the
-                                   fixed ones); else the dense product, then its kept entries
+                                   fixed ones); else the dense product, of which these are kept
 
 W(g)ᵀ is 2:4 only for masks of 4×4 tiles with two kept in every row and column ("tile",
 "tile_magnitude"). A mask that keeps whole columns c_g (1100, 1010, 1001) can be folded: Y is then
@@ -11,13 +11,10 @@ the sum of dense products X[:, c_g] w_gᵀ, and dX[:, c_g] = dY w_g is gathered.
 with kernel="cusparselt" or "thin", dX is the dense product with the expanded term. `paths` says
 what ran.
 
-The parameters are, by `master`:
-
-    "packed"  the kept values [N, K/2S]: gradients are computed in packed form, an optimizer writes
-              the values in place, and only the transposed copy is refreshed (`upkeep`)
-    "dense"   the masked weight [N, K/S]: after a step it is masked and compressed again, as with
-              PyTorch's own 2:4 tensors, and multiplied by the library's kernel, unless another one
-              is asked for
+The parameter is, by `master` (`masters`), the kept values in packed form, which an optimizer writes
+in place ("packed"), a float32 copy of them ("float32"), or the masked dense weight ("dense"). The
+last is compressed again after each step, and multiplied by the library's kernel, unless another one
+is asked for.
 
 With 2S ranks, K is cut in S column shards and a pair of ranks holds the two terms of each.
 """
@@ -31,9 +28,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from blockshock import masks as masks24
 from blockshock.distributed import collectives, functions
-from blockshock.distributed.joins import Fill, Gather, Sum
+from blockshock.distributed.joins import Gather, Sum
 from blockshock.kernels import columns, pack, products, sparse24
 from blockshock.linear import parts
+from blockshock.linear.masters import MASTERS
 from blockshock.measure.floor import Cost, all_reduce_wire
 from blockshock.measure.regions import region
 from blockshock.packed import Packed24, check_shape, estimated_bytes
@@ -54,7 +52,7 @@ FOLDED_MASKS = tuple(name for name, pattern in masks24.PATTERNS.items() if patte
 
 
 class BlockShock(nn.Module):
-    """One 2:4 term. weight: kept values [N, K/2S] or masked dense [N, K/S]; bias [N]; codes."""
+    """One 2:4 term. weight: as `masters` says, of [N, K/S]; bias [N]; codes [N, K/4S]."""
 
     masks = ("tile", "tile_magnitude", "1100", "1010", "1001", "random", "magnitude")
     kernels = products.KERNELS
@@ -63,16 +61,17 @@ class BlockShock(nn.Module):
         "frozen": {},
         "dense_master": {"master": "dense"},
         "packed_master": {"master": "packed"},
+        "float32_master": {"master": "float32"},
     }
 
     def __init__(
-        self, packed: Packed24, weight: Tensor, term: parts.Term, K: int, bias, group, kernel, how
+        self, packed: Packed24, master: str, term: parts.Term, K: int, bias, group, kernel, how
     ):
         super().__init__()
         self.packed, self.term, self.K, self.group = packed, term, K, group
-        self.kernel, self.how = kernel, how
+        self.master, self.kernel, self.how = master, kernel, how
         self.ranks = collectives.group_size(group)
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(MASTERS[master].parameter(packed))
         self.bias = parts.bias_parameter(bias)
         self.register_buffer("codes", packed.codes)
         self._adopt(packed)
@@ -116,13 +115,13 @@ class BlockShock(nn.Module):
     ) -> "BlockShock":
         """weight: a tensor [N, K] or a weight source, N and K multiples of 64; bias [N].
 
-        mask: a name in `masks.PATTERNS`; seed: of the "random" mask; master: "packed" or "dense";
-        kernel: a name in `products.KERNELS`; reduce: a name in `distributed.reduce.SUMS`. Raises
-        ValueError for what `unsupported` names, an unknown mask or master, and a weight that is not
-        finite.
+        mask: a name in `masks.PATTERNS`; seed: of the "random" mask; master: a name in
+        `masters.MASTERS`; kernel: a name in `products.KERNELS`; reduce: a name in
+        `distributed.reduce.SUMS`. Raises ValueError for what `unsupported` names, an unknown mask
+        or master, and a weight that is not finite.
         """
-        if master not in ("packed", "dense"):
-            raise ValueError(f"unknown master {master!r}; use 'packed' or 'dense'")
+        if master not in MASTERS:
+            raise ValueError(f"unknown master {master!r}; use one of {', '.join(MASTERS)}")
         source = parts.checked(cls, weight, group, mask=mask, kernel=kernel, reduce=reduce)
         (N, K), device = source.shape, torch.device(source.device)
         term = parts.Term.of(K, group, multiple=64)
@@ -132,13 +131,7 @@ class BlockShock(nn.Module):
             packed.write_rows(start, rows[:, term.columns].contiguous(), kept)
         if masks24.PATTERNS[mask].transposable:
             packed.with_transpose()
-        own = packed.unpack() if master == "dense" else packed.values
-        return cls(packed, own, term, K, bias, group, kernel, reduce)
-
-    @property
-    def master(self) -> str:
-        """Which form the parameter has: "packed" or "dense"."""
-        return "dense" if self.weight.shape[1] == self.term.width else "packed"
+        return cls(packed, master, term, K, bias, group, kernel, reduce)
 
     @property
     def folds(self) -> bool:
@@ -156,20 +149,14 @@ class BlockShock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
         self._follow_parameters()
-        y = functions.apply(self, parts.flatten(x, self.K, self.weight))
+        y = functions.apply(self, parts.flatten(x, self.K, self.packed.values))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def local_input(self, x: Tensor) -> tuple[Tensor, Fill | None]:
+    def local_input(self, x: Tensor) -> Tensor:
         """The shard's columns, [B, K/S], or the kept ones of them, where the product is folded."""
         own = x[:, self.term.columns]
-        if self._kernel(self.packed, len(x)) != "folded":
-            return own, None
-        kept = x.new_empty(len(x), own.shape[1] // 2)
-
-        def fill(start: int, stop: int) -> None:
-            self.packed.kept_input(own[start:stop], kept[start:stop])
-
-        return kept, fill
+        folded = self._kernel(self.packed, len(x)) == "folded"
+        return self.packed.kept_input(own) if folded else own
 
     def product(self, x: Tensor) -> Tensor:
         """X W(g)ᵀ of rows of the local input -> [rows, N]."""
@@ -184,33 +171,27 @@ class BlockShock(nn.Module):
         if self.packed.has_transpose:
             back = self.packed.transposed
             return back.product(dy, None, self._kernel(back, len(dy)))
-        return dy @ (self.weight if self.master == "dense" else self.packed.unpack())
+        return dy @ MASTERS[self.master].term(self.weight, self.packed)
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """(dYᵀ X) ∘ M(g) in the form of the parameter: dy [B, N], x the local input."""
-        kept = self.packed.kept_gradient(dy, x)
-        return pack.expand(kept, self.codes) if self.master == "dense" else kept
+        return MASTERS[self.master].like(self.packed.kept_gradient(dy, x), self.codes)
 
     def _kernel(self, packed: Packed24, rows: int) -> str:
         mask = products.kind(packed.mask_period())
         kernel = "cusparselt" if self._by_library else self.kernel
-        like = packed.shape, self.weight.dtype, self.weight.device
-        return products.choose(kernel, mask, rows, *like)
+        like = packed.values.dtype, packed.values.device
+        return products.choose(kernel, mask, rows, packed.shape, *like)
 
     def upkeep(self) -> None:
-        """Brings the compressed forms into step after the weight was written; see `master`.
+        """Brings the compressed forms into step after the weight was written; see `masters`.
 
         `forward` does it by itself when it finds the weight changed. Call it after what cannot be
         found: a write through `.data`, and the optimizer's in a step that is captured in a CUDA
         graph, as in a replay nothing looks for changes.
         """
         with torch.no_grad(), region("compress"):
-            if self.master == "packed":
-                self.packed.refresh()
-            else:
-                self.weight.mul_(masks24.decode(self.codes))
-                renew = self.packed.recompress if self._by_library else self.packed.rewrite
-                renew(self.weight)
+            MASTERS[self.master].renew(self.weight, self.packed, by_library=self._by_library)
         self._note_in_step()
 
     def check_pair(self) -> None:
@@ -227,9 +208,9 @@ class BlockShock(nn.Module):
             )
 
     def to_dense(self) -> Tensor:
-        """The weight [N, K] on every rank: the sum of all terms."""
+        """The weight [N, K] that is multiplied, on every rank: the sum of all terms."""
         self._follow_parameters()
-        own = self.weight if self.master == "dense" else self.packed.unpack()
+        own = MASTERS[self.master].term(self.weight, self.packed)
 
         def place(full):
             full[:, self.term.columns] = own
@@ -240,11 +221,11 @@ class BlockShock(nn.Module):
         """What this rank's parameters would be for another dense [N, K] under the same mask."""
         local = parts.take_columns(source, self.term.columns)
         kept = pack.gather_kept(local, self.codes)
-        return {"weight": pack.expand(kept, self.codes) if self.master == "dense" else kept}
+        return {"weight": MASTERS[self.master].like(kept, self.codes)}
 
     def paths(self, batch: int) -> dict[str, str]:
         """What computes the products and the sum of a batch of rows, once they have run."""
-        forward_plan, backward_plan = parts.join_plans(self, batch)
+        forward_plan, backward_plan = parts.join_plans(self, batch, self.packed.values)
         forward = self._describe(self.packed, forward_plan, batch)
         if self.folds:
             backward = "dense product with the kept columns, gathered"
@@ -252,9 +233,10 @@ class BlockShock(nn.Module):
             backward = self._describe(self.packed.transposed, backward_plan, batch)
         else:
             backward = "dense product with the expanded term: the mask is not transposable"
-        gradient = products.describe_gradient(products.kind(self.packed.mask_period()))
+        kind = products.kind(self.packed.mask_period())
+        gradient = products.describe_gradient(kind, batch, self.packed.values)
         own = {"forward": forward, "backward": backward, "weight_gradient": gradient}
-        return own | parts.join_paths(self, batch)
+        return own | parts.join_paths(self, batch, self.packed.values)
 
     def _describe(self, packed: Packed24, plan, batch: int) -> str:
         """The kernel of one chunk's product; a folded one takes its columns of the whole batch."""
@@ -270,16 +252,16 @@ class BlockShock(nn.Module):
         """
         N, K = self.packed.shape
         forms = 2 if self.packed.has_transpose else 1
-        estimate = forms * estimated_bytes(N, K, self.weight.element_size())
-        dense = self.weight.nbytes if self.master == "dense" else 0
-        return estimate + dense, self.packed.nbytes + dense
+        estimate = forms * estimated_bytes(N, K, self.packed.values.element_size())
+        beside = 0 if MASTERS[self.master].shared else self.weight.nbytes
+        return estimate + beside, self.packed.nbytes + beside
 
     def cost(self, batch: int) -> Cost:
         """Per rank, one forward product: half the products of the dense shard."""
         N, width = self.packed.shape
-        size = self.weight.element_size()
+        size = self.packed.values.element_size()
         if self.folds:
-            return parts.row_cost(self, batch, width // 2)
+            return parts.row_cost(self, batch, width // 2, self.packed.values)
         return Cost(
             flops=batch * N * width,
             weight_bytes=estimated_bytes(N, width, size),
@@ -297,7 +279,7 @@ class BlockShock(nn.Module):
     def _adopt(self, packed: Packed24) -> None:
         """Ties the packed form to the parameters, so that writing one writes the other."""
         self.packed = packed
-        if self.master == "packed":
+        if MASTERS[self.master].shared:
             self.weight.data = packed.values
             packed.values = self.weight.detach()  # shares the version counter, too
             packed.refresh()
@@ -333,20 +315,20 @@ class BlockShock(nn.Module):
         After `.to()`, a deep copy or a loaded state_dict the weight is another tensor, or the
         codes say another mask; after an optimizer step only the values differ.
         """
+        master, values = MASTERS[self.master], self.packed.values
+        dtype = master.dtype(self.weight, values.dtype)
         moved = self.codes.data_ptr() != self.packed.codes.data_ptr() or (
-            self.master == "packed" and self.weight.data_ptr() != self.packed.values.data_ptr()
+            master.shared and self.weight.data_ptr() != values.data_ptr()
         )
         if (
             moved
-            or self.weight.dtype != self.packed.values.dtype
+            or dtype != values.dtype
             or not hasattr(self.weight, "packed_writes")
             or self.codes._version != self._seen_codes
         ):
-            kept = self.weight.detach()
-            if self.master == "dense":
-                kept = pack.gather_kept(kept, self.codes)
+            kept = master.kept(self.weight.detach(), self.codes).to(dtype)
             self._adopt(Packed24.from_codes(kept, self.codes).with_transpose_if_possible())
-        elif self._written and self.master == "dense":
+        elif self._written and not master.shared:
             self.upkeep()
         elif self._written:
             self.packed.mark_stale()  # refreshed by the backward, if there is one

@@ -108,9 +108,9 @@ class DenseTPRow(nn.Module):
         y = functions.apply(self, parts.flatten(x, self.K, self.weight))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def local_input(self, x: Tensor) -> tuple[Tensor, None]:
+    def local_input(self, x: Tensor) -> Tensor:
         """This rank's columns x_k [B, K/R]."""
-        return x[:, self.start : self.start + self.weight.shape[1]], None
+        return x[:, self.start : self.start + self.weight.shape[1]]
 
     def product(self, x_k: Tensor) -> Tensor:
         """X[:, k_r] w_kᵀ -> [rows, N]."""
@@ -189,9 +189,9 @@ class DenseTPColumn(nn.Module):
         y = functions.apply(self, parts.flatten(x, self.weight.shape[1], self.weight))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def local_input(self, x: Tensor) -> tuple[Tensor, None]:
+    def local_input(self, x: Tensor) -> Tensor:
         """All of x [B, K]."""
-        return x, None
+        return x
 
     def product(self, x: Tensor) -> Tensor:
         """X w_nᵀ, with this rank's slice of the bias -> [rows, N/R]."""

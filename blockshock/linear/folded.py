@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from blockshock import masks as masks24
 from blockshock.distributed import collectives, functions
-from blockshock.distributed.joins import Fill, Gather, Sum
+from blockshock.distributed.joins import Gather, Sum
 from blockshock.kernels import columns as kept_columns
 from blockshock.linear import parts
 from blockshock.measure.floor import Cost
@@ -75,14 +75,9 @@ class BlockShockFolded(nn.Module):
         y = functions.apply(self, parts.flatten(x, self.K, self.weight))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def local_input(self, x: Tensor) -> tuple[Tensor, Fill]:
-        """The kept columns of the shard, [B, K/R], yet to be taken."""
-        own, kept = x[:, self.term.columns], x.new_empty(len(x), self.weight.shape[1])
-
-        def fill(start: int, stop: int) -> None:
-            kept_columns.take(own[start:stop], self.places, kept[start:stop])
-
-        return kept, fill
+    def local_input(self, x: Tensor) -> Tensor:
+        """The kept columns of the shard, [B, K/R]."""
+        return kept_columns.take(x[:, self.term.columns], self.places)
 
     def product(self, x_c: Tensor) -> Tensor:
         """X[:, c_g] w_gᵀ -> [rows, N]."""

@@ -74,9 +74,9 @@ class MaskedSplit(nn.Module):
         y = functions.apply(self, parts.flatten(x, self.K, self.weight))
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def local_input(self, x: Tensor) -> tuple[Tensor, None]:
+    def local_input(self, x: Tensor) -> Tensor:
         """The shard's columns, [B, K/S]."""
-        return x[:, self.term.columns], None
+        return x[:, self.term.columns]
 
     def product(self, x: Tensor) -> Tensor:
         """X W(g)ᵀ -> [rows, N]."""

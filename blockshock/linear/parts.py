@@ -99,9 +99,12 @@ def checked(cls, weight, group=None, **options):
     return source
 
 
-def row_cost(layer, batch: int, width: int) -> Cost:
-    """Per rank, one dense forward product of `width` columns, summed; dX is gathered."""
-    N, size = layer.weight.shape[0], layer.weight.element_size()
+def row_cost(layer, batch: int, width: int, like: Tensor | None = None) -> Cost:
+    """Per rank, one dense forward product of `width` columns, summed; dX is gathered.
+
+    like: has the products' dtype, where the weight's is another.
+    """
+    N, size = layer.weight.shape[0], (layer.weight if like is None else like).element_size()
     return product_cost(
         batch,
         N,
@@ -112,16 +115,19 @@ def row_cost(layer, batch: int, width: int) -> Cost:
     )
 
 
-def join_plans(layer, batch: int) -> tuple[sums.Plan, sums.Plan]:
-    """How a batch of rows is joined, forward and backward; behind dW, where there is one."""
-    like = batch, layer.weight.dtype, layer.weight.device
-    hide = layer.weight.requires_grad
-    return layer.output.plan(*like), layer.input.plan(*like, hide=hide)
+def join_plans(layer, batch: int, like: Tensor | None = None) -> tuple[sums.Plan, sums.Plan]:
+    """How a batch of rows is joined, forward and backward; behind dW, where there is one.
+
+    like: as in `row_cost`.
+    """
+    like = layer.weight if like is None else like
+    rows = batch, like.dtype, like.device
+    return layer.output.plan(*rows), layer.input.plan(*rows, hide=layer.weight.requires_grad)
 
 
-def join_paths(layer, batch: int) -> dict[str, str]:
+def join_paths(layer, batch: int, like: Tensor | None = None) -> dict[str, str]:
     """For a method's `paths`."""
-    forward, backward = join_plans(layer, batch)
+    forward, backward = join_plans(layer, batch, like)
     return {"reduce": str(forward), "reduce_backward": str(backward)}
 
 
