@@ -179,26 +179,31 @@ def refusal(method, N, K, dtype, poison=None, **options):
 
 
 def train(method, steps, optimizer, fused, call_upkeep, dtype, size, **options):
-    """How far the weight's change in some training steps, and dX after them, are from dense's."""
+    """How far the weight's change in some training steps, and dX after them, are from dense's.
+
+    Beside float32 master values stands a float32 layer: what a bf16 one loses in each step is more
+    than the limits.
+    """
     weight, b, x, dy = data(size, size, 32, dtype)
-    layers = [
-        METHODS[m].from_dense(weight, b, **o) for m, o in ((method, options), ("dense_single", {}))
-    ]
-    for layer in layers:
+    wide = torch.float32 if options.get("master") == "float32" else weight.dtype
+    own = METHODS[method].from_dense(weight, b, **options)
+    dense = METHODS["dense_single"].from_dense(weight.to(wide), b.to(wide))
+    for layer, kind in ((own, x.dtype), (dense, wide)):
         step = getattr(torch.optim, optimizer)(layer.parameters(), lr=0.01, fused=fused)
         for _ in range(steps):
             step.zero_grad()
-            x_in = x.detach().clone().requires_grad_()
-            (layer(x_in) - dy).square().mean().backward()
+            x_in = x.to(kind, copy=True).requires_grad_()
+            (layer(x_in) - dy.to(kind)).square().mean().backward()
             step.step()
             if call_upkeep and hasattr(layer, "upkeep"):
                 layer.upkeep()
-        layer(x_in).backward(dy)  # dX by the transposed form after the last step
+        layer(x_in).backward(dy.to(kind))  # dX by the transposed form after the last step
         layer.dx = x_in.grad
-    change = (layers[1].to_dense() - weight).norm()
+    whole = weight.to(wide), dense.weight.detach()
+    start, end = (own.restrict(sources.TensorWeight(w))["weight"] for w in whole)
     return {
-        "weight": float((layers[0].to_dense() - layers[1].to_dense()).norm() / change),
-        "dx": relative_error(layers[0].dx, layers[1].dx),
+        "weight": relative_error(own.weight.detach() - start, end - start),
+        "dx": relative_error(own.dx, dense.dx),
     }
 
 

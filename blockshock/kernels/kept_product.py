@@ -3,7 +3,9 @@
 dy [B, N], x [B, K], codes [N, K/4] (see `pack`), out [N, K/2]. This is the weight gradient of a
 term whose mask has no period. Either the whole product is made and its kept entries are gathered,
 or a Triton kernel keeps them in its epilogue and the whole product is never written. The kernel
-multiplies more slowly than cuBLAS and spares the gather, so it pays where rows are few.
+multiplies more slowly than cuBLAS and spares the gather: its time over that of product and gather
+was 0.77 to 0.87 at B ≤ 256, 0.90 at 1024, and 0.96 to 1.00 at 4096, where the measuring ended (N =
+4096 to 16384, bf16 and fp16, H200).
 """
 
 from functools import cache
@@ -14,7 +16,7 @@ from torch import Tensor
 from blockshock.kernels import pack
 
 DTYPES = (torch.bfloat16, torch.float16)
-MAX_ROWS = 1024
+MAX_ROWS = 4096
 
 
 def kept_product_reference(dy: Tensor, x: Tensor, codes: Tensor) -> Tensor:
