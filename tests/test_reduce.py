@@ -4,10 +4,12 @@ Many calls follow each other without a pause, their results are looked at afterw
 is used again too early, or a wait that is missing, shows as a wrong entry.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from blockshock.distributed import Ranks, reduce
+from blockshock.distributed import Ranks, exchange, reduce
 from blockshock.distributed.reduce import Plan
 from tests import reduce_jobs as jobs
 
@@ -31,10 +33,21 @@ def gpus(ranks):
     return ranks
 
 
+@pytest.mark.parametrize("chunks", [1, 2, 3, 6, 8])
+@pytest.mark.parametrize("rows", [8, 100, 1000, 1537, 4096, 16384])
+def test_chunks_are_whole_tiles_of_rows_and_nearly_alike(rows, chunks):
+    bounds = exchange.cut(rows, chunks)
+    sizes = [stop - start for start, stop in pairwise(bounds)]
+    assert (bounds[0], bounds[-1], len(sizes)) == (0, rows, chunks)
+    tile = exchange.TILE if rows >= 2 * exchange.TILE * chunks else 1
+    assert all(size % tile == 0 for size in sizes[:-1])
+    assert min(sizes) > 0
+    assert max(sizes) - min(sizes) < 2 * tile
+
+
 def test_plans_are_told_in_words():
     assert str(Plan("collective")) == "collective"
     assert str(Plan("collective", reason="no two GPUs")) == "collective (no two GPUs)"
-    assert str(Plan("collective", 4)) == "collective, 4 chunks"
     assert str(Plan("collective", 4)) == "collective, 4 chunks"
     assert str(Plan("two_shot")) == "two_shot"
     assert str(Plan("exchange")) == "exchange, in one kernel"

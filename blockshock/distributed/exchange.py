@@ -96,6 +96,15 @@ def streams(ranks: int) -> Streams:
     return _streams[key]
 
 
+TILE = 128  # rows: chunks end where a product's tiles do, and need no padding (`sparse24`)
+
+
+def cut(rows: int, chunks: int) -> list[int]:
+    """Where chunks begin and end: 0, …, rows; at multiples of TILE, if each has two or more."""
+    tile = TILE if rows >= 2 * TILE * chunks else 1
+    return [rows * c // chunks // tile * tile for c in range(chunks)] + [rows]
+
+
 def begin(
     product: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -105,7 +114,7 @@ def begin(
     hide: bool = False,
 ) -> Pending:
     """Starts Σ_r product(x), the rows of x cut in chunks; see `reduce.begin_sum`."""
-    bounds = [len(x) * c // chunks for c in range(chunks + 1)]
+    bounds = cut(len(x), chunks)
     ranks = collectives.group_size(group)
     side, partials = streams(ranks), []
     main, y, box, last = side.fork(), None, None, None
@@ -160,7 +169,7 @@ def begin_collective(
     product: Callable[[Tensor], Tensor], x: Tensor, chunks: int, group=None
 ) -> Pending:
     """The same by the backend: a chunk's all_reduce runs beside the next chunk's product."""
-    bounds = [len(x) * c // chunks for c in range(chunks + 1)]
+    bounds = cut(len(x), chunks)
     side, partials, y = streams(collectives.group_size(group)), [], None
     main = side.fork()
     try:

@@ -20,6 +20,7 @@ With 2S ranks, K is cut in S column shards and a pair of ranks holds the two ter
 """
 
 from functools import partial
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from blockshock import masks as masks24
-from blockshock.distributed import collectives, functions
+from blockshock.distributed import collectives, exchange, functions
 from blockshock.distributed.joins import Gather, Sum
 from blockshock.kernels import columns, pack, products, sparse24
 from blockshock.linear import parts
@@ -240,10 +241,10 @@ class BlockShock(nn.Module):
 
     def _describe(self, packed: Packed24, plan, batch: int) -> str:
         """The kernel of one chunk's product; a folded one takes its columns of the whole batch."""
-        chunks = max(1, plan.chunks)
-        rows, kernel = -(-batch // chunks), self._kernel(packed, batch)
-        kernel = kernel if kernel == "folded" else self._kernel(packed, rows)
-        return products.describe(kernel, packed, (rows, batch // chunks, batch))
+        bounds, kernel = exchange.cut(batch, max(1, plan.chunks)), self._kernel(packed, batch)
+        sizes = sorted({stop - start for start, stop in pairwise(bounds)}, reverse=True)
+        kernel = kernel if kernel == "folded" else self._kernel(packed, sizes[0])
+        return products.describe(kernel, packed, (*sizes, batch))
 
     def weight_bytes(self) -> tuple[int, int]:
         """(estimated, actual) bytes of the weight in all its forms on this rank.
