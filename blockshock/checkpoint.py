@@ -46,10 +46,10 @@ def state_dict(model: nn.Module) -> dict:
 
 
 def _kind(layer: nn.Module) -> str:
-    """What a weight of this shape means: the method, and the mask where no buffer holds it."""
+    """What a weight of this shape means: the method, its master, and a mask that is no buffer."""
     name = next(name for name, cls in METHODS.items() if cls is type(layer))
-    mask = getattr(layer, "mask", None)
-    return f"{name}-{mask}" if isinstance(mask, str) else name
+    said = (getattr(layer, "mask", None), getattr(layer, "master", None))
+    return "-".join([name, *(text for text in said if isinstance(text, str) and text != "packed")])
 
 
 def suffix(group=None) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from blockshock import masks
 from blockshock.kernels import columns, kept_product, pack, products, sparse24, thin24
 
-BLOCK = 256  # rows of a mask that are decoded at once, so that no whole one is ever held
+BLOCK = sparse24.BLOCK
 
 
 class Packed24:
@@ -129,7 +129,7 @@ class Packed24:
             return done[0] if len(done) == 1 else torch.cat(done)
         return sparse24.product(x, self.compressed, self.values, self.codes, bias)
 
-    def kept_input(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+    def kept_input(self, x: Tensor) -> Tensor:
         """The columns [B, K/2] that a mask of whole columns keeps of x; given those, they pass."""
         if x.shape[1] == self.values.shape[1]:
             return x
@@ -139,7 +139,7 @@ class Packed24:
                 "this mask keeps other columns in each row, so its product cannot be folded; use "
                 "kernel 'auto'"
             )
-        return columns.take(x, masks.places(period[0]), out)
+        return columns.take(x, masks.places(period[0]))
 
     def kept_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """The kept entries [N, K/2] of dYᵀ X: dy [B, N], x [B, K] (or its kept columns).
@@ -250,10 +250,9 @@ class Packed24:
 
     def _write_metadata(self) -> None:
         for start in range(0, self.shape[0], BLOCK):
-            mask = masks.decode(self.codes[start : start + BLOCK])
-            masks.check(mask)
-            if self.compressed is not None:
-                sparse24.write_metadata(self.compressed, mask, start)
+            masks.check(masks.decode(self.codes[start : start + BLOCK]))
+        if self.compressed is not None:
+            sparse24.write_all_metadata(self.compressed, self.codes)
         self._library_places = False
 
 

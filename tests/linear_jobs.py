@@ -201,6 +201,8 @@ def train(method, steps, optimizer, fused, call_upkeep, dtype, size, **options):
         layer.dx = x_in.grad
     whole = weight.to(wide), dense.weight.detach()
     start, end = (own.restrict(sources.TensorWeight(w))["weight"] for w in whole)
+    multiplied = own.restrict(sources.TensorWeight(own.to_dense()))["weight"]
+    assert torch.equal(multiplied, own.weight.to(own.to_dense().dtype).to(multiplied.dtype))
     return {
         "weight": relative_error(own.weight.detach() - start, end - start),
         "dx": relative_error(own.dx, dense.dx),

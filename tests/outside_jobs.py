@@ -191,8 +191,17 @@ def loaded(method, options):
     layer.load_state_dict(twin.state_dict(), strict=True)
     equal["loaded"] = torch.equal(layer(x), expected)
     equal["weight"] = torch.equal(layer.to_dense(), first)
+    kept = layer.weight.dtype
     layer.to(torch.float16).to(torch.bfloat16)
-    equal["moved"] = torch.equal(layer(x), expected)
+    equal["moved"] = torch.equal(layer(x), expected) and layer.weight.dtype == kept
+    if device().type == "cpu":
+        wide = layer.float()(x.float())
+        equal["widened"] = wide.dtype == torch.float32 and relative_error(wide, expected) < 0.01
+        layer.to(torch.bfloat16)
+    for factor in (2, 0.5):
+        for parameter in layer.parameters():
+            parameter.data = factor * parameter.data
+        equal[f"times {factor}"] = torch.equal(layer(x), min(2, 2 * factor) * expected)
     x = x.requires_grad_()
     dx = [torch.autograd.grad(net(x).sum(), x)[0] for net in (layer, twin)]
     equal["gradient"] = torch.equal(*dx)

@@ -133,10 +133,6 @@ def test_the_public_functions_take_any_layout(name, places):
     before = x.clone()
     kept, left = columns.take(x, places), columns.take(x, columns.others(places))
     assert same_bits(kept, columns.take_reference(before, places))
-    some = torch.full((x.shape[0] + 2, x.shape[1] // 2), torch.nan, device=DEVICE).to(x)
-    assert columns.take(x, places, some[1:-1]).shape == kept.shape
-    assert same_bits(some[1:-1], kept)
-    assert some[[0, -1]].isnan().all()
     planes = columns.quads(x)
     assert planes.is_contiguous()
     assert same_bits(planes, columns.quads_reference(before))

@@ -12,8 +12,10 @@ from blockshock.kernels import kept_product, pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = kept_product.DTYPES if DEVICE == "cuda" else (torch.float16,)
-# (N, K, B): less than a tile of everything, ends within tiles, more tiles than programs, one row.
-SHAPES = [(64, 64, 8), (192, 320, 70), (448, 576, 1), (128, 256, 64)]
+# (N, K, B): less than a tile of everything, ends within tiles, one row, a last band of fewer tiles,
+# and on a GPU more tiles than processors.
+SHAPES = [(64, 64, 8), (192, 320, 70), (448, 576, 1), (128, 256, 64), (1088, 576, 8)]
+SHAPES += [(3264, 3136, 24)] if DEVICE == "cuda" else []
 
 
 @pytest.fixture(scope="module")

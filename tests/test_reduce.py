@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from blockshock.distributed import Ranks, exchange, reduce
+from blockshock.distributed import Ranks, exchange, joins, reduce
 from blockshock.distributed.reduce import Plan
 from tests import reduce_jobs as jobs
 
@@ -43,6 +43,16 @@ def test_chunks_are_whole_tiles_of_rows_and_nearly_alike(rows, chunks):
     assert all(size % tile == 0 for size in sizes[:-1])
     assert min(sizes) > 0
     assert max(sizes) - min(sizes) < 2 * tile
+
+
+@pytest.mark.parametrize("how", ["auto", "exchange"])
+@pytest.mark.parametrize("chunks", [0, 1, 2])
+def test_small_gathers_go_by_the_backend_unless_asked_otherwise(monkeypatch, how, chunks):
+    monkeypatch.setattr(reduce, "plan", lambda *_: Plan("exchange", chunks))
+    gather = joins.Gather(how, 64, 64, joins.side_by_side)
+    chosen = gather.plan(8, torch.bfloat16, torch.device("cuda"))
+    by_mailbox = chunks > 1 or how == "exchange"
+    assert chosen == (Plan("exchange", 1) if by_mailbox else Plan("collective"))
 
 
 def test_plans_are_told_in_words():

@@ -48,12 +48,12 @@ class Layer(Protocol):
         """From dy [B, N]: a partial of dX, or this rank's part of it; contiguous."""
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
-        """From dy [B, N] and the local input: like the weight."""
+        """From dy [B, N] and the local input: in the form of the weight; autograd casts."""
 
 
 @torch.compiler.disable  # kernels, streams and collectives of its own: a break in a compiled graph
 def apply(layer: Layer, x: Tensor) -> Tensor:
-    """Y [B, N] of x [B, K], which has the weight's dtype and device.
+    """Y [B, N] of x [B, K], which has the products' dtype and device.
 
     Raises RuntimeError where the layer's ranks are not there: a part alone gives a part of Y.
     """
@@ -63,7 +63,7 @@ def apply(layer: Layer, x: Tensor) -> Tensor:
             f"the layer was built by {layer.ranks} ranks and its group has {ranks}; use it in the "
             "process group it was built in, or `revert` it there first"
         )
-    with torch.autocast(x.device.type, enabled=False):  # it computes in the weight's dtype
+    with torch.autocast(x.device.type, enabled=False):  # it computes in x's dtype
         return _Apply.apply(x, layer.weight, layer.bias, layer)
 
 

@@ -21,10 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockshock import choices, masks
+from blockshock import choices
 from blockshock.kernels import pack
 
-_BLOCK = 256  # rows whose mask is decoded at once
 _REPLAYS, _ROUNDS = 4, 3  # replays timed together, and how often; the median counts
 
 # Numbers from here on are not tried. The library refuses what it does not have (bf16 has 21), but
@@ -121,9 +120,7 @@ def _search(key: str, shape, compressed: Tensor, values: Tensor, codes: Tensor) 
     )
     compressed = torch.empty_like(compressed)
     compressed.view(-1)[: values.numel()] = values.view(-1)
-    for start in range(0, len(codes), _BLOCK):
-        mask = masks.decode(codes[start : start + _BLOCK])
-        sparse24.write_metadata(compressed, mask, start)
+    sparse24.write_all_metadata(compressed, codes)
     dense = pack.expand(values, codes)
     truths = [(b, F.linear(x, dense, b)) for b in (None, bias)]
     timed, refusal = [], None

@@ -3,9 +3,13 @@
 dy [B, N], x [B, K], codes [N, K/4] (see `pack`), out [N, K/2]. This is the weight gradient of a
 term whose mask has no period. Either the whole product is made and its kept entries are gathered,
 or a Triton kernel keeps them in its epilogue and the whole product is never written. The kernel
-multiplies more slowly than cuBLAS and spares the gather: its time over that of product and gather
-was 0.77 to 0.87 at B ≤ 256, 0.90 at 1024, and 0.96 to 1.00 at 4096, where the measuring ended (N =
-4096 to 16384, bf16 and fp16, H200).
+multiplies more slowly than cuBLAS and spares the gather. Its time over that of product and gather,
+bf16 and fp16, one H200, replayed graphs:
+
+    N = K     B = 64   256    1024   4096
+    4096      0.77     0.77   0.90   0.96
+    8192      0.80     0.85   0.90   0.96 (fp16 1.00)
+    16384     0.82     0.88   0.90   0.98
 """
 
 from functools import cache
@@ -25,8 +29,8 @@ def kept_product_reference(dy: Tensor, x: Tensor, codes: Tensor) -> Tensor:
 
 
 def fused(rows: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernel makes the product of so many rows: on Hopper and later, up to MAX_ROWS."""
-    return 0 < rows <= MAX_ROWS and dtype in DTYPES and device.type == "cuda" and _has_tma(device)
+    """Whether the kernel makes the product of so many rows: on Hopper and like GPUs."""
+    return 0 < rows <= MAX_ROWS and dtype in DTYPES and device.type == "cuda" and _fits(device)
 
 
 def kept_product(dy: Tensor, x: Tensor, codes: Tensor) -> Tensor:
@@ -39,5 +43,7 @@ def kept_product(dy: Tensor, x: Tensor, codes: Tensor) -> Tensor:
 
 
 @cache
-def _has_tma(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def _fits(device: torch.device) -> bool:
+    """A memory accelerator, and shared memory for three stages of tiles (197 kB on an H200)."""
+    facts = torch.cuda.get_device_properties(device)
+    return facts.major >= 9 and facts.shared_memory_per_block_optin >= 200_000

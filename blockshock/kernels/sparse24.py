@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockshock import masks
 from blockshock.kernels import algorithms, pack
 
 DTYPES = (torch.bfloat16, torch.float16)
 ROWS_MULTIPLE = 64  # both sizes of the sparse matrix, for cuSPARSELt and for the row blocks
+BLOCK = 256  # rows of a mask that are decoded at once, so that no whole one is ever held
 BATCH_MULTIPLE = 8  # rows of X: a descriptor's leading dimension must be 16 bytes
 
 
@@ -47,6 +49,15 @@ def write_metadata(compressed: Tensor, mask: Tensor, start: int) -> None:
     block = torch._cslt_compress(mask.to(compressed.dtype)).view(-1)
     first = rows * columns // 2 + start * columns // 16
     compressed.view(-1)[first : first + n * columns // 16] = block[n * columns // 2 :]
+
+
+def write_all_metadata(compressed: Tensor, codes: Tensor) -> None:
+    """The metadata of a whole mask, decoded in blocks of rows; codes [N, K/4] (`masks.encode`).
+
+    (`_cslt_compress` of the whole matrix was wrong at N = K = 81920, cuSPARSELt 0.8.)
+    """
+    for start in range(0, len(codes), BLOCK):
+        write_metadata(compressed, masks.decode(codes[start : start + BLOCK]), start)
 
 
 def product_reference(

@@ -75,6 +75,9 @@ class BlockShock(nn.Module):
         self.weight = nn.Parameter(MASTERS[master].parameter(packed))
         self.bias = parts.bias_parameter(bias)
         self.register_buffer("codes", packed.codes)
+        # Moves with the layer, so that it says the products' dtype where the weight's is another.
+        like = packed.values.new_empty(0)
+        self.register_buffer("products_like", like, persistent=False)
         self._adopt(packed)
 
     @staticmethod
@@ -304,11 +307,12 @@ class BlockShock(nn.Module):
 
     def _note_in_step(self) -> None:
         self.weight.packed_writes = 0
-        self._seen = self.weight._version
+        self._seen = self.weight._version, self.weight.data_ptr()
 
     @property
     def _written(self) -> bool:
-        return self.weight.packed_writes > 0 or self.weight._version != self._seen
+        now = self.weight._version, self.weight.data_ptr()
+        return self.weight.packed_writes > 0 or now != self._seen
 
     def _follow_parameters(self) -> None:
         """Rebuilds what the parameters no longer share memory or mask with.
@@ -317,7 +321,9 @@ class BlockShock(nn.Module):
         codes say another mask; after an optimizer step only the values differ.
         """
         master, values = MASTERS[self.master], self.packed.values
-        dtype = master.dtype(self.weight, values.dtype)
+        dtype = self.products_like.dtype
+        if self.weight.dtype != master.dtype(dtype):
+            self.weight.data = self.weight.data.to(master.dtype(dtype))
         moved = self.codes.data_ptr() != self.packed.codes.data_ptr() or (
             master.shared and self.weight.data_ptr() != values.data_ptr()
         )

@@ -3,12 +3,12 @@
     packed   the kept values [N, K/2], in the memory of the compressed form: what an optimizer
              writes is multiplied, and only the transposed copy is refreshed
     float32  the kept values [N, K/2] in float32; those that are multiplied are rounded from them,
-             so that no small step is lost (Micikevicius et al. 2018, arXiv:1710.03740, section 3.1)
+             so that no small step of theirs is lost (Micikevicius et al., arXiv:1710.03740, 3.1)
     dense    the masked weight [N, K], masked and compressed again, as with PyTorch's 2:4 tensors
 
 kept: the parameter -> kept values. like: kept values -> the parameter's form, for gradients.
 renew: brings the compressed form into step with a parameter that was written. term: the dense
-W(g) [N, K] that is multiplied. dtype: that of the products, after the layer may have been moved.
+W(g) [N, K] that is multiplied. dtype: the parameter's, for products of a dtype.
 """
 
 import torch
@@ -27,8 +27,8 @@ class Packed:
     def parameter(self, packed: Packed24) -> Tensor:
         return packed.values
 
-    def dtype(self, weight: Tensor, multiplied: torch.dtype) -> torch.dtype:
-        return weight.dtype
+    def dtype(self, products: torch.dtype) -> torch.dtype:
+        return products
 
     def kept(self, weight: Tensor, codes: Tensor) -> Tensor:
         return weight
@@ -49,17 +49,16 @@ class Float32:
     shared = False
 
     def parameter(self, packed: Packed24) -> Tensor:
-        return _float32(packed.values)
+        return packed.values.to(self.dtype(packed.values.dtype), copy=True)
 
-    def dtype(self, weight: Tensor, multiplied: torch.dtype) -> torch.dtype:
-        own = torch.promote_types(multiplied, torch.float32)
-        return multiplied if weight.dtype == own else weight.dtype
+    def dtype(self, products: torch.dtype) -> torch.dtype:
+        return torch.promote_types(products, torch.float32)  # float64 stays
 
     def kept(self, weight: Tensor, codes: Tensor) -> Tensor:
         return weight
 
     def like(self, kept: Tensor, codes: Tensor) -> Tensor:
-        return _float32(kept)
+        return kept.to(self.dtype(kept.dtype))
 
     def term(self, weight: Tensor, packed: Packed24) -> Tensor:
         return packed.unpack()
@@ -67,11 +66,6 @@ class Float32:
     def renew(self, weight: Tensor, packed: Packed24, *, by_library: bool) -> None:
         packed.values.copy_(weight)
         packed.refresh()
-
-
-def _float32(values: Tensor) -> Tensor:
-    """At least: float64 stays."""
-    return values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
 
 
 class Dense:
@@ -82,8 +76,8 @@ class Dense:
     def parameter(self, packed: Packed24) -> Tensor:
         return packed.unpack()
 
-    def dtype(self, weight: Tensor, multiplied: torch.dtype) -> torch.dtype:
-        return weight.dtype
+    def dtype(self, products: torch.dtype) -> torch.dtype:
+        return products
 
     def kept(self, weight: Tensor, codes: Tensor) -> Tensor:
         return pack.gather_kept(weight, codes)

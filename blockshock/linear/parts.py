@@ -191,18 +191,19 @@ def copy_in_group(layer: nn.Module, memo: dict) -> nn.Module:
     return twin
 
 
-def flatten(x: Tensor, width: int, weight: Tensor) -> Tensor:
-    """x [..., K] -> [B, K]. Raises ValueError when K, dtype or device are not the weight's.
+def flatten(x: Tensor, width: int, like: Tensor) -> Tensor:
+    """x [..., K] -> [B, K]. Raises ValueError when K, or the dtype or device of `like`, are not
+    x's.
 
-    Under autocast x is cast to the weight's dtype first.
+    Under autocast x is cast first.
     """
     if x.shape[-1] != width:
         raise ValueError(f"x has {x.shape[-1]} features, the layer takes {width}")
     if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-        x = x.to(weight.dtype)
-    if x.dtype != weight.dtype or x.device != weight.device:
+        x = x.to(like.dtype)
+    if x.dtype != like.dtype or x.device != like.device:
         raise ValueError(
-            f"x is {x.dtype} on {x.device}, the layer {weight.dtype} on {weight.device}; "
+            f"x is {x.dtype} on {x.device}, the layer {like.dtype} on {like.device}; "
             "convert one of them"
         )
     return x.reshape(-1, width)
