@@ -40,12 +40,12 @@ def results(path):
 
 def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
     out = bench(*SMALL, "--results", tmp_path / "r.json")
-    out.assert_outcomes(passed=37)
+    out.assert_outcomes(passed=38)
     saved, by_name = results(tmp_path / "r.json")
     assert "bench_forward[block_shock-N64-B8-bf16]" in by_name
     assert "bench_training[block_shock-packed_master-N64-B8-bf16-sgd]" in by_name
-    out.stdout.fnmatch_lines(["[[]1/37] bench_backward*N64-B8-bf16*ms  (36 left, about*)"])
-    out.stdout.fnmatch_lines(["[[]37/37]*(done)"])
+    out.stdout.fnmatch_lines(["[[]1/38] bench_backward*N64-B8-bf16*ms  (37 left, about*)"])
+    out.stdout.fnmatch_lines(["[[]38/38]*(done)"])
     facts = saved["machine_info"]["blockshock"]
     assert facts["device"] == "CPU (2 gloo ranks)"
     assert facts["ceilings"]["matrix_flops"]["bf16"] > 0
