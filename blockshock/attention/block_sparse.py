@@ -1,0 +1,154 @@
+"""Attention that computes only the tiles a pattern touches, forward and backward.
+
+    for each tile I of queries, over the tiles J of keys in its list:   as in `flash_triton`
+
+The lists come from `blocks.table`: for each tile of queries the full tiles, which need no mask,
+then the partial ones; and the same from the other side for dK and dV. A tile that holds no pair of
+the pattern is not computed, and its keys and values are not read. Long lists are begun first, so
+that uneven patterns keep all processors at work to the end. Without a pattern the lists are those
+of a full, or causal, mask. (Block lists as in FlexAttention, Dong et al. 2024, arXiv:2412.05496;
+patterns as in Longformer, arXiv:2004.05150, and BigBird, arXiv:2007.14062.)
+"""
+
+import weakref
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from blockshock.attention import blocks, patterns, shapes
+from blockshock.attention.flash_triton import FlashAttentionTriton, refused
+from blockshock.kernels import flash
+from blockshock.kernels.dropout import Dropout
+
+
+@torch.compiler.disable  # kernels of its own: a break in a compiled graph
+def block_sparse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    pattern=None,
+    scale=None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """softmax(scale · Q Kᵀ) V over the pairs of a pattern; see `blockshock.attention` for shapes.
+
+    dropout: each weight of the softmax is set to zero with this probability and the others are
+    divided by 1 − dropout; the same seed drops the same weights, forward and backward. Raises
+    ValueError for what the kernels cannot take.
+    """
+    lists = _table(q, k, v, causal, pattern)
+    return _run(q, k, v, scale, lists, Dropout(dropout, seed))
+
+
+@torch.compiler.disable
+def block_sparse_unpruned(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+) -> Tensor:
+    """The ablation: the same kernels and masks, and all tiles are computed."""
+    return _run(q, k, v, scale, unpruned(_table(q, k, v, causal, pattern)), Dropout())
+
+
+def table(shape: shapes.Shape, dtype, causal: bool, pattern, device) -> blocks.BlockTable:
+    """The lists that `block_sparse` uses for these sizes."""
+    sizes = (shape.batch, shape.heads, shape.Tq, shape.D)
+    tile = flash.chosen(sizes, dtype, "scattered").forward  # its tile is that of all
+    if pattern is None:
+        pattern = patterns.causal() if causal else patterns.full()
+    elif causal:
+        pattern = patterns.both(pattern, patterns.causal())
+    return blocks.table(
+        pattern,
+        shape.Tq,
+        shape.Tk,
+        batch=shape.batch,
+        heads=shape.heads,
+        block_q=tile.M,
+        block_k=tile.N,
+        device=device,
+    )
+
+
+_UNPRUNED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def unpruned(pruned: blocks.BlockTable) -> blocks.BlockTable:
+    """The table with all tiles listed; those that it does not list are partial, without a pair."""
+    if pruned not in _UNPRUNED:
+        with torch.inference_mode(False), torch.no_grad():
+            _UNPRUNED[pruned] = _with_all(pruned)
+    return _UNPRUNED[pruned]
+
+
+def _with_all(pruned: blocks.BlockTable) -> blocks.BlockTable:
+    planes, device = pruned.planes, pruned.starts.device
+    nq, nk = pruned.starts.shape[1] - 1, pruned.starts_t.shape[1] - 1
+    empty = len(pruned.bits)  # the mask of a tile without a pair, put behind the others
+    kinds = torch.full((planes * nq, nk), 0 if pruned.low is not None else empty, device=device)
+    counts = pruned.starts.diff(dim=1).flatten().long()
+    line = torch.arange(len(counts), device=device).repeat_interleave(counts)
+    kinds[line, pruned.keys.long()] = pruned.masks.long()
+    kinds = kinds.view(planes, nq, nk)
+    bits = pruned.bits
+    if pruned.low is None:
+        bits = torch.cat([bits, bits.new_zeros(1, *bits.shape[1:])])
+    starts, full, keys, masks, order = _all_of(kinds)
+    starts_t, full_t, queries_t, masks_t, order_t = _all_of(kinds.mT)
+    return replace(
+        pruned,
+        starts=starts,
+        full=full,
+        keys=keys,
+        masks=masks,
+        order=order,
+        starts_t=starts_t,
+        full_t=full_t,
+        queries_t=queries_t,
+        masks_t=masks_t,
+        order_t=order_t,
+        bits=bits,
+        touched=planes * nq * nk,
+    )
+
+
+def _all_of(kinds: Tensor) -> tuple[Tensor, ...]:
+    """starts, full, others, masks, order of [planes, lines, others] kinds, −1 for full tiles."""
+    planes, lines, others = kinds.shape
+    order_of_each = (kinds != -1).int().argsort(dim=2, stable=True)
+    each = torch.arange(planes, device=kinds.device)[:, None] * (lines * others)
+    starts = each + torch.arange(lines + 1, device=kinds.device) * others
+    full = (kinds == -1).sum(2)
+    order = torch.arange(lines, device=kinds.device).expand(planes, lines).contiguous()
+    listed = (
+        starts,
+        full,
+        order_of_each.flatten(),
+        kinds.gather(2, order_of_each).flatten(),
+        order,
+    )
+    return tuple(values.int() for values in listed)
+
+
+def _table(q: Tensor, k: Tensor, v: Tensor, causal: bool, pattern) -> blocks.BlockTable:
+    shape = shapes.check(q, k, v, pattern=pattern)
+    reason = refused(shape, dtype=q.dtype, device_type=q.device.type)
+    if reason:
+        raise ValueError(reason)
+    return table(shape, q.dtype, causal, pattern, q.device)
+
+
+def _run(q, k, v, scale, lists, dropout) -> Tensor:
+    return FlashAttentionTriton.apply(q, k, v, False, scale, lists, dropout)
+
+
+def _unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
+    return refused(shape, dtype=dtype, device_type=device_type)
+
+
+for _method in (block_sparse, block_sparse_unpruned):
+    _method.unsupported = _unsupported
+block_sparse.table = table
+block_sparse_unpruned.table = lambda *sizes: unpruned(table(*sizes))

@@ -1,0 +1,235 @@
+"""A pattern as kernels read it: for each block of queries the blocks of keys it touches, and back.
+
+    plane p = b batch_stride + h head_stride: batch entries and heads that see alike share one
+    entries starts[p, I] to starts[p, I + 1] of (keys, masks): the key blocks of query block I,
+        the first full[p, I] of them full (masks -1), then the partial ones, each in rising order
+    bits[masks[e], i, w] = Σ_j mask[i, 32 w + j] 2^j      the elements of a partial tile
+    low_i <= j < high_i          instead of bits, where the pattern's rows are intervals
+
+A tile is full where every query inside Tq sees each of its block_k keys, all inside Tk: a kernel
+computes it without a mask, and needs none for rows beyond Tq, which it does not write. The backward
+reads the same tiles from the other side: for each block of keys the query blocks that touch it.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from blockshock.attention import rules, tiles
+
+KEPT = 16  # tables of one pattern
+
+
+@dataclass(frozen=True, eq=False)
+class BlockTable:
+    """Lists of touched tiles; nq = ⌈Tq / block_q⌉, nk = ⌈Tk / block_k⌉, P planes. See the module.
+
+    Offsets into `bits` beyond 2^31 elements are possible: kernels count these in int64.
+    """
+
+    block_q: int
+    block_k: int
+    Tq: int
+    Tk: int
+    planes: int
+    batch_stride: int
+    head_stride: int
+    starts: Tensor  # int32 [P, nq + 1], into keys and masks: offsets of all planes in one
+    full: Tensor  # int32 [P, nq]
+    keys: Tensor  # int32 [entries]
+    masks: Tensor  # int32 [entries]; -1: full. 0 for each partial tile where there are intervals
+    order: Tensor  # int32 [P, nq], query blocks: the longest list first
+    starts_t: Tensor  # int32 [P, nk + 1], into queries_t and masks_t
+    full_t: Tensor  # int32 [P, nk]
+    queries_t: Tensor  # int32 [entries]
+    masks_t: Tensor  # int32 [entries]
+    order_t: Tensor  # int32 [P, nk]
+    bits: Tensor  # int32 [unique, block_q, block_k // 32]; unique = 0 where there are intervals
+    low: Tensor | None  # int32 [Tq]
+    high: Tensor | None  # int32 [Tq]
+    touched: int  # tiles with at least one attended pair
+    tiles: int  # all
+    consecutive: bool  # whether the full ones of each list, in both directions, follow each other
+    build_seconds: float
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+    @property
+    def touched_sparsity(self) -> float:
+        """The share of tiles that nothing touches; 0 where there are no tiles."""
+        return 1 - self.touched / self.tiles if self.tiles else 0.0
+
+    @property
+    def ideal_speedup(self) -> float:
+        """What leaving out these tiles can give: tiles / touched; inf where nothing is touched."""
+        return rules.ideal_speedup(self.touched_sparsity)
+
+
+_TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # pattern -> sizes -> table
+
+
+def table(
+    pattern: rules.Pattern,
+    Tq: int,
+    Tk: int,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    block_q: int,
+    block_k: int,
+    device="cpu",
+) -> BlockTable:
+    """The table of a pattern: made once for these arguments, kept while the pattern lives.
+
+    Args:
+        pattern: see `patterns.py`. The KEPT tables that were used last are kept for each.
+        Tq, Tk: tokens, any number. batch, heads: of q; they count only where the pattern differs
+            between them.
+        block_q, block_k: the sides of a tile, multiples of 16 and of 32.
+        device: where the table is made and lies.
+
+    Raises:
+        ValueError: sizes that the pattern does not fit; other blocks; a predicate that returns
+            something else than a bool tensor; more tiles than int32 counts.
+    """
+    rules.check(pattern, Tq, Tk, batch=batch, heads=heads)
+    rules.at_least(1, block_q=block_q, block_k=block_k)
+    for name, block, multiple in (("block_q", block_q, 16), ("block_k", block_k, 32)):
+        if block % multiple:
+            raise ValueError(f"{name} {block}: a multiple of {multiple} is needed, e.g. 64")
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    different = batch if pattern.per_batch else 1, heads if pattern.per_head else 1
+    key = (Tq, Tk, *different, block_q, block_k, device)
+    kept = _TABLES.setdefault(pattern, OrderedDict())
+    # Taken out and put back: the last one used is the last one in the order.
+    found = kept.pop(key, None)
+    # Tensors of inference mode could not be saved for a backward later.
+    if found is None:
+        with torch.inference_mode(False), torch.no_grad():
+            found = _build(pattern, Tq, Tk, different, block_q, block_k, device)
+    kept[key] = found
+    while len(kept) > KEPT:
+        kept.popitem(last=False)
+    return found
+
+
+def dense(table: BlockTable, *, transposed: bool = False) -> Tensor:
+    """The mask that the lists describe, bool [P, Tq, Tk]; from those of keys if transposed.
+
+    The reference for kernels that read a table; as large as the mask, for small sizes.
+    """
+    t, device = table, table.starts.device
+    nq, nk = tiles.blocks(t.Tq, t.block_q), tiles.blocks(t.Tk, t.block_k)
+    starts, others, masks = t.starts, t.keys, t.masks
+    if transposed:
+        starts, others, masks = t.starts_t, t.queries_t, t.masks_t
+    lines = starts.shape[1] - 1
+    counts = starts.diff(dim=1).flatten().long()
+    line = torch.arange(len(counts), device=device).repeat_interleave(counts)
+    kinds = torch.full((t.planes, lines, nk if not transposed else nq), -2, device=device)
+    kinds[line // max(lines, 1), line % max(lines, 1), others.long()] = masks.long()
+    if transposed:
+        kinds = kinds.mT
+    shape = (t.planes, nq, t.block_q, nk, t.block_k)
+    kinds = kinds[:, :, None, :, None].expand(shape)
+
+    def crop(mask):
+        return mask.reshape(t.planes, nq * t.block_q, nk * t.block_k)[:, : t.Tq, : t.Tk]
+
+    full, partial = crop(kinds == -1), crop(kinds >= 0)
+    if t.low is not None:
+        key = torch.arange(t.Tk, device=device)
+        return full | partial & (t.low[:, None] <= key) & (key < t.high[:, None])
+    if not len(t.bits):
+        return full
+    bits = tiles.unpack(t.bits)[kinds[:, :, 0, :, 0].clamp(min=0)]  # [P, nq, nk, bq, bk]
+    return full | partial & crop(bits.transpose(2, 3))
+
+
+def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
+    started = time.perf_counter()
+    planes = different[0] * different[1]
+    low = high = None
+    if pattern.interval:
+        low, high = rules.rows(pattern, Tq, Tk, device)
+        made = tiles.of_intervals(low, high, Tk, block_q, block_k)
+        low, high = low.int(), high.int()
+    else:
+        made = tiles.of_predicate(
+            pattern,
+            Tq,
+            Tk,
+            batch=different[0],
+            heads=different[1],
+            block_q=block_q,
+            block_k=block_k,
+            device=device,
+        )
+    nq, nk = tiles.blocks(Tq, block_q), tiles.blocks(Tk, block_k)
+    starts, full, keys, masks, order = _lists(made, made.line, made.column, planes, nq, nk)
+    plane, row = made.line // max(nq, 1), made.line % max(nq, 1)
+    back = _lists(made, plane * nk + made.column, row, planes, nk, nq)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # any stream may read it from here on
+    return BlockTable(
+        block_q=block_q,
+        block_k=block_k,
+        Tq=Tq,
+        Tk=Tk,
+        planes=planes,
+        batch_stride=(different[1] if pattern.per_batch else 0),
+        head_stride=int(pattern.per_head),
+        starts=starts,
+        full=full,
+        keys=keys,
+        masks=masks,
+        order=order,
+        starts_t=back[0],
+        full_t=back[1],
+        queries_t=back[2],
+        masks_t=back[3],
+        order_t=back[4],
+        bits=made.bits,
+        low=low,
+        high=high,
+        touched=len(keys),
+        tiles=planes * nq * nk,
+        consecutive=_consecutive(starts, full, keys) and _consecutive(*back[:3]),
+        build_seconds=time.perf_counter() - started,
+    )
+
+
+def _lists(made: tiles.Tiles, line: Tensor, other: Tensor, planes: int, lines: int, others: int):
+    """starts, full, others, masks, order of the tiles, by `line` of all planes: int32."""
+    device = line.device
+    # Sorted by line, then full before partial, then the other side: bounds are found by search.
+    key, by = ((2 * line + ~made.full) * others + other).sort()
+    each = torch.arange(planes * lines + 1, device=device) * (2 * others)
+    bounds = torch.searchsorted(key, each)
+    full = (torch.searchsorted(key, each[:-1] + others) - bounds[:-1]).view(planes, lines)
+    ends = torch.arange(planes, device=device)[:, None] * lines
+    starts = bounds[ends + torch.arange(lines + 1, device=device)]
+    order = starts.diff(dim=1).argsort(dim=1, descending=True, stable=True)
+    listed = (starts, full, other[by], made.mask[by], order)
+    return tuple(values.int() for values in listed)
+
+
+def _consecutive(starts: Tensor, full: Tensor, others: Tensor) -> bool:
+    """Whether the full tiles of each list are numbered without a gap."""
+    if not len(others):
+        return True
+    first, count = starts[:, :-1].long(), full.long()
+    spread = others[(first + count - 1).clamp(min=0)] - others[first.clamp(max=len(others) - 1)]
+    return bool(((count == 0) | (spread == count - 1)).all())

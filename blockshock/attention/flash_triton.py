@@ -1,0 +1,96 @@
+"""FlashAttention-2 in Triton, forward and backward, full and causal: `kernels.flash`.
+
+Dao 2023, arXiv:2307.08691. No [Tq, Tk] matrix is held anywhere, and causal tiles above the diagonal
+are never visited. Two runs give the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from blockshock.attention import derivatives, shapes
+from blockshock.kernels import flash
+from blockshock.kernels.dropout import Dropout
+
+
+class FlashAttentionTriton(torch.autograd.Function):
+    """`FlashAttentionTriton.apply(q, k, v, is_causal=False, scale=None) -> out`, shaped like q.
+
+    q [batch, heads, Tq, D] with k, v [batch, kv_heads, Tk, D], or [batch, tokens, D] for one head;
+    fp16, bf16 or fp32 on a GPU. Saves q, k, v, out and lse [batch, (heads,) Tq], the natural
+    log-sum-exp of each row's scores in float32. table, dropout: see `block_sparse`.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+        RuntimeError: a gradient of the gradients is asked for; `reference` has one.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, is_causal=False, scale=None, table=None, dropout=None):
+        whole = (q, k, v) if q.dim() == 4 else tuple(x.unsqueeze(1) for x in (q, k, v))
+        shape = shapes.check(*whole)
+        reason = refused(shape, dtype=q.dtype, device_type=q.device.type)
+        if reason:
+            raise ValueError(reason)
+        ctx.options = {
+            "causal": is_causal,
+            "scale": positive(shape.D**-0.5 if scale is None else scale),
+            "table": table,
+            "dropout": dropout or Dropout(),
+        }
+        out, lse = flash.forward(*whole, **ctx.options)
+        out, lse = out.view(q.shape), lse.view(q.shape[:-1])
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out):
+        saved = *ctx.saved_tensors, d_out
+        flat = d_out.dim() == 3
+        q, k, v, out, lse, upstream = (x.unsqueeze(1) for x in saved) if flat else saved
+        with torch.no_grad():
+            gradients = flash.backward(q, k, v, out, lse, upstream, **ctx.options)
+        if flat:
+            gradients = tuple(x.squeeze(1) for x in gradients)
+        return *derivatives.first_only(gradients, *saved), None, None, None, None
+
+
+@torch.compiler.disable  # kernels of its own: a break in a compiled graph
+def flash_triton(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+) -> Tensor:
+    """softmax(scale · Q Kᵀ) V; see `FlashAttentionTriton`, and `blockshock.attention` for shapes.
+
+    Raises ValueError for a pattern (`block_sparse` takes one) and for what the kernels cannot take.
+    """
+    reason = shapes.pattern_refused("flash_triton", pattern)
+    if reason:
+        raise ValueError(reason)
+    return FlashAttentionTriton.apply(q, k, v, causal, scale)
+
+
+def refused(shape: shapes.Shape, *, dtype, device_type: str) -> str | None:
+    """Why the kernels cannot take these inputs, or None."""
+    reason = flash.unsupported(dtype, device_type)
+    if reason is None and (shape.D % 8 or not 16 <= shape.D <= flash.MAX_D):
+        reason = (
+            f"D = {shape.D}: the attention kernels take heads of 16 to {flash.MAX_D}, in multiples "
+            "of 8; pad D with zeros, or use reference"
+        )
+    return reason
+
+
+def positive(scale: float) -> float:
+    """The scale; raises ValueError unless it is a positive number."""
+    if not 0 < scale < float("inf"):
+        raise ValueError(
+            f"scale = {scale} must be positive and finite; negate q for a negative one"
+        )
+    return float(scale)
+
+
+def _unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
+    reason = shapes.pattern_refused("flash_triton", pattern)
+    return reason or refused(shape, dtype=dtype, device_type=device_type)
+
+
+flash_triton.unsupported = _unsupported

@@ -1,0 +1,245 @@
+"""PyTorch's own attention kernels, each by its name: exactly that kernel runs, or none.
+
+    sdpa_flash   FlashAttention-2 as built into PyTorch (Dao, arXiv:2307.08691)
+    sdpa_cudnn   cuDNN's attention
+    flex         FlexAttention (Dong et al., arXiv:2412.05496): the kernel is compiled for the mask
+
+`scaled_dot_product_attention` chooses among kernels by itself; here one is left to choose from.
+What FlexAttention compiles skips the 128×128 blocks in which nothing attends, by a block mask that
+is made once for a pattern and these sizes.
+"""
+
+import functools
+import importlib
+import warnings
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
+
+from blockshock.attention import patterns, shapes
+
+SIDE = 128  # queries, and keys, of one block of the mask
+CHUNK = 1 << 24  # entries of the mask that are held at once
+COMPILATIONS = 256  # each mask, size and dtype needs one; PyTorch's own limit is 8
+
+_block_masks: WeakKeyDictionary = WeakKeyDictionary()  # pattern -> (sizes, device) -> mask
+
+
+def sdpa_flash(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+) -> Tensor:
+    """q [batch, heads, Tq, D], k and v [batch, kv_heads, Tk, D] -> [batch, heads, Tq, D].
+
+    fp16 or bf16 on CUDA, D <= 256; causal only where Tq = Tk. An input whose last dimension is not
+    contiguous is copied.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit or that the kernel refuses; a pattern.
+    """
+    return _sdpa(sdpa_flash, q, k, v, causal, pattern, scale)
+
+
+def sdpa_cudnn(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+) -> Tensor:
+    """q [batch, heads, Tq, D], k and v [batch, kv_heads, Tk, D] -> [batch, heads, Tq, D].
+
+    fp16 or bf16 on CUDA, D <= 128 and a multiple of 8 (newer cuDNN: to 256). An input whose last
+    dimension is not contiguous is copied.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit or that the kernel refuses; a pattern.
+    """
+    return _sdpa(sdpa_cudnn, q, k, v, causal, pattern, scale)
+
+
+def flex(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+) -> Tensor:
+    """q [batch, heads, Tq, D], k and v [batch, kv_heads, Tk, D] -> [batch, heads, Tq, D].
+
+    On CUDA: compiled for the mask and the sizes when they are first seen; fp16, bf16 or float32,
+    D >= 16. On the CPU: FlexAttention's own unfused form (all scores at once), which needs no
+    compiler and has no backward; it shows what is computed, not how fast.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or that FlexAttention refuses.
+    """
+    wanted = shapes.gradients_wanted(q, k, v)
+    shape = _checked(flex, q, k, v, causal, pattern, backward=wanted)
+    if not wanted:
+        q, k, v = q.detach(), k.detach(), v.detach()  # else the CPU refuses, even under no_grad
+    run = _flex_compiled() if q.device.type == "cuda" else _flex_unfused
+    mask = block_mask(pattern, shape, causal=causal, device=q.device)
+    # Imported here: it takes a second, and only this needs it.
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=COMPILATIONS):
+        return run(q, k, v, block_mask=mask, scale=scale, enable_gqa=shape.group > 1)
+
+
+def block_mask(pattern, shape: shapes.Shape, *, causal: bool, device):
+    """FlexAttention's mask of a pattern, or None where every query sees every key.
+
+    What `create_block_mask` makes, but in chunks: that holds all batch · heads · Tq · Tk entries.
+    """
+    if causal:
+        pattern = patterns.both(pattern, patterns.causal()) if pattern else patterns.causal()
+    if pattern is None:
+        return None
+    planes = shape.batch if pattern.per_batch else 1, shape.heads if pattern.per_head else 1
+    key = *planes, shape.Tq, shape.Tk, torch.device(device)
+    made = _block_masks.setdefault(pattern, {})
+    if key not in made:
+        made[key] = _make_mask(pattern, *key)
+    return made[key]
+
+
+@torch.no_grad()
+def _make_mask(pattern, batches, heads, Tq, Tk, device):
+    rows, columns = -(-Tq // SIDE), -(-Tk // SIDE)
+    batch = torch.arange(batches, device=device).view(-1, 1, 1, 1)
+    head = torch.arange(heads, device=device).view(-1, 1, 1)
+    key = torch.arange(Tk, device=device)
+    counts = torch.zeros(batches, heads, rows, columns, dtype=torch.int32, device=device)
+    step = max(1, CHUNK // (batches * heads * SIDE * SIDE * columns))
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        query = torch.arange(first * SIDE, min(last * SIDE, Tq), device=device)[:, None]
+        seen = patterns.evaluate(pattern, batch, head, query, key)
+        padded = F.pad(seen, (0, columns * SIDE - Tk, 0, (last - first) * SIDE - len(query)))
+        blocks = padded.view(batches, heads, last - first, SIDE, columns, SIDE)
+        counts[:, :, first:last] = blocks.sum(dim=(3, 5), dtype=torch.int32)
+    full = counts == SIDE * SIDE
+    return flex_attention.BlockMask.from_kv_blocks(
+        *_lists((counts > 0) & ~full),
+        *_lists(full),
+        BLOCK_SIZE=SIDE,
+        mask_mod=pattern.predicate,
+        seq_lengths=(Tq, Tk),
+    )
+
+
+def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks each row has, and their columns, in order, first."""
+    order = blocks.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1, dtype=torch.int32), order.to(torch.int32)
+
+
+@functools.cache
+def _flex_compiled():
+    with warnings.catch_warnings():
+        # PyTorch's compiler imports what PyTorch has deprecated.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        importlib.import_module("torch._inductor.compile_fx")
+    # fullgraph: what cannot be compiled raises, and is not run unfused instead.
+    return torch.compile(flex_attention.flex_attention, dynamic=False, fullgraph=True)
+
+
+def _flex_unfused(*inputs, **options) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        return flex_attention.flex_attention(*inputs, **options)
+
+
+def _sdpa(method, q, k, v, causal, pattern, scale) -> Tensor:
+    wanted = shapes.gradients_wanted(q, k, v)
+    shape = _checked(method, q, k, v, causal, pattern, backward=wanted)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    backend, can_run = SDPA[method.__name__]
+    grouped = shape.group > 1
+    with sdpa_kernel(backend):
+        inputs = cuda.SDPAParams(q, k, v, None, 0.0, causal, grouped)
+        if not can_run(inputs):
+            raise ValueError(_why_not(method.__name__, can_run, inputs))
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
+        )
+
+
+def _why_not(name: str, can_run, inputs) -> str:
+    """What PyTorch says against a kernel: it tells by warnings."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        can_run(inputs, True)
+    reasons = "; ".join(str(each.message).split(" (Triggered")[0] for each in told)
+    return f"{name} cannot run here: {reasons or 'PyTorch does not say why'}; use another method"
+
+
+def _checked(method, q, k, v, causal, pattern, *, backward: bool) -> shapes.Shape:
+    shape = shapes.check(q, k, v, pattern=pattern)
+    reason = method.unsupported(
+        shape,
+        dtype=q.dtype,
+        device_type=q.device.type,
+        causal=causal,
+        pattern=pattern,
+        backward=backward,
+    )
+    if reason:
+        raise ValueError(reason)
+    return shape
+
+
+def _sdpa_unsupported(name, most, shape, dtype, device_type, pattern) -> str | None:
+    if device_type != "cuda":
+        return f"{name} runs on CUDA only, not on {device_type}; use flash_torch or reference"
+    reason = shapes.pattern_refused(name, pattern) or shapes.dtype_refused(
+        name, dtype, shapes.HALVES
+    )
+    if reason is None and most < shape.D:
+        return f"D = {shape.D}: {name} takes D <= {most} here; use reference or flash_torch"
+    return reason or _empty(name, shape)
+
+
+def _empty(name: str, shape) -> str | None:
+    """Why sizes of 0 cannot be run, or None."""
+    for size in ("batch", "heads", "Tq", "Tk"):
+        if not getattr(shape, size):
+            return f"{size} = 0: {name} needs at least 1; use flash_torch or reference"
+    return None
+
+
+def _flash_unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
+    if causal and shape.Tq != shape.Tk and device_type == "cuda":
+        return (
+            f"Tq = {shape.Tq}, Tk = {shape.Tk}: sdpa_flash is causal only where these are equal; "
+            "use sdpa_cudnn or flash_torch"
+        )
+    return _sdpa_unsupported("sdpa_flash", 256, shape, dtype, device_type, pattern)
+
+
+def _cudnn_unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
+    # From cuDNN 9.22 some GPUs take more (PyTorch's sdp_utils.cpp); if this one does not, PyTorch
+    # refuses when it is called.
+    most = 256 if (torch.backends.cudnn.version() or 0) > 92200 else 128
+    reason = _sdpa_unsupported("sdpa_cudnn", most, shape, dtype, device_type, pattern)
+    if reason is None and shape.D % 8:
+        return f"D = {shape.D}: sdpa_cudnn takes multiples of 8; pad D with zeros and give scale"
+    if reason is None and shape.Tk == 1:
+        return "Tk = 1: sdpa_cudnn needs at least 2 keys; use sdpa_flash"
+    return reason
+
+
+def _flex_unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
+    if device_type not in ("cuda", "cpu"):
+        return f"flex runs on cuda and cpu here, not on {device_type}; use reference"
+    if device_type == "cpu" and backward:
+        return "FlexAttention has no backward on the CPU; use flash_torch or reference there"
+    if device_type == "cuda" and shape.D < 16:
+        return f"D = {shape.D}: FlexAttention takes D >= 16; pad D with zeros and give scale"
+    return shapes.dtype_refused("flex", dtype, shapes.PRECISE[:3]) or _empty("flex", shape)
+
+
+SDPA = {
+    "sdpa_flash": (SDPBackend.FLASH_ATTENTION, cuda.can_use_flash_attention),
+    "sdpa_cudnn": (SDPBackend.CUDNN_ATTENTION, cuda.can_use_cudnn_attention),
+}
+
+sdpa_flash.unsupported = _flash_unsupported
+sdpa_cudnn.unsupported = _cudnn_unsupported
+flex.unsupported = _flex_unsupported

@@ -1,0 +1,144 @@
+"""What a pattern is, and what it says of given pairs of queries and keys.
+
+    mask[b, h, i, j] = predicate(b, h, i, j)                      True = query i sees key j
+    mask[b, h, i, j] = low_i <= j < high_i                        the same, where rows are intervals
+    sparsity s = 1 - attended / (batch * heads * Tq * Tk)         ideal speedup = 1 / (1 - s)
+
+A predicate takes int tensors that broadcast, or the scalars that FlexAttention's `mask_mod` gets:
+it is built of elementwise operations and of reading tensors at these indices. Queries and keys are
+both counted from 0 (top-left), also where Tq and Tk differ. The patterns are in `patterns.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Integral
+
+import torch
+from torch import Tensor
+
+SIZES = ("batch", "heads", "Tq", "Tk")
+CHUNK_CPU, CHUNK = 1 << 20, 1 << 24  # pairs looked at in one go; on a CPU they stay in the cache
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """A rule for attention. Usually made by a builder below; `check` says where it applies."""
+
+    name: str
+    predicate: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(batch, head, query, key), ints that broadcast -> bool tensor that broadcasts alike."""
+    interval: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None
+    """(query [n], Tk) -> low [n], high [n], int: the same rule. Rows with low >= high are empty."""
+    per_batch: bool = (
+        False  # whether the predicate reads `batch`; if not, all see what batch 0 sees
+    )
+    per_head: bool = False  # likewise `head`
+    sizes: tuple[int | None, ...] = (None,) * 4  # of batch, heads, Tq, Tk it fits; None: any
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """The only (Tq, Tk) it fits, or None where one of them is free."""
+        return None if None in self.sizes[2:] else self.sizes[2:]
+
+    def __post_init__(self):
+        if self.interval and (self.per_batch or self.per_head):
+            raise ValueError(
+                f"pattern {self.name!r} has an interval and is per batch or per head: intervals "
+                "are shared by all; leave out interval="
+            )
+
+
+def check(pattern: Pattern, Tq: int, Tk: int, *, batch: int = 1, heads: int = 1) -> None:
+    """ValueError unless the pattern fits these sizes, which are ints >= 0."""
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern {pattern!r}: make one with a builder, e.g. band(256)")
+    at_least(0, Tq=Tq, Tk=Tk, batch=batch, heads=heads)
+    for what, size, only in zip(SIZES, (batch, heads, Tq, Tk), pattern.sizes, strict=True):
+        if only is not None and size != only:
+            raise ValueError(
+                f"{what} {size}: pattern {pattern.name} was made for {what} {only}; "
+                "make one for this size"
+            )
+
+
+def evaluate(pattern: Pattern, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The predicate at int tensors that broadcast: bool, of their common shape (maybe expanded).
+
+    Raises ValueError where the predicate returns anything but a bool tensor of such a shape.
+    """
+    shape = torch.broadcast_shapes(batch.shape, head.shape, query.shape, key.shape)
+    attends = pattern.predicate(batch, head, query, key)
+    rule = f"the predicate of pattern {pattern.name!r} returned"
+    if not isinstance(attends, Tensor) or attends.dtype != torch.bool:
+        kind = attends.dtype if isinstance(attends, Tensor) else type(attends).__name__
+        raise ValueError(f"{rule} {kind}: it must return a bool tensor; return a comparison")
+    if attends.device != query.device:
+        raise ValueError(
+            f"{rule} a tensor on {attends.device} for indices on {query.device}: move what it "
+            "reads there, or ask for a table on that device"
+        )
+    try:
+        return attends.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"{rule} shape {tuple(attends.shape)} for indices of shapes {tuple(query.shape)} and "
+            f"{tuple(key.shape)}: it must broadcast with them; use elementwise operations"
+        ) from None
+
+
+def rows(pattern: Pattern, Tq: int, Tk: int, device) -> tuple[Tensor, Tensor]:
+    """low, high, int64 [Tq], of a pattern with an interval: 0 <= low <= high <= Tk."""
+    low, high = pattern.interval(torch.arange(Tq, device=device), Tk)
+    for end in (low, high):
+        if end.shape != (Tq,) or end.is_floating_point() or end.dtype == torch.bool:
+            raise ValueError(
+                f"the interval of pattern {pattern.name!r} gave {end.dtype} {tuple(end.shape)} for "
+                f"{Tq} queries: it must give low and high, int [{Tq}]"
+            )
+    high = high.clamp(0, Tk)
+    return torch.minimum(low.clamp(min=0), high), high
+
+
+@torch.no_grad()
+def sparsity(
+    pattern: Pattern, Tq: int, Tk: int, *, batch: int = 1, heads: int = 1, device="cpu"
+) -> float:
+    """The share of the batch * heads * Tq * Tk pairs that is not attended, counted one by one.
+
+    0 where there are no pairs. ValueError where the pattern does not fit (`check`).
+    """
+    check(pattern, Tq, Tk, batch=batch, heads=heads)
+    planes = (batch if pattern.per_batch else 1) * (heads if pattern.per_head else 1)
+    if batch * heads * Tq * Tk == 0:
+        return 0.0
+    if pattern.interval:
+        low, high = rows(pattern, Tq, Tk, device)
+        return 1 - int((high - low).sum()) / (Tq * Tk)
+    attended = torch.zeros((), dtype=torch.int64, device=device)
+    batches, head, query, key = (torch.arange(n, device=device) for n in (batch, heads, Tq, Tk))
+    chunk = chunk_of(device)
+    columns = min(Tk, chunk)
+    for plane in range(planes):
+        b, h = divmod(plane, heads) if pattern.per_head else (plane, 0)
+        for some in query.split(max(1, chunk // columns)):
+            for keys in key.split(columns):
+                attended += evaluate(pattern, batches[b], head[h], some[:, None], keys).sum()
+    return 1 - int(attended) / (planes * Tq * Tk)
+
+
+def ideal_speedup(sparsity: float) -> float:
+    """1 / (1 - s): what leaving out a share s of the work can give; inf where nothing is left."""
+    return 1 / (1 - sparsity) if sparsity < 1 else float("inf")
+
+
+def chunk_of(device) -> int:
+    """How many pairs to look at in one go there."""
+    return CHUNK_CPU if torch.device(device).type == "cpu" else CHUNK
+
+
+def at_least(least: int, **values) -> None:
+    for name, value in values.items():
+        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} {value!r}: an int of at least {least} is needed")

@@ -1,0 +1,250 @@
+"""Launches of the attention kernels: `flash_forward` and `flash_backward`.
+
+Dense, causal, or over the lists of a block table (`attention.blocks`), which then says how large
+tiles are. The plain-PyTorch version beside it is `attention.flash_torch`. Operands are read by the
+tensor memory accelerator (in interpreter mode by Triton's imitation of it).
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from blockshock.kernels.dropout import Dropout
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NONE = Dropout()
+LOG2E = 1.4426950408889634
+MAX_D = 256
+PROCESSORS = 132  # of an H200: fewer programs than these leave some idle, so tiles are smaller
+
+
+@dataclass(frozen=True)
+class Plan:
+    """M queries × N keys a tile; warps of a program; stages of the pipeline that loads tiles."""
+
+    M: int
+    N: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Of the forward, of dK and dV, and of dQ."""
+
+    forward: Plan
+    keys: Plan
+    queries: Plan
+
+
+def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
+    """Why the kernels cannot run, or None."""
+    if dtype not in DTYPES:
+        return f"the attention kernels take fp16, bf16 or fp32, got {dtype}; convert with .to()"
+    if device_type == "cuda":
+        return None
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "the attention kernels need a GPU, and the tensors are on the CPU; use flash_torch, or "
+            "set TRITON_INTERPRET=1 before Triton is imported, for tests"
+        )
+    if dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the bits of bf16 as integers; use fp16 or fp32"
+    return None
+
+
+@cache
+def plans(D: int, dtype: torch.dtype, programs: int, lists: str | None) -> Plans:
+    """The tiles for heads of D (`padded`) and so many programs of 64 queries.
+
+    lists: None, or of a block table, which serves all three kernels with one M and N, "consecutive"
+    or "scattered" (`flash_walk.runs`). Each was the fastest of 3 to 6 on one H200: bf16 at 4096 and
+    16384 tokens, full and causal (D = 64, 128; 256 at 4096), bands and random blocks (lists), fp32
+    at 2048 tokens, and a band of 32 in 128 tokens where programs are few.
+    """
+    few = programs < PROCESSORS
+    if dtype == torch.float32:  # products in float32 proper
+        tile = Plan(16, 32, 4, 1) if D > 128 else Plan(32, 32, 4, 2)
+        if lists or few or D > 128:
+            return Plans(tile, tile, tile)
+        return Plans(Plan(64, 32, 4, 1), tile, Plan(64, 64, 8, 1))
+    if D > 128:
+        return Plans(Plan(64, 32, 4, 2), Plan(64 if lists else 32, 32, 8, 1), Plan(64, 32, 4, 2))
+    if few:
+        tile = Plan(32, 32, 4, 2)
+        return Plans(tile, tile, tile)
+    if lists:
+        stages = (3, 2, 2 if lists == "consecutive" else 3) if D > 64 else (2, 3, 2)
+        return Plans(*(Plan(64, 64, 4, number) for number in stages))
+    if D > 64:
+        return Plans(Plan(64, 64, 4, 3), Plan(64, 64, 4, 2), Plan(128, 64, 8, 3))
+    return Plans(Plan(64, 128, 4, 2), Plan(128, 64, 4, 2), Plan(128, 64, 4, 3))
+
+
+def chosen(q_shape: tuple[int, int, int, int], dtype: torch.dtype, lists: str | None) -> Plans:
+    """The plans for q [B, H, Tq, D]; lists as in `plans`."""
+    B, H, Tq, D = q_shape
+    return plans(padded(D), dtype, min(B * H * -(-Tq // 64), PROCESSORS), lists)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    table=None,
+    dropout: Dropout = NONE,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse) of q [B, H, Tq, D], k, v [B, H / group, Tk, D]: like q, and float32 [B, H, Tq].
+
+    scale must be positive. table: a `blocks.BlockTable` of the tiles to compute; causal is then in
+    the table. lse is natural, −inf for a row that attends to nothing, whose out is zero.
+    """
+    from blockshock.kernels import flash_forward  # no Triton beside PyTorch's CPU build
+
+    B, H, Tq, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
+    if not out.numel() or not k.numel():
+        return out.zero_(), lse.fill_(-torch.inf)
+    plan = chosen(q.shape, q.dtype, _kind(table)).forward
+    tiles = -(-Tq // plan.M)
+    q, k, v = (_readable(x) for x in (q, k, v))
+    flash_forward.forward[(B * H * tiles,)](
+        *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (out, plan.M))),
+        lse,
+        *_lists(table, lse),
+        H,
+        tiles,
+        Tq,
+        k.shape[2],
+        scale * LOG2E,
+        dropout.seed,
+        dropout.threshold,
+        dropout.factor,
+        **_constants(q, k, plan, causal, table, dropout),
+    )
+    return out, lse
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_out: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    table=None,
+    dropout: Dropout = NONE,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV, shaped like q, k, v, from `forward`'s results and the gradient of out."""
+    from blockshock.kernels import flash_backward
+
+    (B, H, Tq, D), (_, groups, Tk, _) = q.shape, k.shape
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    if not q.numel() or not k.numel():
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    q, k, v, out, d_out = (_readable(x) for x in (q, k, v, out, d_out))
+    level, delta = torch.empty_like(lse), torch.empty_like(lse)
+    plans = chosen(q.shape, q.dtype, _kind(table))
+    rows = plans.queries.M
+    tiles = -(-Tq // rows)
+    flash_backward.prepare[(B * H * tiles,)](
+        _tiled(out, rows), _tiled(d_out, rows), lse, level, delta, tiles, H, Tq, rows, padded(D)
+    )
+    sizes = (Tq, Tk, scale * LOG2E, scale, dropout.seed, dropout.threshold, dropout.factor)
+
+    def read(plan):
+        each = ((q, plan.M), (k, plan.N), (v, plan.N), (d_out, plan.M))
+        return tuple(_tiled(x, n) for x, n in each)
+
+    plan = plans.keys
+    tiles = -(-Tk // plan.N)
+    flash_backward.gradients_of_keys[(B * groups * tiles,)](
+        *read(plan),
+        *(_tiled(x, plan.N) for x in (dk, dv)),
+        level,
+        delta,
+        *_lists(table, lse, transposed=True),
+        H,
+        tiles,
+        *sizes,
+        **_constants(q, k, plan, causal, table, dropout),
+    )
+    plan = plans.queries
+    tiles = -(-Tq // plan.M)
+    flash_backward.gradients_of_queries[(B * H * tiles,)](
+        *read(plan),
+        _tiled(dq, plan.M),
+        level,
+        delta,
+        *_lists(table, lse),
+        H,
+        tiles,
+        *sizes,
+        **_constants(q, k, plan, causal, table, dropout),
+    )
+    return dq, dk, dv
+
+
+def _kind(table) -> str | None:
+    if table is None:
+        return None
+    return "consecutive" if table.consecutive else "scattered"
+
+
+def _lists(table, anything: Tensor, *, transposed: bool = False) -> tuple:
+    """The lists as the kernels take them; what is not read may be any tensor."""
+    if table is None:
+        return (*(anything,) * 8, 0, 0)
+    names = ("starts", "full", "keys", "masks", "order")
+    if transposed:
+        names = ("starts_t", "full_t", "queries_t", "masks_t", "order_t")
+    lists = tuple(getattr(table, name) for name in names)
+    ends = (anything, anything) if table.low is None else (table.low, table.high)
+    return (*lists, *ends, table.bits, table.batch_stride, table.head_stride)
+
+
+def _constants(q: Tensor, k: Tensor, plan: Plan, causal: bool, table, dropout: Dropout) -> dict:
+    keep = "causal" if causal else "ragged"
+    if table is not None:
+        keep = "bits" if table.low is None else "interval"
+    return {
+        "GROUP": q.shape[1] // k.shape[1],
+        "M": plan.M,
+        "N": plan.N,
+        "D": padded(q.shape[3]),
+        "PRECISION": "ieee",
+        "LISTED": table is not None,
+        "CONSECUTIVE": table is not None and table.consecutive,
+        "KEEP": keep,
+        "DROP": dropout.rate > 0,
+        "STAGES": plan.stages,
+        "num_warps": plan.warps,
+    }
+
+
+def padded(D: int) -> int:
+    """The size of a head as the kernels have it: a power of two, 16 at least."""
+    return max(16, 1 << (D - 1).bit_length())
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Itself where the memory accelerator can read it: unit stride, all else at 16 bytes."""
+    size = x.element_size()
+    fits = x.stride(3) == 1 and all(stride * size % 16 == 0 and stride for stride in x.stride()[:3])
+    return x if fits and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _tiled(x: Tensor, rows: int):
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(x, [1, 1, rows, padded(x.shape[3])])
