@@ -9,6 +9,7 @@ The options stand here, in the root, so that pytest knows them from any subfolde
 import contextlib
 import os
 from collections import defaultdict
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -24,9 +25,8 @@ from bench.reporting import Progress, SafeResults
 from blockshock.distributed import RankFailure, open_ranks
 from blockshock.measure import environment
 from blockshock.measure.clock import CACHES, MODES, ReplayClock
-from blockshock.phases.case import PHASES, Case
 from blockshock.phases.engine import Options
-from blockshock.phases.problem import check_data
+from blockshock.phases.families import FAMILIES, questions
 from blockshock.phases.session import CaseFailed, Laboratory
 
 pytest_plugins = ["pytester"]  # runs of the benchmarks inside the tests
@@ -114,31 +114,30 @@ def pytest_report_header(config):
     return f"block-shock {facts['version']}: {facts['device']}, torch {facts['torch']}"
 
 
+def pytest_pycollect_makeitem(collector, name):
+    """No item, where the sweep has no case of what a bench function asks."""
+    cases = collector.config.stash[CASES].get(name.removeprefix("bench_"))
+    return [] if name.startswith("bench_") and cases == [] else None
+
+
 def pytest_generate_tests(metafunc):
     """Gives every bench function its cases, with identifiers such as block_shock-N4096-B64-bf16."""
     if "record" not in metafunc.fixturenames:
         return
-    phase = metafunc.function.__name__.removeprefix("bench_")
-    cases = metafunc.config.stash[CASES][phase]
-    names = "method, N, B, dtype, mask, options"
-    values = [(c.method, c.N, c.B, c.dtype, c.mask, _options(c)) for c in cases]
-    metafunc.parametrize(names, values, ids=[c.name for c in cases])
+    asked = metafunc.function.__name__.removeprefix("bench_")
+    cases = metafunc.config.stash[CASES][asked]
+    names = questions()[asked][0].case.parameters
+    values = [(*(getattr(case, name) for name in names), _options(case)) for case in cases]
+    metafunc.parametrize((*names, "options"), values, ids=[case.name for case in cases])
 
 
-def pytest_collection_modifyitems(config, items):
-    # pytest leaves one item without parameters where a sweep has no case of a phase.
-    cases = config.stash[CASES]
-    items[:] = [
-        item
-        for item in items
-        if "record" not in item.fixturenames or cases[item.originalname.removeprefix("bench_")]
-    ]
+def pytest_collection_modifyitems(items):
     for item in items:
         if "record" in item.fixturenames:
             point = case_of(item).point_label
             # One marker with both: pytest-benchmark reads only the closest one.
-            phase = item.originalname.removeprefix("bench_")
-            item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=f"{phase} {point}"))
+            asked = item.originalname.removeprefix("bench_")
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=f"{asked} {point}"))
 
 
 def pytest_runtest_setup(item):
@@ -191,7 +190,7 @@ def neighbours(request):
 def record(benchmark, laboratory, neighbours):
     """record(case): measures the case beside the other methods of its point, and records it."""
 
-    def run(case: Case) -> None:
+    def run(case) -> None:
         if benchmark.disabled:
             pytest.fail(
                 "benchmarks are disabled here (by -n or --benchmark-disable)", pytrace=False
@@ -219,35 +218,37 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["blockshock"] = facts
 
 
-def case_of(item) -> Case:
+def case_of(item):
     """The case of a bench item."""
     params = dict(item.callspec.params)
     options = params.pop("options")
-    return Case(phase=item.originalname.removeprefix("bench_"), **params, **options)
+    asked, phase = questions()[item.originalname.removeprefix("bench_")]
+    return asked.case(phase=phase, **params, **options)
 
 
-def _cases(config) -> dict[str, list[Case]]:
-    """The cases of every phase, by the sweep and what overrides it."""
+def _cases(config) -> dict[str, list]:
+    """The cases of every question, by the sweep and what overrides it: those of its family."""
     option, device = config.option, config.stash[DEVICE]
+    cases = {asked: [] for asked in questions()}
     try:
-        sweep, settings = sweeps.load(option.sweep), sweeps.parse_set(option.set)
-        cases = {
-            phase: sweeps.cases(sweep, phase, device, option.ranks, settings) for phase in PHASES
-        }
-        listed = [case for of_phase in cases.values() for case in of_phase]
-        for case in {(c.weight, c.input, c.N, c.K, c.B): c for c in listed}.values():
-            check_data(case)
+        sweep = sweeps.load(option.sweep)
+        name = sweeps.family(sweep)
+        settings = sweeps.parse_set(option.set, name)
+        for asked, (of, phase) in questions().items():
+            if of is FAMILIES[name]:
+                cases[asked] = sweeps.cases(sweep, phase, device, option.ranks, settings)
+        FAMILIES[name].check_all([case for listed in cases.values() for case in listed])
     except (ValueError, ImportError) as error:  # a SweepError, or what a file is not
         raise pytest.UsageError(str(error)) from None
     return cases
 
 
-def _options(case: Case) -> dict:
-    """What of a case is neither in the five parameters of a bench function nor a default."""
-    own = case.as_dict()
-    default = Case(case.phase, case.method, case.N, case.B).as_dict()
-    shown = ("phase", "method", "N", "B", "dtype", "mask")
-    return {k: v for k, v in own.items() if k not in shown and v != default[k]}
+def _options(case) -> dict:
+    """What of a case is neither in the parameters of a bench function nor a default."""
+    needed = [field.name for field in fields(case) if field.default is MISSING]
+    default = type(case)(**{name: getattr(case, name) for name in needed}).as_dict()
+    shown = ("phase", *case.parameters)
+    return {k: v for k, v in case.as_dict().items() if k not in shown and v != default[k]}
 
 
 def _device(option) -> str:

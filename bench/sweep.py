@@ -1,6 +1,7 @@
 """Which cases a run measures: a YAML file in `sweeps/`, overridden by `--set`.
 
     about: one line on what the sweep is for
+    family: linear                      # or attention, see `attention_sweep`; left out: linear
     phases: [forward, training]         # left out: all
     common:                             # on every device
       dtype: [bf16]
@@ -15,12 +16,16 @@ some methods are meant, these axes are a mapping, `mask: {block_shock: [tile, "1
 others keep their usual one. Later wins: common, device, common's phase, device's phase, `--set`.
 """
 
+import re
 from collections import Counter
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
+from bench import attention_sweep
 from blockshock.phases.case import FAMILIES, PHASES, Case, choices
 
 FOLDER = Path(__file__).parent / "sweeps"
@@ -43,6 +48,7 @@ AXES = {
     "steps": [8],
     "seed": [0],
 }
+COMMA = re.compile(r",(?![^(]*\))")  # but for those inside parentheses
 CHOSEN = ("mask", "kernel", "reduce", "policy")  # axes of what each method takes of its own
 SINGLE = (str, int, float, bool, type(None))
 ONLY = {  # axes of one phase
@@ -53,6 +59,15 @@ ONLY = {  # axes of one phase
 
 class SweepError(ValueError):
     """A sweep file or a `--set` that says something impossible."""
+
+
+class Kind(NamedTuple):
+    """What a family's sweeps may say. texts: axes whose values are names, never numbers."""
+
+    axes: dict
+    phases: tuple
+    texts: tuple
+    expand: Callable  # (axes, phase, device, ranks, what --set says) -> cases
 
 
 def load(name: str) -> dict:
@@ -69,30 +84,38 @@ def load(name: str) -> dict:
         raise SweepError(f"{file} is not YAML: {error}") from None
     if not isinstance(sweep, dict):
         raise SweepError(f"{file} must be a mapping with the keys about, common, cpu, cuda")
-    _known_keys(sweep, {"about", "phases", "common", "cpu", "cuda"}, str(file))
+    _known_keys(sweep, {"about", "family", "phases", "common", "cpu", "cuda"}, str(file))
+    if family(sweep) not in tuple(KINDS):  # which a list may be asked about
+        raise SweepError(f"{file}: unknown family {family(sweep)!r}; known: {', '.join(KINDS)}")
+    kind = KINDS[family(sweep)]
     for part in ("common", "cpu", "cuda"):
-        _check_axes(sweep.get(part) or {}, f"{file}, {part}")
-    phases = sweep.get("phases") or PHASES
+        _check_axes(sweep.get(part) or {}, f"{file}, {part}", kind)
+    phases = sweep.get("phases") or kind.phases
     if not isinstance(phases, list | tuple):
         raise SweepError(f"{file}: phases must be a list, such as [{phases}]")
     for phase in phases:
-        if phase not in PHASES:
-            raise SweepError(f"{file}: unknown phase {phase!r}; known: {', '.join(PHASES)}")
+        if phase not in kind.phases:
+            raise SweepError(f"{file}: unknown phase {phase!r}; known: {', '.join(kind.phases)}")
     return sweep
 
 
-def parse_set(settings: list[str]) -> dict[str, list]:
+def family(sweep: dict) -> str:
+    """The family whose cases a sweep lists."""
+    return sweep.get("family") or "linear"
+
+
+def parse_set(settings: list[str], family: str = "linear") -> dict[str, list]:
     """["N=4096,8192"] -> {"N": [4096, 8192]}."""
-    axes = {}
+    axes, kind = {}, KINDS[family]
     for setting in settings:
         key, equals, values = setting.partition("=")
         if not equals or not values:
             raise SweepError(f"--set {setting!r} is not KEY=VALUE[,VALUE...]")
-        _known_keys({key: values}, AXES, f"--set {setting}")
-        words = values.split(",")
+        _known_keys({key: values}, kind.axes.keys() - {"points"}, f"--set {setting}")
+        words = COMMA.split(values)
         # A mask such as 0110 or 1100 is a name, not a number.
         try:
-            parsed = words if key in CHOSEN else [yaml.safe_load(word) for word in words]
+            parsed = words if key in kind.texts else [yaml.safe_load(word) for word in words]
         except yaml.YAMLError:
             raise SweepError(
                 f"--set {setting!r}: a value is not a number, a name or text"
@@ -103,12 +126,27 @@ def parse_set(settings: list[str]) -> dict[str, list]:
 
 def cases(sweep: dict, phase: str, device: str, ranks: int, settings: dict) -> list[Case]:
     """The cases of one phase, the methods of a point next to each other."""
-    if phase not in (sweep.get("phases") or PHASES):
+    kind = KINDS[family(sweep)]
+    if phase not in (sweep.get("phases") or kind.phases):
         return []
     parts = [sweep.get("common") or {}, sweep.get(device) or {}]
-    axes = dict(AXES)
+    axes = dict(kind.axes)
     for part in (*parts, *(part.get(phase) or {} for part in parts), settings):
-        axes.update({key: value for key, value in part.items() if key in AXES})
+        axes.update({key: value for key, value in part.items() if key in kind.axes})
+    try:
+        found = kind.expand(axes, phase, device, ranks, settings)
+    except SweepError:
+        raise
+    except ValueError as error:
+        raise SweepError(str(error)) from None
+    twice = [name for name, count in Counter(case.id for case in found).items() if count > 1]
+    if twice:
+        raise SweepError(f"the sweep lists {twice[0]} twice; every value of an axis once")
+    return found
+
+
+def _linear(axes: dict, phase: str, device: str, ranks: int, settings: dict) -> list[Case]:
+    """Every combination of the axes."""
     axes = {key: _listed(key, value, device) for key, value in axes.items()}
     _check_names(axes)
     fixed = ("method", *CHOSEN, *(k for k, only in ONLY.items() if only != phase))
@@ -117,9 +155,6 @@ def cases(sweep: dict, phase: str, device: str, ranks: int, settings: dict) -> l
     for values in product(*(axes[name] for name in names)):
         point = dict(zip(names, values, strict=True), phase=phase, ranks=ranks)
         found += _methods(point, axes, phase)
-    twice = [name for name, count in Counter(case.id for case in found).items() if count > 1]
-    if twice:
-        raise SweepError(f"the sweep lists {twice[0]} twice; every value of an axis once")
     return found
 
 
@@ -133,10 +168,7 @@ def _methods(point: dict, axes: dict, phase: str) -> list[Case]:
         taken = [_of_axis(key, axes[key], method, phase) for key in CHOSEN]
         for values in product(*taken):
             own = dict(zip(CHOSEN, values, strict=True))
-            try:
-                found.append(Case(method=method, **own, **point))
-            except ValueError as error:
-                raise SweepError(str(error)) from None
+            found.append(Case(method=method, **own, **point))
     return found
 
 
@@ -195,10 +227,10 @@ def _listed(key: str, value, device: str) -> list | dict:
     return values
 
 
-def _check_axes(part: dict, where: str) -> None:
-    _known_keys(part, {*AXES, *PHASES}, where)
-    for phase in PHASES:
-        _known_keys(part.get(phase) or {}, AXES, f"{where}, {phase}")
+def _check_axes(part: dict, where: str, kind: Kind) -> None:
+    _known_keys(part, {*kind.axes, *kind.phases}, where)
+    for phase in kind.phases:
+        _known_keys(part.get(phase) or {}, kind.axes, f"{where}, {phase}")
 
 
 def _known_keys(mapping: dict, known, where: str) -> None:
@@ -207,3 +239,9 @@ def _known_keys(mapping: dict, known, where: str) -> None:
     for key in mapping:
         if key not in known:
             raise SweepError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")
+
+
+KINDS = {
+    "linear": Kind(AXES, PHASES, CHOSEN, _linear),
+    "attention": Kind(attention_sweep.AXES, attention_sweep.PHASES, (), attention_sweep.expand),
+}

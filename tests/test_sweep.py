@@ -4,9 +4,12 @@ from typing import ClassVar
 
 import pytest
 
+from bench import attention_sweep
 from bench import sweep as sweeps
 from blockshock.linear import METHODS
 from blockshock.phases.case import PHASES, Case
+
+SMALL = "family: attention\ncpu: {batch: 1, heads: 1, D: 16"
 
 
 class Chooser:
@@ -35,10 +38,16 @@ def expand(text, phase="forward", device="cpu", settings=(), tmp=None):
     file = tmp / "own.yaml"
     file.write_text(text)
     sweep = sweeps.load(str(file))
-    return sweeps.cases(sweep, phase, device, 2, sweeps.parse_set(list(settings)))
+    given = sweeps.parse_set(list(settings), sweeps.family(sweep))
+    return sweeps.cases(sweep, phase, device, 2, given)
 
 
-@pytest.mark.parametrize("name", [file.stem for file in sweeps.FOLDER.glob("*.yaml")])
+SHIPPED = {file.stem: sweeps.load(file.stem) for file in sweeps.FOLDER.glob("*.yaml")}
+LINEAR = [name for name, sweep in SHIPPED.items() if sweeps.family(sweep) == "linear"]
+ATTENTION = [name for name, sweep in SHIPPED.items() if sweeps.family(sweep) == "attention"]
+
+
+@pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_shipped_sweeps_expand_to_distinct_cases(name, device):
     sweep = sweeps.load(name)
@@ -47,6 +56,74 @@ def test_the_shipped_sweeps_expand_to_distinct_cases(name, device):
         cases = sweeps.cases(sweep, phase, device, 2, {})
         assert {case.method for case in cases} == set(METHODS)
         assert len({case.id for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("phase", attention_sweep.PHASES)
+def test_the_shipped_sweeps_of_attention_expand_to_distinct_cases(name, device, phase):
+    cases = sweeps.cases(SHIPPED[name], phase, device, 1, {})
+    assert SHIPPED[name]["about"]
+    assert len({case.id for case in cases}) == len(cases)
+    points = [case.point for case in cases]
+    assert points == sorted(points, key=points.index)
+    assert any(case.unsupported(device) is None for case in cases)
+
+
+def test_points_replace_axes_and_set_replaces_both(tmp_path):
+    text = """
+family: attention
+common: {batch: [2], heads: [4], D: [16, 32], method: [reference, flex]}
+cpu:
+  points:
+    - {Tq: 64, tier: small}
+    - {Tq: [32, 64], D: 16, causal: true, method: reference, pattern: ["band(8)", "strided(4,2)"]}
+"""
+    cases = expand(text, tmp=tmp_path)
+    assert len(cases) == 2 * 2 + 2 * 2
+    assert {(c.D, c.causal, c.method) for c in cases if c.tier} == {
+        (D, False, method) for D in (16, 32) for method in ("reference", "flex")
+    }
+    assert {(c.Tq, c.pattern) for c in cases if c.causal} == {
+        (Tq, pattern) for Tq in (32, 64) for pattern in ("band(8)", "strided(4,2)")
+    }
+    words = ["pattern=strided(4,2),band(3)", "Tq=16", "causal=false", "D=16"]
+    given = expand(text, settings=words, tmp=tmp_path)
+    assert [(c.pattern, c.method) for c in given] == [
+        (pattern, method)
+        for pattern in ("strided(4,2)", "band(3)")
+        for method in ("reference", "flex")
+    ]
+    assert {c.tier for c in given} == {None}  # other sizes than the label's
+    assert {c.tier for c in expand(text, settings=["dtype=fp16"], tmp=tmp_path)} == {"small", None}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("family: convolution", "unknown family 'convolution'; known: linear, attention"),
+        ("family: [linear]", r"unknown family \['linear'\]"),
+        ("family: attention\ncpu: {N: [64]}", "unknown key 'N'; known: D, Tk, Tq, batch"),
+        ("family: attention\nphases: [backward]", "unknown phase 'backward'; known: forward"),
+        ("family: attention\ncpu: {heads: 1, Tq: 8, D: 16}", "says no batch for cpu"),
+        (f"{SMALL}, Tq: 8, points: 3}}", "points must be a list of mappings .* 3"),
+        (f"{SMALL}, Tq: 8, points: [{{T: 3}}]}}", "points: unknown key 'T'; known: D, Tk"),
+        (f"{SMALL}, Tq: [8, 8]}}", "the sweep lists .*reference-B1-H1-T8-D16-bf16 twice"),
+        (f"{SMALL}, points: [{{Tq: 8}}, {{Tq: 8}}]}}", "lists .* twice"),
+        (f"{SMALL}, Tq: [[8]]}}", r"Tq: \[8\] is not one number"),
+        (f"{SMALL}, Tq: 8, method: fast}}", "unknown method 'fast'"),
+        (f"{SMALL}, Tq: 8, pattern: band}}", "pattern 'band' must be a builder and its numbers"),
+        (f"{SMALL}, Tq: 8, causal: 1}}", "causal = 1 must be true or false"),
+    ],
+)
+def test_a_sweep_of_attention_that_says_something_impossible_is_refused(tmp_path, text, message):
+    with pytest.raises(sweeps.SweepError, match=message):
+        expand(text, tmp=tmp_path)
+
+
+def test_points_are_no_axis_that_set_replaces():
+    with pytest.raises(sweeps.SweepError, match="unknown key 'points'; known: D, Tk"):
+        sweeps.parse_set(["points=3"], "attention")
 
 
 def test_cases_of_a_point_stand_side_by_side(tmp_path):

@@ -17,6 +17,15 @@ METHODS = (
     "masked_split",
     "block_shock",
     "block_shock_folded",
+    # of attention
+    "reference",
+    "sdpa_flash",
+    "sdpa_cudnn",
+    "flex",
+    "flash_torch",
+    "flash_triton",
+    "block_sparse",
+    "block_sparse_unpruned",
 )
 PHASES = ("correctness", "forward", "backward", "training", "drift")
 # What a method may do in several ways; a label names those that are not the method's usual ones.
@@ -78,6 +87,7 @@ class Result:
     rates: dict[str, float] = field(default_factory=dict)
     floor: dict[str, float] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
+    pattern: dict[str, Any] = field(default_factory=dict)  # of attention
     clocks: dict[str, Any] | None = None
     file: str = ""
     usual: dict[str, str | None] = field(default_factory=dict)  # of the method, by VARIANTS

@@ -31,6 +31,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from tools.attention import only_attention
 from tools.cases import Result, Results, interleaved, order, over, setting, setting_text
 from tools.opponents import BETTER, DENSE, better, forward_place, opponents, place, same_terms, way
 from tools.rules import (
@@ -84,7 +85,9 @@ class Verdict:
 def judge_all(
     results: Results, *, threshold: float = THRESHOLD, small_upkeep: float = SMALL_UPKEEP
 ) -> list[Verdict]:
-    """H1, H2 and H3 on these results."""
+    """H1, H2 and H3 on these results; none where all of them are of attention."""
+    if only_attention(results):
+        return []
     return [
         _verdict("H1", beats_dense(results, threshold)),
         _verdict("H2", advantage_shrinks(results, threshold, small_upkeep)),

@@ -12,10 +12,12 @@ import json
 import re
 from pathlib import Path
 
+from tools import attention_report
 from tools import verdict as words
+from tools.attention import FAMILY, has_attention, only_attention
 from tools.case_table import phase_table
 from tools.cases import CPU_CAVEAT, PHASES, Results
-from tools.figures import FIGURES, MAIN, Drawing, draw_all, style
+from tools.figures import ATTENTION_FIGURES, FIGURES, MAIN, Drawing, draw_all, style
 from tools.files import read_text, run, save
 from tools.hypotheses import Verdict, judge_all
 from tools.results import load_all
@@ -61,36 +63,50 @@ HOW_TO_READ = (
     "<b>block_shock_folded</b> is the fixed pattern computed as a dense product of its kept "
     "columns, and stands beside it.",
 )
+GENERAL = 5  # of HOW_TO_READ; the rest is about linear layers
+TABLES = (
+    '<h2 id="tables">Tables</h2>'
+    '<p class="muted">A click on a title sorts; the search keeps rows with every word.</p>'
+)
+QUESTIONS = {
+    "linear": "When does a dense layer, held as a sum of 2:4-sparse terms on several GPUs, beat "
+    "the ordinary ways of splitting it?",
+    FAMILY: "How near do attention kernels come to what the machine could do, and how much of its "
+    "sparsity does a pattern turn into speed?",
+}
 
 
 def page(
     results: Results, verdicts: list[Verdict], drawings: list[Drawing], absent: dict[str, str]
 ) -> str:
     """The whole report as HTML; drawings and absent are those of `draw_all`."""
+    attention = attention_report.section(results, drawings, _plot)
+    linear = [r for r in results.results if r.case.family != FAMILY]
+    drawings = [d for d in drawings if not d.name.startswith(tuple(ATTENTION_FIGURES))]
     main = [drawing for drawing in drawings if drawing.name == MAIN] or drawings[:1]
     others = [d for d in drawings if d.name in FIGURES and d not in main]
     settings = [d for d in drawings if d not in main + others]
-    phases = [phase for phase in PHASES if any(r.case.phase == phase for r in results.results)]
-    phases += sorted({r.case.phase for r in results.results} - set(PHASES))
+    phases = [phase for phase in PHASES if any(r.case.phase == phase for r in linear)]
+    phases += sorted({r.case.phase for r in linear} - set(PHASES))
     tables = "".join(phase_table(results, phase) for phase in phases)
+    reading = HOW_TO_READ if linear else HOW_TO_READ[:GENERAL]
     body = "\n".join(
         [
             _header(results),
             "<main>",
             _warnings(results),
-            f'<h2 id="verdict">Verdict</h2><div class="cards">{_cards(verdicts, results)}</div>',
+            f'<h2 id="verdict">Verdict</h2>{_cards(verdicts, results)}',
             _evidence(verdicts),
             '<h2 id="main-plot">The main plot</h2>' if main else "",
             *map(_plot, main),
+            *([attention] if attention else []),
             '<h2 id="reading">How to read this</h2>',
-            f'<div class="panel"><ul>{"".join(f"<li>{t}</li>" for t in HOW_TO_READ)}</ul></div>',
+            f'<div class="panel"><ul>{"".join(f"<li>{t}</li>" for t in reading)}</ul></div>',
             '<h2 id="plots">More plots</h2>' if others else "",
             *map(_plot, others),
             _folded(settings),
             _not_drawn(absent),
-            '<h2 id="tables">Tables</h2>'
-            '<p class="muted">A click on a title sorts; the search keeps rows with every word.</p>',
-            tables,
+            *([TABLES, tables] if linear else []),
             '<h2 id="environment">Environment</h2>',
             _environment(results),
             "</main>",
@@ -134,19 +150,21 @@ def _header(results: Results) -> str:
     facts = " · ".join(
         part for part in (f"{len(results.results)} cases", dates, files, results.versions) if part
     )
+    families = ("linear", FAMILY) if has_attention(results) else ("linear",)
+    families = (FAMILY,) if only_attention(results) else families
     links = (
         ("verdict", "Verdict"),
-        ("main-plot", "Main plot"),
+        *[("main-plot", "Main plot")] * ("linear" in families),
+        *[("attention", "Attention")] * (FAMILY in families),
         ("reading", "How to read"),
-        ("plots", "Plots"),
-        ("tables", "Tables"),
+        *[("plots", "Plots"), ("tables", "Tables")] * ("linear" in families),
         ("environment", "Environment"),
     )
     menu = "".join(f'<a href="#{place}">{text}</a>' for place, text in links)
     return (
         f"<header><h1>Block-Shock on {html.escape(results.device)}</h1>"
-        "<p>When does a dense layer, held as a sum of 2:4-sparse terms on several GPUs, beat the "
-        f'ordinary ways of splitting it?</p><p class="muted small">{html.escape(facts)}</p>'
+        f"<p>{' '.join(QUESTIONS[family] for family in families)}</p>"
+        f'<p class="muted small">{html.escape(facts)}</p>'
         f"<nav>{menu}</nav></header>"
     )
 
@@ -154,23 +172,26 @@ def _header(results: Results) -> str:
 def _warnings(results: Results) -> str:
     texts = list(results.notes)
     if results.cpu:
-        texts.insert(
-            0,
-            f"{CPU_CAVEAT}. Correctness means the same everywhere; times, ratios and the verdict "
-            "are those of this CPU, where the 2:4 products are plain PyTorch.",
-        )
+        said = "Correctness means the same everywhere; times, ratios and the verdict are those of "
+        said += "this CPU, where the 2:4 products are plain PyTorch."
+        if only_attention(results):
+            said = "Correctness means the same everywhere; times and ratios are those of this CPU."
+        texts.insert(0, f"{CPU_CAVEAT}. {said}")
     return "".join(f'<p class="warning" role="note">{html.escape(text)}</p>' for text in texts)
 
 
 def _cards(verdicts: list[Verdict], results: Results) -> str:
+    if not verdicts:
+        return f"<p>{words.NOTHING}</p>"
     here = ' <span class="muted small">on this CPU, not on GPUs</span>' if results.cpu else ""
-    return "".join(
+    cards = "".join(
         f'<section class="card"><div><span class="name">{verdict.name}</span>'
         f'<span class="status {verdict.status}">{verdict.status}</span>{here}</div>'
         f'<p class="claim">{html.escape(verdict.claim)}</p>'
         f'<p class="small">{html.escape(_sentence(verdict.headline))}</p></section>'
         for verdict in verdicts
     )
+    return f'<div class="cards">{cards}</div>'
 
 
 def _evidence(verdicts: list[Verdict]) -> str:

@@ -145,6 +145,7 @@ def _result(entry: Any, path: str | Path) -> Result:
         rates=_finite_only(_section(info, "rates", where)),
         floor=_finite_only(_section(info, "floor", where)),
         paths={str(k): str(v) for k, v in _section(info, "paths", where).items()},
+        pattern=_section(info, "pattern", where),
         clocks=_section(info, "clocks", where) or None,
         file=str(path),
     )

@@ -4,13 +4,17 @@
 
 Files of one device and number of ranks are read as one; each such group has a section of its own,
 in the order given. Writes what stands between the lines <!-- results:begin --> and
-<!-- results:end -->, and nothing else, so that no number there is typed by hand. Without --readme
-the tables are printed. --check writes nothing and exits with 1 where the README is not what these
-results give.
+<!-- results:end -->, and nothing else, so that no number there is typed by hand. Attention has
+tables of its own, between <!-- attention:begin --> and <!-- attention:end -->; a place whose
+results are not given stays as it is. Without --readme the tables are printed. --check writes
+nothing and exits with 1 where the README is not what these results give.
 """
 
 import argparse
+from collections.abc import Iterator
 
+from tools.attention import has_attention, only_attention
+from tools.attention_tables import readme_tables
 from tools.cases import CPU_CAVEAT, Results
 from tools.files import ToolError, read_text, run, save
 from tools.hypotheses import judge_all
@@ -18,6 +22,7 @@ from tools.results import load_by_device
 from tools.summary_tables import REFERENCE, forward_table, training_table
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+ATTENTION = ("<!-- attention:begin -->", "<!-- attention:end -->")
 
 
 def summary(groups: list[Results]) -> str:
@@ -53,32 +58,54 @@ def section(results: Results) -> str:
     return "\n\n".join(part.strip() for part in parts)
 
 
+def attention_summary(groups: list[Results]) -> str:
+    """The tables of attention for each group of results that has any."""
+    parts = []
+    for results in groups:
+        heading = f"### Attention, {results.device}"
+        parts.append("\n\n".join([heading, *map(str.strip, _attention(results))]))
+    return "\n\n".join(parts)
+
+
+def _attention(results: Results) -> Iterator[str]:
+    for words, text, table in readme_tables(results):
+        words += f" Medians of {_clock(results)} time. Ratios are of speed: above 1 the first is "
+        words += f"the faster, with 95% intervals. {_facts(results, results.device, text)}."
+        yield f"**{CPU_CAVEAT}.** {words}" if results.cpu else words
+        yield table
+
+
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
-def replaced(readme: str, content: str, path: str) -> str:
+def replaced(readme: str, content: str, path: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """`readme` with `content` between the markers; ToolError unless each is there once in order."""
-    for mark in (BEGIN, END):
+    begin, end = marks
+    for mark in marks:
         if readme.count(mark) != 1:
             raise ToolError(
                 f"{path} has {readme.count(mark)} lines {mark}, and one is needed: "
-                f"put {BEGIN} and {END} where the table belongs"
+                f"put {begin} and {end} where the table belongs"
             )
-    if readme.index(BEGIN) > readme.index(END):
-        raise ToolError(f"{path} has {END} before {BEGIN}: exchange them")
-    head, rest = readme.split(BEGIN)
-    return f"{head}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+    if readme.index(begin) > readme.index(end):
+        raise ToolError(f"{path} has {end} before {begin}: exchange them")
+    head, rest = readme.split(begin)
+    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def _caption(results: Results, words: str, text: str) -> str:
+    caption = f"{words} Ratios below 1: faster than {REFERENCE}, with their 95% intervals. "
+    device = results.device if "ranks" in text else _device(results)
+    caption += f"{_facts(results, device, text)}."
+    return f"**{CPU_CAVEAT}.** {caption}" if results.cpu else caption
+
+
+def _facts(results: Results, device: str, text: str) -> str:
     dates = sorted({date[:10] for date in results.dates if date})
     cold = "cold L2" if "cold" in results.caches else ""
-    device = results.device if "ranks" in text else _device(results)
     facts = [device, text, cold, results.versions, ", ".join(dates)]
-    caption = f"{words} Ratios below 1: faster than {REFERENCE}, with their 95% intervals. "
-    caption += "; ".join(fact for fact in facts if fact) + "."
-    return f"**{CPU_CAVEAT}.** {caption}" if results.cpu else caption
+    return "; ".join(fact for fact in facts if fact)
 
 
 def _clock(results: Results) -> str:
@@ -100,12 +127,17 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     if options.check and not options.readme:
         raise ToolError("--check needs --readme FILE: it says whether that file is up to date")
-    content = summary(load_by_device(options.files))
+    groups = load_by_device(options.files)
+    linear = [results for results in groups if not only_attention(results)]
+    attention = [results for results in groups if has_attention(results)]
+    contents = [((BEGIN, END), summary(linear))] if linear else []
+    contents += [(ATTENTION, attention_summary(attention))] if attention else []
     if not options.readme:
-        print(content)
+        print("\n\n".join(content for _, content in contents))
         return 0
-    readme = read_text(options.readme)
-    new = replaced(readme, content, options.readme)
+    new = readme = read_text(options.readme)
+    for marks, content in contents:
+        new = replaced(new, content, options.readme, marks)
     if options.check:
         print(f"{options.readme} is {'up to date' if new == readme else 'out of date'}")
         return 0 if new == readme else 1

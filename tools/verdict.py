@@ -22,6 +22,9 @@ from tools.stats import THRESHOLD
 from tools.tables import Column, as_markdown, as_text, number, percent
 
 NO_GPU = f"{CPU_CAVEAT}. The statuses below are those of this CPU run."
+NOTHING = (
+    "Nothing to judge: the hypotheses are about linear layers, and these results are of attention."
+)
 
 
 def columns(finding: Finding) -> tuple[Column, ...]:
@@ -61,7 +64,9 @@ def title(finding: Finding) -> str:
 def as_plain(verdicts: list[Verdict], results: Results) -> str:
     """The verdicts as terminal text."""
     lines = [results.title, ""]
-    if results.cpu:
+    if not verdicts:
+        lines += [NOTHING, ""]
+    elif results.cpu:
         lines += [NO_GPU, ""]
     for verdict in verdicts:
         here = " on this CPU" if results.cpu else ""
@@ -79,7 +84,9 @@ def as_plain(verdicts: list[Verdict], results: Results) -> str:
 def as_page(verdicts: list[Verdict], results: Results) -> str:
     """The verdicts as Markdown."""
     lines = ["# Verdict", "", results.title, ""]
-    if results.cpu:
+    if not verdicts:
+        lines += [NOTHING, ""]
+    elif results.cpu:
         lines += [f"**{NO_GPU}**", ""]
     for verdict in verdicts:
         here = " on this CPU" if results.cpu else ""

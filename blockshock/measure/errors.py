@@ -48,20 +48,30 @@ class Figure:
         return asdict(self)
 
 
-def limit(ranks: int, entries: int) -> float:
+def limit(ranks: int, entries: int, bound: float | None = None) -> float:
     """What the ratio may be on so many ranks; between the listed numbers, the next higher one's.
 
-    Under 65536 entries chance has a part in the ratio, about 1/√entries of it: three times that is
-    allowed on top.
+    bound: instead of that of the ranks. Under 65536 entries chance has a part in the ratio, about
+    1/√entries of it: three times that is allowed on top.
     """
-    bound = next((bound for size, bound in LIMITS.items() if ranks <= size), math.sqrt(ranks))
+    if bound is None:
+        bound = next((bound for size, bound in LIMITS.items() if ranks <= size), math.sqrt(ranks))
     return bound if entries >= SAMPLE else bound * (1 + 3 * max(entries, 1) ** -0.5)
 
 
-def figure(actual: Tensor, truth: Tensor, dense: float, *, ranks: int) -> Figure:
+def figure(
+    actual: Tensor,
+    truth: Tensor,
+    dense: float,
+    *,
+    ranks: int = 1,
+    bound: float | None = None,
+    enough: float = 0.0,
+) -> Figure:
     """The error of `actual` against `truth` (float64, same shape).
 
-    dense: the yardstick, `relative_error` of plain dense. Raises ValueError for a wrong shape.
+    dense: the yardstick, `relative_error` of plain dense. ranks, bound: see `limit`. enough: a
+    relative error that passes however small the yardstick's. Raises ValueError for a wrong shape.
     """
     if actual.shape != truth.shape:
         raise ValueError(f"a result of shape {tuple(actual.shape)}, expected {tuple(truth.shape)}")
@@ -71,7 +81,8 @@ def figure(actual: Tensor, truth: Tensor, dense: float, *, ranks: int) -> Figure
     scaled = difference / torch.maximum(truth.abs(), size)
     values = torch.stack((relative, difference.max(), difference.mean(), scaled.max())).tolist()
     ratio = values[0] / dense if dense else (1.0 if values[0] == 0 else math.inf)
-    return Figure(*values, dense, ratio, limit(ranks, truth.numel()))
+    allowed = max(limit(ranks, truth.numel(), bound), enough / dense if dense else 0.0)
+    return Figure(*values, dense, ratio, allowed)
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
@@ -82,7 +93,7 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 def require(figures: dict[str, Figure], what: str) -> None:
     """Raises CorrectnessError naming every figure over its limit."""
     bad = [
-        f"{name}: relative error {f.relative:.3g} is {f.ratio:.3g} times plain dense's "
+        f"{name}: relative error {f.relative:.3g} is {f.ratio:.3g} times the yardstick's "
         f"{f.dense_relative:.3g}, allowed {f.limit:g}"
         for name, f in figures.items()
         if not f.passes

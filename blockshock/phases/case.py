@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import asdict, dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 
@@ -29,6 +30,8 @@ class Case:
     options as in "mlp:activation=silu+layer_norm=true", or "file:PATH[:TENSOR]". weight: None for a
     seeded normal weight, or "PATH[:TENSOR]". steps: of drift. ranks: that share the layer.
     """
+
+    parameters: ClassVar = ("method", "N", "B", "dtype", "mask")  # of a bench function
 
     phase: str
     method: str

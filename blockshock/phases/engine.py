@@ -1,15 +1,16 @@
 """Inside a rank: the cases of one point are built, checked, and measured side by side.
 
-    build     the layer, from the point's weight; memory is counted from here
+    build     what is measured, such as a layer from the point's weight; memory counts from here
     check     its results against the truth; a case that fails is not timed
     prepare   warm-up, and in graph mode the capture
     rounds    all cases of the point in turn, round by round
     regions   an instrumented pass of its own
 
-What the ranks must agree on is agreed by a collective, so that they always run the same steps. A
-refusal (ValueError) or a lack of memory while building is an outcome of that case alone; so is less
-room than a case before it took ("crowded": the parent asks again, without those that had room). Any
-other exception ends the ranks: the parent then measures the remaining cases with fresh ones.
+What a family does in these is in `families`. What the ranks must agree on is agreed by a
+collective, so that they always run the same steps. A refusal (ValueError) or a lack of memory while
+building is an outcome of that case alone; so is less room than a case before it took ("crowded":
+the parent asks again, without those that had room). Any other exception ends the ranks: the parent
+then measures the remaining cases with fresh ones.
 """
 
 import time
@@ -18,22 +19,14 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from blockshock.distributed import collectives, note, symmetric
+from blockshock.distributed import collectives, note
 from blockshock.distributed.ranks import device as rank_device
 from blockshock.measure import ceilings, clock, errors
-from blockshock.measure.floor import step_floor
 from blockshock.measure.regions import Recorder, recording
-from blockshock.phases import memory, profiling, steps, training
+from blockshock.phases import memory, profiling, steps
 from blockshock.phases.case import DTYPES, Case
-from blockshock.phases.problem import Problem
+from blockshock.phases.families import family
 
-PHASES = {
-    "correctness": steps.correctness,
-    "forward": steps.forward,
-    "backward": steps.backward,
-    "training": training.training,
-    "drift": steps.drift,
-}
 REGION_PASSES = 20
 MIN_ROUNDS = 10
 
@@ -63,7 +56,7 @@ class Prepared:
     """A case that passed its check and can be timed."""
 
     case: Case
-    layer: torch.nn.Module
+    layer: object  # or whatever the family builds
     experiment: steps.Experiment
     outcome: dict
     run: object = None
@@ -84,10 +77,10 @@ def measure_point(cases: list[Case], options: Options) -> list[dict]:
     stopwatch = clock.Stopwatch(mode, device, _aligner(device), l2=options.l2)
     note(f"making the data of {cases[0].point_label}")
     try:
-        problem = Problem(cases[0], device)
+        problem = family(cases[0]).problem(cases[0], device)
     except (ValueError, ImportError) as error:  # a file or an option, alike on every rank
         return [{"refused": str(error)} for _ in cases]
-    _warm_up(problem)
+    problem.warm_up()
     outcomes, ready, need = [], [], 0
     for case in cases:
         note(f"preparing {case.id}")
@@ -113,7 +106,7 @@ def measure_point(cases: list[Case], options: Options) -> list[dict]:
     return outcomes
 
 
-def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepared:
+def _prepare(case: Case, problem, stopwatch, options: Options) -> Prepared:
     """Builds, checks and warms up one case; `run` stays None when it was refused or failed.
 
     What the case before it used was released (by `memory.room`).
@@ -129,7 +122,7 @@ def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepa
     if clock.agree_largest(float(refusal is not None), device):
         prepared.outcome["refused"] = str(refusal or "another rank could not build it")
         return prepared
-    experiment = PHASES[case.phase](case, layer, problem)
+    experiment = family(case).phases[case.phase](case, layer, problem)
     figures = experiment.check()
     same = all(collectives.same_on_all_ranks(t) for t in experiment.replicated.values())
     experiment.replicated.clear()
@@ -142,16 +135,9 @@ def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepa
         return prepared
     outcome.update(experiment.extra)
     _, peak = memory.peak(experiment.step, device, before + problem.held_bytes())
-    estimated, actual = memory.of_weight(layer)
-    outcome["memory"] = {
-        "peak_bytes": peak,
-        "build_peak_bytes": build_peak,
-        "symmetric_bytes": symmetric.held_bytes(),  # of the sums so far, outside the allocator
-        "weight_bytes": actual,
-        "weight_bytes_estimated": estimated,
-    }
-    outcome["floor"] = _floor(case, layer, experiment, options)
-    outcome["paths"] = layer.paths(case.B) if hasattr(layer, "paths") else {}
+    outcome.update(family(case).figures(case, layer, problem, experiment, options.ceilings))
+    peaks = {"peak_bytes": peak, "build_peak_bytes": build_peak}
+    outcome["memory"] = {**peaks, **outcome["memory"]}
     outcome["truth"] = str(problem.truth_dtype).removeprefix("torch.")
     prepared.layer, prepared.experiment = layer, experiment
     prepared.took = memory.reserved(device) - held  # a capture gives back what is not used
@@ -159,24 +145,18 @@ def _prepare(case: Case, problem: Problem, stopwatch, options: Options) -> Prepa
     return prepared
 
 
-def _build(case: Case, problem: Problem):
+def _build(case: Case, problem):
     """(layer, None, bytes allocated at most over what was there), or (None, the error, None)."""
     device = problem.device
 
     def build():
-        return case.cls.from_dense(problem.weight, problem.bias, **case.options())
+        return family(case).build(case, problem)
 
     try:
         layer, peak = memory.peak(build, device, memory.allocated(device))
     except (ValueError, torch.OutOfMemoryError) as error:
         return None, error, None
     return layer, None, peak
-
-
-def _warm_up(problem: Problem) -> None:
-    """A product, so that the workspace of the library is not counted as the first case's memory."""
-    x = problem.x[:8]
-    x @ x.t()
 
 
 def _measure(ready: list[Prepared], stopwatch, options: Options) -> None:
@@ -199,7 +179,8 @@ def _measure(ready: list[Prepared], stopwatch, options: Options) -> None:
         notes=[lambda p=prepared: note(f"timing {p.case.id}") for prepared in ready],
     )
     for prepared, times in zip(ready, samples, strict=True):
-        finite = all(torch.isfinite(p).all() for p in prepared.layer.parameters())
+        changed = family(prepared.case).changed(prepared.layer)
+        finite = all(torch.isfinite(p).all() for p in changed)
         if clock.agree_largest(float(not finite), stopwatch.device):
             prepared.outcome["failed"] = (
                 f"{prepared.case.id}: the weights are no more finite after the timed steps, so "
@@ -248,20 +229,6 @@ def _spread(seconds: list[float]) -> dict[str, float]:
     ordered = torch.tensor(seconds, dtype=torch.float64)
     quantiles = ordered.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
     return {"avg": ordered.mean().item(), "p50": quantiles[0], "p95": quantiles[1]}
-
-
-def _floor(case: Case, layer, experiment, options: Options) -> dict | None:
-    if options.ceilings is None:
-        return None
-    return step_floor(
-        layer.cost(case.B),
-        options.ceilings,
-        phase=experiment.products,
-        dtype=case.dtype,
-        optimizer=case.optimizer,
-        trained_bytes=experiment.trained_bytes,
-        steps=experiment.steps,
-    )
 
 
 def _wrong(case: Case, figures: dict, same: bool) -> str:

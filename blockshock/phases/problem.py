@@ -38,6 +38,11 @@ class Problem:
         small = self.N * self.K <= FLOAT64_ENTRIES
         self.truth_dtype = torch.float64 if small else torch.float32
 
+    def warm_up(self) -> None:
+        """A product, so that the library's workspace is not counted as the first case's memory."""
+        x = self.x[:8]
+        x @ x.t()
+
     def dense_weight(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole W [N, K], for the yardstick; made anew each time and not kept."""
         whole = torch.empty(self.N, self.K, dtype=dtype or self.dtype, device=self.device)

@@ -10,10 +10,12 @@ from dataclasses import replace
 from blockshock.distributed import RankFailure
 from blockshock.measure import clock, environment
 from blockshock.phases import engine
-from blockshock.phases.case import Case, usual
+from blockshock.phases.case import Case
 from blockshock.phases.engine import Options
+from blockshock.phases.families import family
 
 SCHEMA = 1
+OF_SOME = ("drift", "pattern", "work", "profile")  # what not every family, phase or run has
 POINT_SECONDS = 600.0  # deadline of one point: a hang ends there
 
 
@@ -139,8 +141,7 @@ def _merge(case: Case, per_rank, device: str, clocks: dict) -> dict | Exception:
     info = {
         "schema": SCHEMA,
         "id": case.id,
-        "usual_mask": usual(case.cls, "mask"),
-        "usual": {name: usual(case.cls, name) for name in ("mask", "kernel", "reduce")},
+        **family(case).usuals(case),
         "case": case.as_dict(),
         "device": device,
         "timing": first["timing"],
@@ -151,11 +152,11 @@ def _merge(case: Case, per_rank, device: str, clocks: dict) -> dict | Exception:
         ),
         "memory": _largest([outcome["memory"] for outcome in per_rank]),
         "floor": first["floor"],
-        "rates": _rates(case, median, first["floor"]),
+        "rates": family(case).rates(case, median, first),
         "paths": first["paths"],
         "clocks": clocks if clocks["before"] else None,
     }
-    info |= {key: first[key] for key in ("drift", "profile") if key in first}
+    info |= {key: first[key] for key in OF_SOME if key in first}
     return {"samples": samples, "extra_info": info}
 
 
@@ -173,17 +174,3 @@ def _largest(memory: list[dict]) -> dict:
         for key, value in memory[0].items()
     }
     return {**largest, "ranks": memory}
-
-
-def _rates(case: Case, seconds: float, floor: dict) -> dict:
-    """Tokens are rows of the input. The dense-equivalent rate counts what the dense layer computes,
-    all ranks together: 2·B·N·K for each product of the phase."""
-    trained = case.phase == "training" and case.policy != "frozen"
-    products = {"forward": 1, "backward": 2, "correctness": 3, "drift": case.steps or 8}
-    count = products.get(case.phase, 3 if trained else 2)
-    steps = case.steps or 8 if case.phase == "drift" else 1
-    return {
-        "tokens_per_s": steps * case.B / seconds,
-        "dense_tflops": count * 2 * case.B * case.N * case.K / seconds / 1e12,
-        "limit_fraction": floor["seconds"] / seconds,
-    }

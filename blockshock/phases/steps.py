@@ -6,7 +6,7 @@
     drift         T times Y, normalised in between, against the same chain in float64
 
 (`training` has a file of its own.) A phase is a function of (case, layer, problem) that returns an
-`Experiment`; `PHASES` in `engine` lists them.
+`Experiment`; `FAMILIES` in `families` lists them.
 """
 
 from collections.abc import Callable

@@ -1,13 +1,24 @@
-"""The figures of the plots and the report: one function each, gathered in FIGURES.
+"""The figures of the plots and the report: one function each, gathered in FIGURES, and those of
+attention in ATTENTION_FIGURES.
 
 A function takes Results and gives Drawings, or raises Absent with the reason why there are none.
 """
 
+import functools
 from collections.abc import Callable
 
 import matplotlib
 
+from tools.attention import PHASES as ATTENTION_PHASES
+from tools.attention import has_attention, only_attention
 from tools.cases import Results
+from tools.figures.attention import speed_by_tier, speed_map
+from tools.figures.attention_scaling import (
+    matrix_share,
+    memory_vs_tokens,
+    time_vs_tokens,
+)
+from tools.figures.attention_sparsity import speedup_vs_sparsity
 from tools.figures.costs import (
     errors_vs_size,
     memory_vs_size,
@@ -47,12 +58,31 @@ FIGURES: dict[str, Callable[[Results], list[Drawing]]] = {
     "drift": drift_by_step,
 }
 
+ATTENTION_KINDS: dict[str, Callable[[Results, str], list[Drawing]]] = {
+    "by_tier": speed_by_tier,
+    "map": speed_map,
+    "vs_T": time_vs_tokens,
+    "memory_vs_T": memory_vs_tokens,
+    "vs_sparsity": speedup_vs_sparsity,
+    "matrix_share": matrix_share,
+}
+ATTENTION_FIGURES: dict[str, Callable[[Results], list[Drawing]]] = {
+    f"attention_{phase}_{name}": functools.partial(draw, phase=phase)
+    for phase in ATTENTION_PHASES
+    for name, draw in ATTENTION_KINDS.items()
+}
+
 
 def draw_all(results: Results) -> tuple[list[Drawing], dict[str, str]]:
-    """Every figure that has data, in order, and the names of the others with the reason."""
+    """Every figure that has data, in order, and the names of the others with the reason.
+
+    Figures of a family that was not measured are not looked for.
+    """
+    figures = {} if only_attention(results) else dict(FIGURES)
+    figures |= ATTENTION_FIGURES if has_attention(results) else {}
     drawings: list[Drawing] = []
     absent: dict[str, str] = {}
-    for name, draw in FIGURES.items():
+    for name, draw in figures.items():
         try:
             with matplotlib.rc_context(RC):
                 drawings += draw(results)
@@ -61,4 +91,4 @@ def draw_all(results: Results) -> tuple[list[Drawing], dict[str, str]]:
     return drawings, absent
 
 
-__all__ = ["FIGURES", "MAIN", "Absent", "Drawing", "draw_all"]
+__all__ = ["ATTENTION_FIGURES", "FIGURES", "MAIN", "Absent", "Drawing", "draw_all"]

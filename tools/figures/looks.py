@@ -19,6 +19,15 @@ METHOD_STYLES = {
     "masked_split": ("#cc79a7", "D"),
     "block_shock": ("#d55e00", "P"),
     "block_shock_folded": ("#009e73", "X"),
+    # Attention, which shares no figure with the methods above.
+    "reference": ("#7a7f87", "s"),
+    "sdpa_flash": ("#0072b2", "o"),
+    "sdpa_cudnn": ("#56b4e9", "^"),
+    "flex": ("#cc79a7", "D"),
+    "flash_torch": ("#e69f00", "v"),
+    "flash_triton": ("#d55e00", "P"),
+    "block_sparse": ("#009e73", "X"),
+    "block_sparse_unpruned": ("#00503c", "h"),
 }
 # For methods that are not known here, by name.
 SPARE_STYLES = (

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from tools.tables import count
+from tools.tables import count, size
 
 # Ticks of a ratio, the most welcome first; one is drawn where it does not crowd those before it.
 RATIOS = (1, 2, 0.5, 5, 0.2, 10, 0.1, 20, 50, 100, 1.5, 3, 0.7, 0.3, 1.25, 0.8, 1.1, 0.9, 30)
@@ -45,6 +45,18 @@ def log_axis(axes: Axes, write=count, limits: tuple[float, float] | None = None)
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(low, high)
+
+
+def byte_axis(axes: Axes) -> None:
+    """A log y axis of bytes with ticks at powers of two, six at most."""
+    axes.set_yscale("log", base=2)
+    low, high = axes.get_ylim()
+    first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
+    step = max(1, math.ceil((last - first + 1) / 6))
+    axes.yaxis.set_major_locator(FixedLocator([2.0**e for e in range(first, last + 1, step)]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _trimmed(size(value))))
     axes.set_ylim(low, high)
 
 

@@ -1,0 +1,68 @@
+"""How a linear layer is built for its case, and the figures that go with it.
+
+floor of a step = its products at the layer's cost: `measure.floor`
+"""
+
+from blockshock.distributed import symmetric
+from blockshock.measure.floor import step_floor
+from blockshock.phases import memory
+from blockshock.phases.case import Case, usual
+from blockshock.phases.problem import Problem, check_data
+
+
+def build(case: Case, problem: Problem):
+    """The layer, from the point's weight."""
+    return case.cls.from_dense(problem.weight, problem.bias, **case.options())
+
+
+def figures(case: Case, layer, problem: Problem, experiment, ceilings: dict | None) -> dict:
+    """For the result: memory, floor, paths."""
+    estimated, actual = memory.of_weight(layer)
+    floor = None
+    if ceilings is not None:
+        floor = step_floor(
+            layer.cost(case.B),
+            ceilings,
+            phase=experiment.products,
+            dtype=case.dtype,
+            optimizer=case.optimizer,
+            trained_bytes=experiment.trained_bytes,
+            steps=experiment.steps,
+        )
+    return {
+        "memory": {
+            "symmetric_bytes": symmetric.held_bytes(),  # of the sums so far, outside the allocator
+            "weight_bytes": actual,
+            "weight_bytes_estimated": estimated,
+        },
+        "floor": floor,
+        "paths": layer.paths(case.B) if hasattr(layer, "paths") else {},
+    }
+
+
+def check_all(cases: list[Case]) -> None:
+    """`check_data` of every weight and input once."""
+    for case in {(c.weight, c.input, c.N, c.K, c.B): c for c in cases}.values():
+        check_data(case)
+
+
+def usuals(case: Case) -> dict:
+    """For the result: what the method uses where nothing is asked."""
+    return {
+        "usual_mask": usual(case.cls, "mask"),
+        "usual": {name: usual(case.cls, name) for name in ("mask", "kernel", "reduce")},
+    }
+
+
+def rates(case: Case, seconds: float, outcome: dict) -> dict:
+    """Tokens are rows of the input. The dense-equivalent rate counts what the dense layer computes,
+    all ranks together: 2·B·N·K for each product of the phase."""
+    trained = case.phase == "training" and case.policy != "frozen"
+    products = {"forward": 1, "backward": 2, "correctness": 3, "drift": case.steps or 8}
+    count = products.get(case.phase, 3 if trained else 2)
+    steps = case.steps or 8 if case.phase == "drift" else 1
+    return {
+        "tokens_per_s": steps * case.B / seconds,
+        "dense_tflops": count * 2 * case.B * case.N * case.K / seconds / 1e12,
+        "limit_fraction": outcome["floor"]["seconds"] / seconds,
+    }

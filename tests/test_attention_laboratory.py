@@ -1,0 +1,338 @@
+"""Attention in the laboratory: what is checked, what is told, and what is refused."""
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from blockshock.attention import METHODS, patterns
+from blockshock.attention.reference import reference
+from blockshock.distributed import Ranks
+from blockshock.phases import attention_problem, engine, session
+from blockshock.phases.attention_case import BUILDERS, AttentionCase, parse_pattern
+from blockshock.phases.attention_problem import AttentionProblem
+from blockshock.phases.attention_steps import figures
+from blockshock.phases.engine import Options
+from blockshock.phases.session import CaseFailed, Laboratory
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+FIGURES = {"output", "grad_q", "grad_k", "grad_v"}
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    with Ranks(1, device="cuda" if torch.cuda.is_available() else "cpu") as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def lab(one_rank):
+    return Laboratory(one_rank, Options(rounds=5))
+
+
+def make(phase="forward", method="reference", batch=2, heads=2, Tq=48, D=16, **options):
+    return AttentionCase(phase, method, batch, heads, Tq, D, **{"dtype": "fp32", **options})
+
+
+def beside(case, *methods):
+    return [replace(case, method=method) for method in methods]
+
+
+# What may go wrong with a method, each in one way.
+
+
+def no_scale(q, k, v, *, causal=False, pattern=None, scale=None):
+    return reference(q, k, v, causal=causal, pattern=pattern, scale=1.0)
+
+
+def half_precision(q, k, v, **mask):
+    return reference(*(x.bfloat16() for x in (q, k, v)), **mask).to(q.dtype)
+
+
+def wrong_grad_q(q, k, v, **mask):
+    fixed = q.detach()
+    return reference(fixed + 0.9 * (q - fixed), k, v, **mask)
+
+
+def refuses(q, k, v, **mask):
+    raise ValueError("D = 16: this one takes D of 17 only")
+
+
+def no_memory(q, k, v, **mask):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB.")
+
+
+FAULTS = {f.__name__: f for f in (no_scale, half_precision, wrong_grad_q, refuses, no_memory)}
+MEASURE_POINT = engine.measure_point
+
+
+def measure_point(cases, options):
+    """engine.measure_point in a rank that knows the faulty methods."""
+    METHODS.update(FAULTS)
+    return MEASURE_POINT(cases, options)
+
+
+@pytest.fixture
+def faults(monkeypatch):
+    for name, method in FAULTS.items():
+        monkeypatch.setitem(METHODS, name, method)
+    monkeypatch.setattr(engine, "measure_point", measure_point)
+
+
+@pytest.mark.parametrize("phase", ["forward", "forward_backward"])
+def test_a_result_says_everything_the_schema_promises(lab, phase):
+    point = beside(make(phase, causal=True, kv_heads=1, tier="tiny"), "reference", "flash_torch")
+    samples, info = lab.result(point[1], point)
+    both = phase == "forward_backward"
+    assert len(samples) == 5
+    assert all(math.isfinite(sample) and sample > 0 for sample in samples)
+    assert info["schema"] == session.SCHEMA
+    assert info["id"] == f"attention_{phase}/flash_torch-B2-H2over1-T48-D16-fp32-causal"
+    assert info["case"] == point[1].as_dict()
+    assert (info["case"]["family"], info["case"]["tier"]) == ("attention", "tiny")
+    assert info["timing"]["interleaved_with"] == ["reference"]
+    assert set(info["errors"]) == (FIGURES if both else {"output"})
+    assert all(f["ratio"] <= f["limit"] for f in info["errors"].values())
+    assert set(info["regions"]) == {"forward", "total"} | ({"backward"} if both else set())
+    assert info["truth"] == "float64"
+    entries = 2 * 2 * 48 * 16, 2 * 1 * 48 * 16  # of q, of k
+    assert info["memory"]["input_bytes"] == 4 * ((1 + both) * entries[0] + 2 * entries[1])
+    pairs = 2 * 2 * 48 * 49 // 2
+    moved = (1 + both) * 4 * 2 * sum(entries)
+    assert info["work"] == {
+        "pairs": pairs,
+        "flops": (14 if both else 4) * pairs * 16,
+        "bytes": moved,
+    }
+    median = sorted(samples)[2]
+    assert info["rates"]["tokens_per_s"] == pytest.approx(2 * 48 / median)
+    assert info["rates"]["tflops"] == pytest.approx(info["work"]["flops"] / median / 1e12)
+    assert info["rates"]["limit_fraction"] == pytest.approx(info["floor"]["seconds"] / median)
+    assert 0 < info["rates"]["matrix_fraction"] <= info["rates"]["limit_fraction"]
+    assert (info["pattern"], info["paths"], info["usual"]) == (None, {}, {})
+
+
+def test_halves_pass_within_their_own_rounding(lab):
+    case = make("forward_backward", dtype="bf16", Tq=100, Tk=60, causal=True)
+    _, info = lab.result(
+        *(beside(case, "flash_torch")[0], beside(case, "reference", "flash_torch"))
+    )
+    assert all(1e-4 < f["dense_relative"] < 1e-2 for f in info["errors"].values())
+    assert all(f["limit"] < 1.7 for f in info["errors"].values())
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ("no_scale", "output: relative error .* is wrong|is wrong, so it is not timed: output"),
+        ("half_precision", "is wrong, so it is not timed: output"),
+        ("wrong_grad_q", "is wrong, so it is not timed: grad_q: relative error 0.1 "),
+        ("refuses", "D = 16: this one takes D of 17 only"),
+        ("no_memory", "out of memory while building"),
+    ],
+)
+def test_a_faulty_method_is_named_and_not_timed_and_its_neighbours_are(
+    one_rank, lab, faults, fault, told
+):
+    lab.ceilings()
+    point = beside(make("forward_backward"), "reference", fault, "flash_torch")
+    fresh = Laboratory(one_rank, lab.options)
+    with pytest.raises(CaseFailed, match=told):
+        fresh.result(point[1], point)
+    for case in (point[0], point[2]):
+        assert fault not in fresh.result(case, point)[1]["timing"]["interleaved_with"]
+
+
+MASKS = {
+    "full": {},
+    "causal": {"causal": True},
+    "rectangular": {"causal": True, "Tk": 23},
+    "wide": {"causal": True, "Tq": 23, "Tk": 48},
+    "grouped": {"kv_heads": 2, "heads": 6},
+    "band": {"pattern": "band(5)"},
+    "both": {"pattern": "strided(7,3)", "causal": True, "kv_heads": 1, "heads": 3},
+    "empty_rows": {"pattern": "random_blocks(8,0.2)"},
+}
+
+
+@pytest.mark.parametrize("scores", [2**25, 1000, 100], ids=["whole", "parts", "rows"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_the_truth_is_the_reference_in_float64_however_it_is_cut(monkeypatch, mask, scores):
+    monkeypatch.setattr(attention_problem, "SCORES", scores)
+    case = make(**MASKS[mask])
+    check_truth(AttentionProblem(case, CPU), case.mask, case.causal)
+
+
+@pytest.mark.parametrize("scores", [2**25, 2000, 100])
+def test_patterns_of_each_batch_entry_and_head_are_cut_where_they_are(monkeypatch, scores):
+    monkeypatch.setattr(attention_problem, "SCORES", scores)
+    problem = AttentionProblem(make(batch=3, heads=4, kv_heads=2, Tq=20), CPU)
+    problem.pattern = patterns.predicate(
+        lambda b, h, i, j: (i + 2 * j + 3 * b + 5 * h) % 4 != 0,
+        "mixed",
+        per_batch=True,
+        per_head=True,
+    )
+    check_truth(problem, problem.pattern, False)
+
+
+def check_truth(problem, pattern, causal):
+    wide = [x.double().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    out = reference(*wide, causal=causal, pattern=pattern)
+    wanted = out, *torch.autograd.grad(out, wide, problem.d_out.double())
+    for (truth, yardstick), expected in zip(
+        (problem.output, *problem.gradients), wanted, strict=True
+    ):
+        torch.testing.assert_close(truth, expected, rtol=1e-10, atol=1e-12)
+        assert 1e-9 < yardstick < 1e-5
+
+
+def test_the_same_data_is_drawn_for_every_method_phase_and_mask():
+    q = AttentionProblem(make(), CPU).q
+    for other in ({"phase": "forward_backward"}, {"method": "flex"}, {"pattern": "band(5)"}):
+        assert torch.equal(AttentionProblem(make(**other), CPU).q, q)
+    assert not torch.equal(AttentionProblem(make(seed=1), CPU).q, q)
+
+
+@pytest.mark.parametrize("method", ["reference", "block_sparse", "block_sparse_unpruned"])
+def test_a_pattern_is_told_with_its_tiles_where_the_method_has_some(method):
+    case = make(method=method, Tq=256, pattern="band(16)")
+    told = figures(case, case.function, AttentionProblem(case, CPU), None, None)["pattern"]
+    attended = sum(min(256, i + 17) - max(0, i - 16) for i in range(256))
+    assert told["name"] == "band(16)"
+    assert told["sparsity"] == pytest.approx(1 - attended / 256**2)
+    assert told["ideal_speedup"] == pytest.approx(256**2 / attended)
+    if method == "reference":
+        assert set(told) == {"name", "sparsity", "ideal_speedup"}
+        return
+    assert told["table_seconds"] > 0
+    assert told["table_bytes"] > 0
+    assert min(told["block_q"], told["block_k"]) >= 16
+    if method == "block_sparse":
+        assert 0 < told["touched_sparsity"] < told["sparsity"]
+        assert 1 < told["touched_ideal_speedup"] < told["ideal_speedup"]
+    else:
+        assert (told["touched_sparsity"], told["touched_ideal_speedup"]) == (0.0, 1.0)
+
+
+def test_the_floor_is_the_larger_of_arithmetic_and_memory():
+    case = make("forward_backward", causal=True)
+    ceilings = {"matrix_flops": {"fp32": 1e9}, "copy_bytes_per_s": 1e9}
+    told = figures(case, case.function, AttentionProblem(case, CPU), None, ceilings)
+    work, floor = told["work"], told["floor"]
+    assert floor["compute"] == work["flops"] / 1e9
+    assert floor["memory"] == work["bytes"] / 1e9
+    assert floor["seconds"] == max(floor["compute"], floor["memory"])
+
+
+def test_what_cannot_run_is_told_before_it_is_run():
+    assert "use --ranks 1" in make(ranks=2).unsupported("cpu")
+    assert make().unsupported("cpu") is None
+    assert "up to 2^31" in make(heads=16, Tq=16384).unsupported("cuda")
+    assert "CUDA only" in make(method="sdpa_flash").unsupported("cpu")
+    assert "band(5)" in make(method="flash_torch", pattern="band(5)").unsupported("cpu")
+    assert "backward" in make("forward_backward", "flex").unsupported("cpu")
+
+
+def test_names_tell_cases_apart():
+    varied = [
+        make(), make(causal=True), make(pattern="band(5)"), make(pattern="band(6)"), make(D=32),
+        make(Tk=24), make(kv_heads=1), make(batch=3), make(heads=4), make(Tq=49), make(seed=1),
+        make(dtype="fp16"), make(method="flex"), make("forward_backward"),
+    ]  # fmt: skip
+    assert len({case.id for case in varied}) == len(varied)
+    assert make(pattern="global_band(8, 16)").id == make(pattern="global_band(8,16)").id
+    assert make(tier="small").id == make().id
+    assert make(Tk=48, kv_heads=2) == make()
+    assert make(method="flex").point == make(method="flash_torch").point != make(D=32).point
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"phase": "backward"}, "unknown phase 'backward'; use one of forward, forward_backward"),
+        ({"method": "flash"}, "unknown method 'flash'; use one of reference"),
+        ({"dtype": "float8"}, "unknown dtype 'float8'"),
+        ({"family": "linear"}, "unknown family 'linear'"),
+        ({"Tq": 0}, "Tq = 0 must be a whole number, 1 or more"),
+        ({"heads": True}, "heads = True must be a whole number"),
+        ({"causal": 1}, "causal = 1 must be true or false"),
+        ({"tier": 3}, "tier = 3 must be text"),
+        ({"pattern": 3}, "pattern = 3 must be text"),
+    ],
+)
+def test_a_case_that_cannot_be_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_a_pattern_is_read_from_its_text():
+    assert parse_pattern("band(256)", 64) is patterns.band(256)
+    assert parse_pattern("random_blocks( 64, 0.1 )", 64) is patterns.random_blocks(64, 0.1)
+    assert parse_pattern("documents(20)", 50) is patterns.documents([20, 20, 10])
+    assert parse_pattern("documents(20,5)", 50) is patterns.documents([20, 5, 20, 5])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "band", "band(", "bands(3)", "band(-1)", "band(1.5)", "band(1, 2, 3)", "band(True)",
+        "band('3')", "band([3])", "band(window=3)", "band(print(3))", "both(band(1),band(2))",
+        "__import__('os')", "patterns.band(3)", "band(3);band(4)", "documents()", "documents(0)",
+        "(lambda: 3)()", "", "predicate(3)",
+    ],
+)  # fmt: skip
+def test_what_is_no_pattern_is_refused(text):
+    with pytest.raises(ValueError):
+        parse_pattern(text, 64)
+
+
+def test_every_builder_that_takes_numbers_can_be_named():
+    numbers = {"full": "", "causal": "", "strided": "4,2", "global_band": "4,2"}
+    numbers |= {"random_blocks": "16,0.5"}
+    for name in BUILDERS:
+        case = make(pattern=f"{name}({numbers.get(name, 8)})")
+        assert patterns.sparsity(case.mask, 48, 48) <= 1
+
+
+@pytest.fixture
+def bench(pytester):
+    """Runs `pytest bench` on one CPU rank, inside this process."""
+    return partial(
+        pytester.runpytest_inprocess, "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}",
+        "-p", "no:cacheprovider", "--device=cpu", "--rounds=3", ROOT / "bench",
+    )  # fmt: skip
+
+
+def test_a_sweep_of_attention_is_measured_and_recorded(bench, tmp_path):
+    chosen = ("--set", "method=reference,flash_torch", "--set", "Tq=16", "--set", "Tk=16")
+    args = ("--sweep", "attention_quick", *chosen, "--ranks=1", "--results", tmp_path / "r.json")
+    out = bench(*args)
+    out.assert_outcomes(passed=14, skipped=2)
+    out.stdout.fnmatch_lines(["*flash_torch-*band(16)*skipped: pattern band(16)*"])
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert "UNSERIALIZABLE" not in json.dumps(saved)
+    for entry in saved["benchmarks"]:
+        assert entry["extra_info"]["case"]["family"] == "attention"
+        assert entry["extra_info"]["case"]["tier"] is None
+        assert entry["group"].startswith("attention_forward")
+
+
+def test_a_sweep_asks_of_its_own_family_only(bench):
+    attention = bench("--sweep", "attention", "--collect-only", "-q", "--ranks=1")
+    assert "bench_attention_forward_backward[" in attention.stdout.str()
+    assert "bench_forward[" not in attention.stdout.str()
+    linear = bench("--sweep", "quick", "--collect-only", "-q")
+    assert "bench_forward[" in linear.stdout.str()
+    assert "attention" not in linear.stdout.str()
+
+
+def test_attention_on_two_ranks_is_skipped_with_the_reason(bench):
+    out = bench("--sweep", "attention_quick", "--set", "method=reference", "-k", "causal")
+    out.assert_outcomes(skipped=2)
+    out.stdout.fnmatch_lines(["*skipped: attention is measured on one rank, and 2 run; use --ra*"])

@@ -1,0 +1,315 @@
+"""Attention in the tools: what is compared, what is drawn, and that families do not meet."""
+
+import json
+import re
+
+import pytest
+
+from tests import synthetic_attention as made
+from tests import synthetic_results as linear
+from tools import compare, plot, report, summary, verdict
+from tools.attention import attention, best_dense, by_point, dense_share, ideal, point_of, speed
+from tools.attention_tables import readme_tables
+from tools.figures import ATTENTION_FIGURES, FIGURES, draw_all, looks
+from tools.figures.attention_scaling import _comparable
+from tools.figures.attention_sparsity import _pushed
+from tools.files import ToolError
+from tools.results import load, load_all
+from tools.stats import ratio
+
+METHODS = tuple(made.RATES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def file(folder):
+    return made.read_write(folder / "attention.json", made.everything())
+
+
+@pytest.fixture(scope="module")
+def results(file):
+    return load(file)
+
+
+@pytest.fixture(scope="module")
+def drawn(results):
+    drawings, absent = draw_all(results)
+    assert not absent
+    return {drawing.name: drawing for drawing in drawings}
+
+
+@pytest.fixture(scope="module")
+def linear_file(folder):
+    entries = linear.everything((64, 128), (1, 2), optimizers=("sgd",), policies=("plain",))
+    return linear.write(folder / "linear.json", entries, device="1x NVIDIA H200")
+
+
+def read(tmp_path, entries, **options):
+    return load(made.read_write(tmp_path / "a.json", entries, **options))
+
+
+def table_of(markdown):
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.split("\n")]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_every_figure_of_attention_is_drawn_and_says_device_and_dtype(drawn):
+    assert set(drawn) == set(ATTENTION_FIGURES)
+    for drawing in drawn.values():
+        texts = " ".join(text.get_text() for text in drawing.figure.texts)
+        assert "1x NVIDIA H200 · bf16" in texts
+        assert len(drawing.png()) > 15_000
+
+
+def test_no_text_of_a_figure_leaves_it_or_covers_its_legend(drawn):
+    for drawing in drawn.values():
+        figure = drawing.figure
+        boxes = [axes.get_tightbbox() for axes in figure.axes if axes.get_visible()]
+        for box in boxes:
+            assert box.x0 >= -1
+            assert box.x1 <= figure.bbox.width + 1
+        for legend in figure.legends:
+            assert legend.get_window_extent().x1 <= figure.bbox.width
+            assert all(box.y0 >= legend.get_window_extent().y1 for box in boxes)
+
+
+def test_bars_are_the_measured_throughput(results, drawn):
+    axes = drawn["attention_forward_by_tier"].figure.axes[0]
+    assert axes.get_title() == "D = 64, full"
+    heights = sorted(patch.get_height() for patch in axes.patches)
+    shown = ("small", "medium", "large", "XXL", "long")
+    found = [r for r in attention(results, "forward") if point_of(r.case).tier in shown]
+    wanted = [
+        r.rates["tflops"]
+        for r in found
+        if (point_of(r.case).D, point_of(r.case).causal) == (64, False)
+    ]
+    assert set(wanted) < set(heights)
+    names = [label.get_text() for label in axes.get_xticklabels()]
+    assert names[:2] == ["small\n512", "medium\n2048"]
+    assert "rectangular\n16384×4096" in names
+
+
+def test_the_map_compares_with_the_fastest_peer(tmp_path):
+    times = {"sdpa_flash": 2.0, "sdpa_cudnn": 1.0, "flex": 4.0, "flash_triton": 0.5}
+    entries = [
+        made.entry(method, *sizes, seconds=time)
+        for method, time in times.items()
+        for sizes in ((512, 512), (512, 1024))
+    ]
+    (drawing,) = ATTENTION_FIGURES["attention_forward_map"](read(tmp_path, entries))
+    texts = [text.get_text() for text in drawing.figure.axes[0].texts]
+    assert sum(text.startswith("2.00×") for text in texts) == 2
+
+
+def test_speedups_are_over_the_best_dense_kernel_of_the_same_sizes(results):
+    every = attention(results, "forward")
+    sparse = [r for r in every if r.case.method == "block_sparse"]
+    assert sparse
+    for result in sparse:
+        dense = best_dense(result, every)
+        point, other = point_of(result.case), point_of(dense.case)
+        assert (other.pattern, dense.case.method) == (None, "sdpa_cudnn")
+        same = ("batch", "heads", "Tq", "Tk", "D", "dtype", "causal")
+        assert all(getattr(point, name) == getattr(other, name) for name in same)
+        assert ideal(result) == pytest.approx(result.pattern["touched_ideal_speedup"])
+    flex = [r for r in every if r.case.method == "flex" and point_of(r.case).pattern]
+    assert all(ideal(r) == pytest.approx(r.pattern["ideal_speedup"]) for r in flex)
+
+
+def test_a_causal_pattern_is_compared_with_causal_dense_and_its_ideal_is_less(tmp_path):
+    more = {"causal": True, "hidden": (0.75, 0.75)}
+    entries = [
+        made.entry("block_sparse", 512, pattern="band(64)", **more),
+        made.entry("sdpa_cudnn", 512, causal=True, seconds=3.0),
+        made.entry("sdpa_cudnn", 512, seconds=1.0),
+    ]
+    results = read(tmp_path, entries)
+    sparse = next(r for r in results.results if r.case.method == "block_sparse")
+    dense = best_dense(sparse, results.results)
+    assert point_of(dense.case).causal
+    assert ideal(sparse) == pytest.approx(4 * dense_share(point_of(dense.case)))
+    assert dense_share(point_of(dense.case)) == pytest.approx(513 / 1024)
+
+
+def test_only_methods_of_one_point_are_resampled_together(tmp_path):
+    entries = [
+        made.entry("flash_triton", 512),
+        made.entry("sdpa_flash", 512),
+        made.entry("sdpa_flash", 1024),
+    ]
+    results = read(tmp_path, entries)
+    at = {(r.case.method, point_of(r.case).Tq): r for r in results.results}
+    ours, same, other = (
+        at[key] for key in (("flash_triton", 512), ("sdpa_flash", 512), ("sdpa_flash", 1024))
+    )
+    assert speed(ours, same) == ratio(same.samples, ours.samples, paired=True)
+    assert speed(ours, other) == ratio(other.samples, ours.samples, paired=False)
+
+
+def test_the_points_of_the_speedup_figure_lie_at_their_sparsity(results, drawn):
+    axes = drawn["attention_forward_vs_sparsity"].figure.axes[0]
+    bars = {bar.get_label(): bar.lines[0].get_data() for bar in axes.containers}
+    assert set(bars) == {"flex", "block_sparse"}
+    every = [r for r in attention(results, "forward") if point_of(r.case).Tq == 4096]
+    for method, (xs, ys) in bars.items():
+        found = [r for r in every if r.case.method == method and point_of(r.case).pattern]
+        wanted = sorted((ideal(r), speed(r, best_dense(r, every)).value) for r in found)
+        assert sorted(xs) == pytest.approx([x for x, _ in wanted])
+        assert sorted(ys) == pytest.approx(sorted(y for _, y in wanted))
+    names = {label.get_text() for child in axes.child_axes for label in child.get_xticklabels()}
+    assert names == set(made.PATTERNS)
+
+
+def test_names_are_pushed_apart_and_stay_in_the_panel():
+    found = _pushed([0.1, 0.9, 0.95, 0.99], 0.1)
+    assert found == pytest.approx([0.1, 0.8, 0.9, 1.0])
+    assert _pushed([0.2, 0.2], 0.1) == pytest.approx([0.2, 0.3])
+
+
+def test_times_are_per_head_where_batches_differ(tmp_path):
+    def panels(batches):
+        entries = [made.entry("flex", T, batch=b) for T, b in batches]
+        found = attention(read(tmp_path, entries))
+        return _comparable([("D = 128", found)])
+
+    (words, found), per_head = panels([(512, 8), (1024, 4), (2048, 2)])[0][0], True
+    assert panels([(512, 8), (1024, 4), (2048, 2)])[1] is per_head
+    assert (words, len(found)) == ("D = 128", 3)
+    fixed, per_head = panels([(512, 2), (1024, 2), (2048, 2)])
+    assert (fixed[0][0], per_head) == ("D = 128, 2 × 16 heads", False)
+
+
+def test_methods_of_attention_have_colours_and_markers_of_their_own():
+    styles = [looks.METHOD_STYLES[method] for method in METHODS]
+    assert len(set(styles)) == len({c for c, _ in styles}) == len({m for _, m in styles})
+
+
+def test_linear_figures_tables_and_verdicts_do_not_see_attention(tmp_path, file, linear_file):
+    both, alone = load_all([linear_file, file]), load(linear_file)
+    for name, draw in FIGURES.items():
+        if name in ("forward_vs_N", "errors_vs_N"):
+            assert [d.svg() for d in draw(both)] == [d.svg() for d in draw(alone)]
+    assert both.of("forward") == alone.of("forward")
+    assert summary.section(both) == summary.section(alone)
+    drawings, absent = draw_all(alone)
+    assert not [d for d in drawings if d.name.startswith("attention")]
+    assert not set(absent) & set(ATTENTION_FIGURES)
+
+
+def test_a_report_of_attention_alone_has_its_section_and_no_verdict(
+    tmp_path, file, results, drawn, monkeypatch
+):
+    monkeypatch.setattr(report, "draw_all", lambda results: (list(drawn.values()), {}))
+    assert report.main([file, "-o", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<h2 id="attention">Attention</h2>' in page
+    assert verdict.NOTHING in page
+    for absent in ('class="name">H1', "block_shock", 'id="main-plot"', 'id="tables"', "not drawn"):
+        assert absent not in page.replace("block_shock 4096", "")
+    for name in ATTENTION_FIGURES:
+        assert page.count(f'id="plot-{name}"') == 1
+    for result in results.results:
+        assert f"<td>{result.id}</td>" in page
+    assert "ratios of speed" in page
+    assert "patterns and their tables (12 patterns)" in page
+    for target in re.findall(r'<a href="#([^"]+)"', page):
+        assert f'id="{target}"' in page
+
+
+def test_a_report_of_both_families_keeps_their_tables_apart(
+    tmp_path, file, linear_file, monkeypatch
+):
+    monkeypatch.setattr(report, "draw_all", lambda results: ([], {}))
+    pages = {}
+    for name, files in (("both", [linear_file, file]), ("linear", [linear_file])):
+        report.main([*files, "-o", str(tmp_path / name)])
+        pages[name] = (tmp_path / name / "report.html").read_text(encoding="utf-8")
+    assert '<h2 id="attention">' not in pages["linear"]
+    assert "Attention" not in pages["linear"]
+    tables = [
+        page[page.index('id="tables"') : page.index('id="environment"')] for page in pages.values()
+    ]
+    assert tables[0] == tables[1]
+
+
+def test_plot_verdict_and_compare_take_a_file_of_attention_alone(
+    tmp_path, file, drawn, capsys, monkeypatch
+):
+    monkeypatch.setattr(plot, "draw_all", lambda results: (list(drawn.values()), {}))
+    assert plot.main([file, "-o", str(tmp_path / "plots")]) == 0
+    assert {p.stem for p in (tmp_path / "plots").glob("*.svg")} == set(ATTENTION_FIGURES)
+    assert "not drawn" not in capsys.readouterr().out
+    assert verdict.main([file, "--out", str(tmp_path)]) == 0
+    assert verdict.NOTHING in capsys.readouterr().out
+    assert json.loads((tmp_path / "verdict.json").read_text())["hypotheses"] == []
+    assert compare.main([file, file, "--fail-slower", "5%"]) == 0
+    assert "0 slower, 0 faster, 0 unsure" in capsys.readouterr().out
+
+
+def test_the_readme_tables_show_throughput_and_ratios_of_speed(results):
+    tables = readme_tables(results)
+    assert len(tables) == 4
+    words, setting, markdown = tables[0]
+    assert setting == "bf16"
+    rows = table_of(markdown)
+    points = {p: m for p, m in by_point(attention(results, "forward")).items() if not p.pattern}
+    assert len(rows) <= len(points)
+    assert f"{len(rows)} of {len(points)} points" in words
+    row = next(r for r in rows if (r["tier"], r["D"], r["mask"]) == ("large", "128", "causal"))
+    at = next(m for p, m in points.items() if (p.tier, p.D, p.causal) == ("large", 128, True))
+    assert row["sdpa_cudnn"] == f"{at['sdpa_cudnn'].rates['tflops']:.0f}"
+    assert row["flash_triton / sdpa_flash"] == str(speed(at["flash_triton"], at["sdpa_flash"]))
+    assert "block_sparse" not in row
+    patterns = table_of(tables[1][2])
+    assert len(patterns) == 2 * len(made.PATTERNS)
+    assert patterns[0]["pattern"] == "band(256)"
+    assert patterns[0]["dense"].endswith("(sdpa_cudnn)")
+    share = float(patterns[0]["block_sparse / dense"].split()[0]) / float(patterns[0]["ideal"])
+    assert float(patterns[0]["of ideal"].strip("%")) == pytest.approx(100 * share, abs=0.2)
+
+
+def test_the_readme_keeps_the_place_whose_results_are_not_given(tmp_path, file, linear_file):
+    readme = tmp_path / "README.md"
+    places = [f"<!-- {n}:begin -->\nold {n}\n<!-- {n}:end -->\n" for n in ("results", "attention")]
+    readme.write_text("".join(places))
+    assert summary.main([file, "--readme", str(readme)]) == 0
+    text = readme.read_text()
+    assert "old results" in text
+    assert "old attention" not in text
+    assert "### Attention, 1x NVIDIA H200\n" in text
+    assert summary.main([linear_file, "--readme", str(readme)]) == 0
+    assert "old results" not in readme.read_text()
+    both = ["--readme", str(readme), "--check"]
+    assert summary.main([linear_file, file, *both]) == 0
+    readme.write_text(places[0])
+    with pytest.raises(ToolError, match="attention:begin"):
+        summary.main([file, "--readme", str(readme)])
+
+
+def test_a_cpu_says_so_in_the_attention_tables(tmp_path):
+    entries = [made.entry(method, 64) for method in ("reference", "flash_torch")]
+    text = summary.attention_summary([read(tmp_path, entries, kind="cpu")])
+    assert "CPU: says nothing about GPUs" in text
+    assert "host time" in text
+
+
+def test_a_wrong_guest_becomes_no_markup(tmp_path):
+    entries = [made.entry(m, 64, tier="<b>x", pattern="<i>y") for m in ("flex", "<script>")]
+    path = made.read_write(tmp_path / "a.json", entries)
+    report.main([path, "-o", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"<b>x|<i>y|<script>-", page)
+
+
+def test_an_incomplete_case_is_left_out_and_breaks_nothing(tmp_path):
+    entries = [made.entry("flex", 64), made.entry("flash_triton", 64)]
+    del entries[1]["extra_info"]["case"]["heads"]
+    results = read(tmp_path, entries)
+    assert [r.case.method for r in attention(results)] == ["flex"]
+    drawings, absent = draw_all(results)
+    assert {d.name for d in drawings} | set(absent) == set(ATTENTION_FIGURES)
