@@ -3,12 +3,15 @@
 On a GPU, or under Triton's interpreter (see conftest.py).
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockshock.attention import METHODS, block_sparse, patterns, shapes
+from blockshock.kernels import flash
 from blockshock.kernels.dropout import Dropout, kept_reference
 from tests.attention_checks import DEVICE, DTYPES, check, problem, relative, results, truth
 
@@ -189,8 +192,41 @@ def test_the_philox_reference_gives_the_published_words():
     assert kept == [True, False]
 
 
-def test_a_table_follows_the_sizes_of_the_heads():
-    true = truth(*problem(1, 1, 1, 90, 90, 32), pattern=patterns.band(9))
-    for repeat in range(2):  # the second time from the cache
-        found = results(METHOD, *problem(1, 1, 1, 90, 90, 32), pattern=patterns.band(9))
-        assert relative(found[0], true[0]) < 1e-5, repeat
+def test_heads_of_other_sizes_have_tiles_and_tables_of_their_own():
+    pattern = patterns.band(9)
+    for D in (16, 256, 16):  # the last from the cache
+        given = problem(1, 1, 1, 90, 90, D)
+        found, true = results(METHOD, *given, pattern=pattern), truth(*given, pattern=pattern)
+        assert all(relative(a, b) < 1e-5 for a, b in zip(found, true, strict=True)), D
+    sizes = {
+        METHOD.table(
+            shapes.Shape(1, 1, 1, 90, 90, D), torch.float32, False, pattern, DEVICE
+        ).block_q
+        for D in (16, 256)
+    }
+    assert len(sizes) == 2
+
+
+def test_programs_take_their_turns_from_the_table():
+    q, k, v, d_out = problem(1, 1, 1, 100, 100, 16)
+    shape = shapes.Shape.of(q.shape, k.shape)
+    table = METHOD.table(shape, q.dtype, False, patterns.band(20), q.device)
+    lengths = table.starts.diff()[0]
+    assert (lengths[table.turns[0, :, 0].long()].diff() <= 0).all()  # the longest first
+    turns, turns_t = table.turns.clone(), table.turns_t.clone()
+    turns[0, 0], turns_t[0, 0] = turns[0, 1], turns_t[0, 1]  # one tile has no turn
+    left, left_t = int(table.turns[0, 0, 0]), int(table.turns_t[0, 0, 0])
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    wrong = replace(table, turns=turns, turns_t=turns_t)
+    out = block_sparse._BlockSparse.apply(*inputs, None, wrong, Dropout())
+    assert out[:, :, left * table.block_q : (left + 1) * table.block_q].isnan().all()
+    dk = torch.autograd.grad(out, inputs, d_out)[1]
+    assert dk[:, :, left_t * table.block_k : (left_t + 1) * table.block_k].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["band", "global_band", "mask_per_head"])
+def test_the_tiles_of_a_full_gpu_match_float64_too(monkeypatch, name):
+    monkeypatch.setattr(flash, "PROCESSORS", 1)  # as if there were programs for all
+    given = problem(2, 2, 1, LONG, LONG, 24, torch.float16)
+    check(METHOD, given, pattern=PATTERNS[name]())
+    assert flash.chosen(given[0].shape, torch.float16, "scattered").forward.M == 64

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockshock.attention import METHODS, FlashAttentionTorch, FlashAttentionTriton, unsupported
+from blockshock.kernels import flash as kernels
 from tests.attention_checks import DEVICE, DTYPES, check, problem, relative, results, truth
 
 pytest.importorskip("triton", reason="needs Triton; it is in the extra `dev`")
@@ -78,19 +79,19 @@ def test_one_tensor_of_rows_is_saved_the_natural_log_sum_exp(dims):
     assert relative(out, FlashAttentionTorch.apply(q, k, v, True).double()) < 1e-5
 
 
-def test_strided_and_expanded_inputs_are_read_where_they_lie():
+def test_strided_inputs_are_read_where_they_lie_and_others_copied():
     given = problem(2, 2, 2, 70, 70, 32)
     expected = results(flash, *given, causal=True)
     apart = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in given]  # [B, T, H, D] within
     inside = [torch.nn.functional.pad(x, (4, 4, 3, 0))[:, :, 3:, 4:-4] for x in given]
     backwards = [x.mT.contiguous().mT for x in given]
-    for other in (apart, inside, backwards):
+    for other, where_they_lie in ((apart, True), (inside, True), (backwards, False)):
+        assert all((kernels._readable(x) is x) == where_they_lie for x in other)
         found = results(flash, *other, causal=True)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     q, k, v, d_out = given
-    shared = k[:, :1].expand_as(k)
-    found = results(flash, q, shared, v, d_out.sum(3, keepdim=True).expand_as(d_out))
-    true = truth(q, shared, v, d_out.sum(3, keepdim=True).expand_as(d_out))
+    shared, summed = k[:, :1].expand_as(k), d_out.sum(3, keepdim=True).expand_as(d_out)
+    found, true = results(flash, q, shared, v, summed), truth(q, shared, v, summed)
     assert all(relative(a, b) < 1e-5 for a, b in zip(found, true, strict=True))
 
 
@@ -112,20 +113,68 @@ def test_large_scores_overflow_nothing():
     assert max(dq.abs().max(), dk.abs().max()) < 1e-3
 
 
-def test_keys_above_the_diagonal_are_never_read():
-    q, k, v, d_out = problem(1, 1, 1, 64, 256, 32)
-    expected = results(flash, q, k[:, :, :128], v[:, :, :128], d_out, causal=True)
-    k[:, :, 128:], v[:, :, 128:] = torch.nan, torch.nan
-    out = flash(q, k, v, causal=True)
-    assert torch.equal(out, expected[0])
-    dq = results(flash, q, k, v, d_out, causal=True)[1]
-    assert torch.equal(dq, expected[1])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter tells of NaN
+@pytest.mark.parametrize("Tq", [256, 250])
+def test_tiles_above_the_diagonal_are_never_visited(Tq):
+    q, k, v, d_out = problem(1, 1, 1, Tq, 512, 32)
+    expected = results(flash, q, k, v, d_out, causal=True)
+    half = 128  # on a border of tiles of every size
+    unseen = [x.clone() for x in (k, v)]
+    for x in unseen:
+        x[:, :, half:] = torch.nan
+    out, dq, *_ = results(flash, q, *unseen, d_out, causal=True)
+    assert torch.equal(out[:, :, :half], expected[0][:, :, :half])
+    assert torch.equal(dq[:, :, :half], expected[1][:, :, :half])
+    assert out[:, :, half:].isnan().any()
+    early = [x.clone() for x in (q, d_out)]
+    for x in early:
+        x[:, :, :half] = torch.nan
+    _, _, dk, dv = results(flash, early[0], k, v, early[1], causal=True)
+    assert torch.equal(dk[:, :, half:], expected[2][:, :, half:])
+    assert torch.equal(dv[:, :, half:], expected[3][:, :, half:])
+    beyond = [x.clone() for x in (k, v)]  # keys that no query reaches, its last tile included
+    for x in beyond:
+        x[:, :, 256:] = torch.nan
+    assert torch.equal(flash(q, *beyond, causal=True), expected[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("Tq", "Tk"), [(200, 90), (90, 200), (129, 129)])
+def test_the_tiles_of_a_full_gpu_match_float64_too(monkeypatch, Tq, Tk, causal):
+    monkeypatch.setattr(kernels, "PROCESSORS", 1)  # as if there were programs for all
+    for dtype, D in ((torch.float32, 32), (torch.float16, 32), (torch.float16, 72)):
+        assert kernels.chosen((1, 1, Tq, D), dtype, None).forward.M >= 64
+        check(flash, problem(1, 1, 1, Tq, Tk, D, dtype), causal=causal)
+
+
+def test_gradients_that_nobody_wants_are_not_computed(monkeypatch):
+    asked, whole = [], kernels._gradients
+    monkeypatch.setattr(
+        kernels, "_gradients", lambda made, *a, **o: asked.append(len(made)) or whole(made, *a, **o)
+    )
+    q, k, v, d_out = problem(1, 1, 1, 40, 40, 16)
+    for wanted, launches in (((q,), [1]), ((k,), [2]), ((v,), [2]), ((q, v), [2, 1])):
+        asked.clear()
+        inputs = [x.detach().requires_grad_(any(x is w for w in wanted)) for x in (q, k, v)]
+        flash(*inputs).backward(d_out)
+        assert asked == launches
+        assert [x.grad is not None for x in inputs] == [x.requires_grad for x in inputs]
+
+
+@pytest.mark.gpus(2)
+def test_kernels_run_on_the_device_of_their_tensors():
+    given = problem(1, 2, 2, 130, 130, 64, torch.float16)
+    elsewhere = [x.to("cuda:1") for x in given]
+    torch.cuda.set_device(0)
+    for own, other in zip(results(flash, *given), results(flash, *elsewhere), strict=True):
+        assert other.device.index == 1
+        assert torch.equal(own.cpu(), other.cpu())
 
 
 def test_what_cannot_be_computed_is_refused_with_the_value_and_the_fix():
     q, k, v, _ = problem(1, 1, 1, 8, 8, 16)
-    for scale in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"scale = {scale}.*positive"):
+    for scale in (0.0, -1.0, float("nan"), 1e-60, 1e39):
+        with pytest.raises(ValueError, match=r"scale = .*positive"):
             flash(q, k, v, scale=scale)
     with pytest.raises(ValueError, match=r"D = 20.*multiples of 8.*pad"):
         flash(*(torch.nn.functional.pad(x, (0, 4)) for x in (q, k, v)))

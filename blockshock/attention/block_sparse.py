@@ -10,16 +10,27 @@ of a full, or causal, mask. (Block lists as in FlexAttention, Dong et al. 2024, 
 patterns as in Longformer, arXiv:2004.05150, and BigBird, arXiv:2007.14062.)
 """
 
+import time
 import weakref
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from blockshock.attention import blocks, patterns, shapes
-from blockshock.attention.flash_triton import FlashAttentionTriton, refused
+from blockshock.attention import blocks, patterns, shapes, tiles
+from blockshock.attention.flash_triton import attend, gradients, refused
 from blockshock.kernels import flash
 from blockshock.kernels.dropout import Dropout
+
+
+class _BlockSparse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, scale, table, dropout):
+        return attend(ctx, q, k, v, scale, table=table, dropout=dropout)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        return *gradients(ctx, d_out), None, None, None
 
 
 @torch.compiler.disable  # kernels of its own: a break in a compiled graph
@@ -41,7 +52,7 @@ def block_sparse(
     ValueError for what the kernels cannot take.
     """
     lists = _table(q, k, v, causal, pattern)
-    return _run(q, k, v, scale, lists, Dropout(dropout, seed))
+    return _BlockSparse.apply(q, k, v, scale, lists, Dropout(dropout, seed))
 
 
 @torch.compiler.disable
@@ -49,7 +60,8 @@ def block_sparse_unpruned(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
 ) -> Tensor:
     """The ablation: the same kernels and masks, and all tiles are computed."""
-    return _run(q, k, v, scale, unpruned(_table(q, k, v, causal, pattern)), Dropout())
+    lists = unpruned(_table(q, k, v, causal, pattern))
+    return _BlockSparse.apply(q, k, v, scale, lists, Dropout())
 
 
 def table(shape: shapes.Shape, dtype, causal: bool, pattern, device) -> blocks.BlockTable:
@@ -84,8 +96,10 @@ def unpruned(pruned: blocks.BlockTable) -> blocks.BlockTable:
 
 
 def _with_all(pruned: blocks.BlockTable) -> blocks.BlockTable:
+    started = time.perf_counter()
     planes, device = pruned.planes, pruned.starts.device
     nq, nk = pruned.starts.shape[1] - 1, pruned.starts_t.shape[1] - 1
+    tiles.check_total(planes * nq * nk, pruned.block_q, pruned.block_k)
     empty = len(pruned.bits)  # the mask of a tile without a pair, put behind the others
     kinds = torch.full((planes * nq, nk), 0 if pruned.low is not None else empty, device=device)
     counts = pruned.starts.diff(dim=1).flatten().long()
@@ -97,6 +111,10 @@ def _with_all(pruned: blocks.BlockTable) -> blocks.BlockTable:
         bits = torch.cat([bits, bits.new_zeros(1, *bits.shape[1:])])
     starts, full, keys, masks, order = _all_of(kinds)
     starts_t, full_t, queries_t, masks_t, order_t = _all_of(kinds.mT)
+    turns = blocks.turns(starts, full, keys, order, pruned.consecutive)
+    turns_t = blocks.turns(starts_t, full_t, queries_t, order_t, pruned.consecutive)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # any stream may read it from here on
     return replace(
         pruned,
         starts=starts,
@@ -109,8 +127,11 @@ def _with_all(pruned: blocks.BlockTable) -> blocks.BlockTable:
         queries_t=queries_t,
         masks_t=masks_t,
         order_t=order_t,
+        turns=turns,
+        turns_t=turns_t,
         bits=bits,
         touched=planes * nq * nk,
+        build_seconds=pruned.build_seconds + time.perf_counter() - started,
     )
 
 
@@ -138,10 +159,6 @@ def _table(q: Tensor, k: Tensor, v: Tensor, causal: bool, pattern) -> blocks.Blo
     if reason:
         raise ValueError(reason)
     return table(shape, q.dtype, causal, pattern, q.device)
-
-
-def _run(q, k, v, scale, lists, dropout) -> Tensor:
-    return FlashAttentionTriton.apply(q, k, v, False, scale, lists, dropout)
 
 
 def _unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:

@@ -50,6 +50,8 @@ class BlockTable:
     queries_t: Tensor  # int32 [entries]
     masks_t: Tensor  # int32 [entries]
     order_t: Tensor  # int32 [P, nk]
+    turns: Tensor  # int32 [P, nq, 5], what kernels read of the lists: see `turns`
+    turns_t: Tensor  # int32 [P, nk, 5]
     bits: Tensor  # int32 [unique, block_q, block_k // 32]; unique = 0 where there are intervals
     low: Tensor | None  # int32 [Tq]
     high: Tensor | None  # int32 [Tq]
@@ -181,6 +183,7 @@ def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
     starts, full, keys, masks, order = _lists(made, made.line, made.column, planes, nq, nk)
     plane, row = made.line // max(nq, 1), made.line % max(nq, 1)
     back = _lists(made, plane * nk + made.column, row, planes, nk, nq)
+    consecutive = _consecutive(starts, full, keys) and _consecutive(*back[:3])
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # any stream may read it from here on
     return BlockTable(
@@ -206,7 +209,9 @@ def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
         high=high,
         touched=len(keys),
         tiles=planes * nq * nk,
-        consecutive=_consecutive(starts, full, keys) and _consecutive(*back[:3]),
+        consecutive=consecutive,
+        turns=turns(starts, full, keys, order, consecutive),
+        turns_t=turns(*back[:3], longest_of_all(back[0]), consecutive),
         build_seconds=time.perf_counter() - started,
     )
 
@@ -224,6 +229,32 @@ def _lists(made: tiles.Tiles, line: Tensor, other: Tensor, planes: int, lines: i
     order = starts.diff(dim=1).argsort(dim=1, descending=True, stable=True)
     listed = (starts, full, other[by], made.mask[by], order)
     return tuple(values.int() for values in listed)
+
+
+def turns(starts: Tensor, full: Tensor, others: Tensor, order: Tensor, consecutive: bool) -> Tensor:
+    """What one program after the other takes: int32 [P, lines, 5], lines in this order [P, lines].
+
+    Of each its number; from and to of its full tiles, by their numbers where they are consecutive,
+    else by their places in the list; from and to of its partial ones, by their places.
+    """
+    planes, lines = full.shape
+    first, count = starts[:, :-1].long(), full.long()
+    begin = first
+    if consecutive and len(others):
+        begin = others.long()[first.clamp(max=len(others) - 1)]
+    line = torch.arange(lines, device=starts.device).expand(planes, lines)
+    found = torch.stack([line, begin, begin + count, first + count, starts[:, 1:].long()], dim=2)
+    return found.gather(1, order.long()[:, :, None].expand(planes, lines, 5)).int()
+
+
+def longest_of_all(starts: Tensor) -> Tensor:
+    """Lines by the length of their lists in all planes together: one order [P, lines] for all.
+
+    Query heads that share a head of keys may be different planes, and a program works on one line
+    of them all.
+    """
+    order = starts.diff(dim=1).sum(0).argsort(descending=True, stable=True)
+    return order.expand(len(starts), -1)
 
 
 def _consecutive(starts: Tensor, full: Tensor, others: Tensor) -> bool:

@@ -9,15 +9,14 @@ from torch import Tensor
 
 from blockshock.attention import derivatives, shapes
 from blockshock.kernels import flash
-from blockshock.kernels.dropout import Dropout
 
 
 class FlashAttentionTriton(torch.autograd.Function):
     """`FlashAttentionTriton.apply(q, k, v, is_causal=False, scale=None) -> out`, shaped like q.
 
     q [batch, heads, Tq, D] with k, v [batch, kv_heads, Tk, D], or [batch, tokens, D] for one head;
-    fp16, bf16 or fp32 on a GPU. Saves q, k, v, out and lse [batch, (heads,) Tq], the natural
-    log-sum-exp of each row's scores in float32. table, dropout: see `block_sparse`.
+    fp16, bf16 or fp32 on a GPU, all of one dtype (autocast does not cast them). Saves q, k, v, out
+    and lse [batch, (heads,) Tq], the natural log-sum-exp of each row's scores in float32.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -25,33 +24,42 @@ class FlashAttentionTriton(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, is_causal=False, scale=None, table=None, dropout=None):
-        whole = (q, k, v) if q.dim() == 4 else tuple(x.unsqueeze(1) for x in (q, k, v))
-        shape = shapes.check(*whole)
-        reason = refused(shape, dtype=q.dtype, device_type=q.device.type)
-        if reason:
-            raise ValueError(reason)
-        ctx.options = {
-            "causal": is_causal,
-            "scale": positive(shape.D**-0.5 if scale is None else scale),
-            "table": table,
-            "dropout": dropout or Dropout(),
-        }
-        out, lse = flash.forward(*whole, **ctx.options)
-        out, lse = out.view(q.shape), lse.view(q.shape[:-1])
-        ctx.save_for_backward(q, k, v, out, lse)
-        return out
+    def forward(ctx, q, k, v, is_causal=False, scale=None):
+        return attend(ctx, q, k, v, scale, causal=is_causal)
 
     @staticmethod
     def backward(ctx, d_out):
-        saved = *ctx.saved_tensors, d_out
-        flat = d_out.dim() == 3
-        q, k, v, out, lse, upstream = (x.unsqueeze(1) for x in saved) if flat else saved
-        with torch.no_grad():
-            gradients = flash.backward(q, k, v, out, lse, upstream, **ctx.options)
-        if flat:
-            gradients = tuple(x.squeeze(1) for x in gradients)
-        return *derivatives.first_only(gradients, *saved), None, None, None, None
+        return *gradients(ctx, d_out), None, None
+
+
+def attend(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float | None, **options) -> Tensor:
+    """The forward of an autograd function. options: for `kernels.flash`."""
+    whole = (q, k, v) if q.dim() == 4 else tuple(x.unsqueeze(1) for x in (q, k, v))
+    shape = shapes.check(*whole)
+    reason = refused(shape, dtype=q.dtype, device_type=q.device.type)
+    if reason:
+        raise ValueError(reason)
+    ctx.options = {"scale": positive(shape.D**-0.5 if scale is None else scale), **options}
+    out, lse = flash.forward(*whole, **ctx.options)
+    if q.dim() == 3:
+        out, lse = out[:, 0], lse[:, 0]
+    ctx.save_for_backward(q, k, v, out, lse)
+    return out
+
+
+def gradients(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Of q, k and v; None for what is not asked for."""
+    saved = *ctx.saved_tensors, d_out
+    flat = d_out.dim() == 3
+    q, k, v, out, lse, upstream = (x.unsqueeze(1) for x in saved) if flat else saved
+    wanted = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+    with torch.no_grad():
+        made = flash.backward(q, k, v, out, lse, upstream, wanted=wanted, **ctx.options)
+    if flat:
+        made = tuple(x if x is None else x[:, 0] for x in made)
+    there = derivatives.first_only(tuple(x for x in made if x is not None), *saved)
+    rest = iter(there)
+    return tuple(x if x is None else next(rest) for x in made)
 
 
 @torch.compiler.disable  # kernels of its own: a break in a compiled graph
@@ -80,10 +88,12 @@ def refused(shape: shapes.Shape, *, dtype, device_type: str) -> str | None:
 
 
 def positive(scale: float) -> float:
-    """The scale; raises ValueError unless it is a positive number."""
-    if not 0 < scale < float("inf"):
+    """The scale; raises ValueError unless it is a positive number of float32."""
+    facts = torch.finfo(torch.float32)
+    if not facts.tiny <= scale <= facts.max / 2:
         raise ValueError(
-            f"scale = {scale} must be positive and finite; negate q for a negative one"
+            f"scale = {scale} must be positive, finite and a number of float32; negate q for a "
+            "negative one"
         )
     return float(scale)
 

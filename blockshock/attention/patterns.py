@@ -50,11 +50,12 @@ __all__ = [
 ]
 
 _32_BITS = (1 << 32) - 1
+KEPT = 16  # patterns of each builder, and with them their tables
 
 
 def _shared(build):
-    """Equal arguments, however they are written, give the same object (while it is among 64)."""
-    signature, kept = inspect.signature(build), functools.lru_cache(maxsize=64)(build)
+    """Equal arguments, however they are written, give the same object, while it is among KEPT."""
+    signature, kept = inspect.signature(build), functools.lru_cache(maxsize=KEPT)(build)
 
     @functools.wraps(build)
     def builder(*args, **options) -> Pattern:
@@ -184,7 +185,8 @@ def documents(lengths: Iterable[int]) -> Pattern:
     return _documents(tuple(int(length) for length in given))
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=KEPT)
+@torch.inference_mode(False)  # tensors of inference mode could not be saved for a backward later
 def _documents(lengths: tuple[int, ...]) -> Pattern:
     sizes = torch.tensor(lengths, device="cpu")
     stop = sizes.cumsum(0)
@@ -237,14 +239,14 @@ def from_mask(mask: Tensor) -> Pattern:
     return Pattern(name, predicate, None, many[0], many[1], fixed)
 
 
-@_shared
 def predicate(
     fn: Callable, name: str | None = None, *, per_batch: bool = False, per_head: bool = False
 ) -> Pattern:
     """fn(batch, head, query, key) -> bool tensor, True where the query attends.
 
     Say per_batch or per_head if fn reads those: if not, it is only asked about batch 0, head 0.
-    What fn returns is checked where it is used (`evaluate`).
+    What fn returns is checked where it is used (`evaluate`). Each call gives another pattern, with
+    tables of its own: make it once.
     """
     if not callable(fn):
         raise ValueError(f"fn {fn!r}: a function of (batch, head, query, key) is needed")

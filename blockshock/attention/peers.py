@@ -12,6 +12,7 @@ is made once for a pattern and these sizes.
 import functools
 import importlib
 import warnings
+from itertools import product
 from weakref import WeakKeyDictionary
 
 import torch
@@ -75,7 +76,6 @@ def flex(
         q, k, v = q.detach(), k.detach(), v.detach()  # else the CPU refuses, even under no_grad
     run = _flex_compiled() if q.device.type == "cuda" else _flex_unfused
     mask = block_mask(pattern, shape, causal=causal, device=q.device)
-    # Imported here: it takes a second, and only this needs it.
     from torch._dynamo import config
 
     with config.patch(recompile_limit=COMPILATIONS):
@@ -99,21 +99,21 @@ def block_mask(pattern, shape: shapes.Shape, *, causal: bool, device):
     return made[key]
 
 
+@torch.inference_mode(False)  # or what is made could not be saved for a backward later
 @torch.no_grad()
 def _make_mask(pattern, batches, heads, Tq, Tk, device):
     rows, columns = -(-Tq // SIDE), -(-Tk // SIDE)
-    batch = torch.arange(batches, device=device).view(-1, 1, 1, 1)
-    head = torch.arange(heads, device=device).view(-1, 1, 1)
     key = torch.arange(Tk, device=device)
     counts = torch.zeros(batches, heads, rows, columns, dtype=torch.int32, device=device)
-    step = max(1, CHUNK // (batches * heads * SIDE * SIDE * columns))
-    for first in range(0, rows, step):
+    step = max(1, CHUNK // (SIDE * SIDE * columns))
+    for batch, head, first in product(range(batches), range(heads), range(0, rows, step)):
         last = min(first + step, rows)
         query = torch.arange(first * SIDE, min(last * SIDE, Tq), device=device)[:, None]
-        seen = patterns.evaluate(pattern, batch, head, query, key)
+        plane = (torch.tensor(number, device=device) for number in (batch, head))
+        seen = patterns.evaluate(pattern, *plane, query, key)
         padded = F.pad(seen, (0, columns * SIDE - Tk, 0, (last - first) * SIDE - len(query)))
-        blocks = padded.view(batches, heads, last - first, SIDE, columns, SIDE)
-        counts[:, :, first:last] = blocks.sum(dim=(3, 5), dtype=torch.int32)
+        blocks = padded.view(last - first, SIDE, columns, SIDE)
+        counts[batch, head, first:last] = blocks.sum(dim=(1, 3), dtype=torch.int32)
     full = counts == SIDE * SIDE
     return flex_attention.BlockMask.from_kv_blocks(
         *_lists((counts > 0) & ~full),
@@ -230,6 +230,11 @@ def _flex_unsupported(shape, *, dtype, device_type, causal, pattern, backward) -
         return f"flex runs on cuda and cpu here, not on {device_type}; use reference"
     if device_type == "cpu" and backward:
         return "FlexAttention has no backward on the CPU; use flash_torch or reference there"
+    if device_type == "cuda" and backward and shape.Tq < 128:
+        return (
+            f"Tq = {shape.Tq}: FlexAttention with gradients compiled no kernel for fewer than 128 "
+            "queries (PyTorch 2.11, H200); use block_sparse"
+        )
     if device_type == "cuda" and shape.D < 16:
         return f"D = {shape.D}: FlexAttention takes D >= 16; pad D with zeros and give scale"
     return shapes.dtype_refused("flex", dtype, shapes.PRECISE[:3]) or _empty("flex", shape)

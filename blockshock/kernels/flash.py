@@ -6,6 +6,7 @@ tensor memory accelerator (in interpreter mode by Triton's imitation of it).
 """
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -18,7 +19,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NONE = Dropout()
 LOG2E = 1.4426950408889634
 MAX_D = 256
-PROCESSORS = 132  # of an H200: fewer programs than these leave some idle, so tiles are smaller
+PROCESSORS = 132  # of an H200
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,14 @@ def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
 
 
 @cache
-def plans(D: int, dtype: torch.dtype, programs: int, lists: str | None) -> Plans:
-    """The tiles for heads of D (`padded`) and so many programs of 64 queries.
+def plans(D: int, dtype: torch.dtype, few: bool, lists: str | None) -> Plans:
+    """The tiles for heads of D (`padded`). few: programs of 64 queries would leave processors idle.
 
     lists: None, or of a block table, which serves all three kernels with one M and N, "consecutive"
-    or "scattered" (`flash_walk.runs`). Each was the fastest of 3 to 6 on one H200: bf16 at 4096 and
+    or "scattered" (`flash_walk`). Each was the fastest of 3 to 6 on one H200: bf16 at 4096 and
     16384 tokens, full and causal (D = 64, 128; 256 at 4096), bands and random blocks (lists), fp32
     at 2048 tokens, and a band of 32 in 128 tokens where programs are few.
     """
-    few = programs < PROCESSORS
     if dtype == torch.float32:  # products in float32 proper
         tile = Plan(16, 32, 4, 1) if D > 128 else Plan(32, 32, 4, 2)
         if lists or few or D > 128:
@@ -87,7 +87,7 @@ def plans(D: int, dtype: torch.dtype, programs: int, lists: str | None) -> Plans
 def chosen(q_shape: tuple[int, int, int, int], dtype: torch.dtype, lists: str | None) -> Plans:
     """The plans for q [B, H, Tq, D]; lists as in `plans`."""
     B, H, Tq, D = q_shape
-    return plans(padded(D), dtype, min(B * H * -(-Tq // 64), PROCESSORS), lists)
+    return plans(padded(D), dtype, B * H * -(-Tq // 64) < PROCESSORS, lists)
 
 
 def forward(
@@ -115,20 +115,21 @@ def forward(
     plan = chosen(q.shape, q.dtype, _kind(table)).forward
     tiles = -(-Tq // plan.M)
     q, k, v = (_readable(x) for x in (q, k, v))
-    flash_forward.forward[(B * H * tiles,)](
-        *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (out, plan.M))),
-        lse,
-        *_lists(table, lse),
-        H,
-        tiles,
-        Tq,
-        k.shape[2],
-        scale * LOG2E,
-        dropout.seed,
-        dropout.threshold,
-        dropout.factor,
-        **_constants(q, k, plan, causal, table, dropout),
-    )
+    with _device_of(q):
+        flash_forward.forward[(B * H * tiles,)](
+            *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (out, plan.M))),
+            lse,
+            *_lists(table, lse),
+            H,
+            tiles,
+            Tq,
+            k.shape[2],
+            scale * LOG2E,
+            dropout.seed,
+            dropout.threshold,
+            dropout.factor,
+            **_constants(q, k, plan, causal, table, dropout),
+        )
     return out, lse
 
 
@@ -144,55 +145,74 @@ def backward(
     causal: bool = False,
     table=None,
     dropout: Dropout = NONE,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV, shaped like q, k, v, from `forward`'s results and the gradient of out."""
+    wanted: tuple[bool, bool] = (True, True),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dQ, dK, dV, shaped like q, k, v, from `forward`'s results and the gradient of out.
+
+    wanted: whether dQ, and whether dK and dV; None in place of those that are not.
+    """
+    empty = not q.numel() or not k.numel()
+    fresh = torch.zeros_like if empty else torch.empty_like
+    shaped = torch.contiguous_format
+    dq = fresh(q, memory_format=shaped) if wanted[0] else None
+    dk, dv = (fresh(x, memory_format=shaped) if wanted[1] else None for x in (k, v))
+    if empty:
+        return dq, dk, dv
+    q, k, v, out, d_out = (_readable(x) for x in (q, k, v, out, d_out))
+    options = {"scale": scale, "causal": causal, "table": table, "dropout": dropout}
+    with _device_of(q):
+        level, delta = _prepared(out, lse, d_out)
+        if wanted[1]:
+            _gradients((dk, dv), q, k, v, d_out, level, delta, **options)
+        if wanted[0]:
+            _gradients((dq,), q, k, v, d_out, level, delta, **options)
+    return dq, dk, dv
+
+
+def _prepared(out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    """lse in base 2, and rowsum(out ∘ d_out): float32 [B, H, Tq]."""
     from blockshock.kernels import flash_backward
 
-    (B, H, Tq, D), (_, groups, Tk, _) = q.shape, k.shape
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    if not q.numel() or not k.numel():
-        return dq.zero_(), dk.zero_(), dv.zero_()
-    q, k, v, out, d_out = (_readable(x) for x in (q, k, v, out, d_out))
+    (B, H, Tq, D), rows = out.shape, 64
     level, delta = torch.empty_like(lse), torch.empty_like(lse)
-    plans = chosen(q.shape, q.dtype, _kind(table))
-    rows = plans.queries.M
     tiles = -(-Tq // rows)
     flash_backward.prepare[(B * H * tiles,)](
         _tiled(out, rows), _tiled(d_out, rows), lse, level, delta, tiles, H, Tq, rows, padded(D)
     )
-    sizes = (Tq, Tk, scale * LOG2E, scale, dropout.seed, dropout.threshold, dropout.factor)
+    return level, delta
 
-    def read(plan):
-        each = ((q, plan.M), (k, plan.N), (v, plan.N), (d_out, plan.M))
-        return tuple(_tiled(x, n) for x, n in each)
 
-    plan = plans.keys
-    tiles = -(-Tk // plan.N)
-    flash_backward.gradients_of_keys[(B * groups * tiles,)](
-        *read(plan),
-        *(_tiled(x, plan.N) for x in (dk, dv)),
+def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, dropout) -> None:
+    """Fills made: (dK, dV), or (dQ,)."""
+    from blockshock.kernels import flash_backward
+
+    own, of_keys = chosen(q.shape, q.dtype, _kind(table)), len(made) == 2
+    plan, side = (own.keys, k) if of_keys else (own.queries, q)
+    kernel = flash_backward.gradients_of_keys if of_keys else flash_backward.gradients_of_queries
+    rows = plan.N if of_keys else plan.M
+    tiles = -(-side.shape[2] // rows)
+    kernel[(side.shape[0] * side.shape[1] * tiles,)](
+        *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (d_out, plan.M))),
+        *(_tiled(x, rows) for x in made),
         level,
         delta,
-        *_lists(table, lse, transposed=True),
-        H,
+        *_lists(table, level, transposed=of_keys),
+        q.shape[1],
         tiles,
-        *sizes,
+        q.shape[2],
+        k.shape[2],
+        scale * LOG2E,
+        scale,
+        dropout.seed,
+        dropout.threshold,
+        dropout.factor,
         **_constants(q, k, plan, causal, table, dropout),
     )
-    plan = plans.queries
-    tiles = -(-Tq // plan.M)
-    flash_backward.gradients_of_queries[(B * H * tiles,)](
-        *read(plan),
-        _tiled(dq, plan.M),
-        level,
-        delta,
-        *_lists(table, lse),
-        H,
-        tiles,
-        *sizes,
-        **_constants(q, k, plan, causal, table, dropout),
-    )
-    return dq, dk, dv
+
+
+def _device_of(x: Tensor):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _kind(table) -> str | None:
@@ -204,10 +224,10 @@ def _kind(table) -> str | None:
 def _lists(table, anything: Tensor, *, transposed: bool = False) -> tuple:
     """The lists as the kernels take them; what is not read may be any tensor."""
     if table is None:
-        return (*(anything,) * 8, 0, 0)
-    names = ("starts", "full", "keys", "masks", "order")
+        return (*(anything,) * 6, 0, 0)
+    names = ("turns", "keys", "masks")
     if transposed:
-        names = ("starts_t", "full_t", "queries_t", "masks_t", "order_t")
+        names = ("turns_t", "queries_t", "masks_t")
     lists = tuple(getattr(table, name) for name in names)
     ends = (anything, anything) if table.low is None else (table.low, table.high)
     return (*lists, *ends, table.bits, table.batch_stride, table.head_stride)

@@ -13,7 +13,7 @@ zero.
 import triton
 import triton.language as tl
 
-from blockshock.kernels.flash_walk import ANY, counts, interval, kept_factor, key_runs, runs
+from blockshock.kernels.flash_walk import ANY, counts, interval, kept_factor, key_runs, listed
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -21,7 +21,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # fmt: off
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("tiles", "heads"))
 def prepare(o, do, lse, level, delta, tiles, heads, Tq, M: tl.constexpr, D: tl.constexpr):
     """level and Δ [B, H, Tq] of a tile of queries."""
     row, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -77,8 +77,8 @@ def _query_tiles(
 
 @triton.jit(do_not_specialize=ANY)
 def gradients_of_keys(
-    q, k, v, do, dk, dv, level, delta, starts, full, others, masks, order, low, high, bits,
-    batch_stride, head_stride, heads, tiles, Tq, Tk, scale_2, scale, seed, threshold, factor,
+    q, k, v, do, dk, dv, level, delta, turns, others, masks, low, high, bits, batch_stride,
+    head_stride, heads, tiles, Tq, Tk, scale_2, scale, seed, threshold, factor,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr,
     LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr,
@@ -87,10 +87,10 @@ def gradients_of_keys(
     groups = heads // GROUP
     b = tl.program_id(0) // tiles // groups
     group = tl.program_id(0) // tiles % groups
-    tile = tl.program_id(0) % tiles
-    if LISTED:
-        plane = b * batch_stride + group * GROUP * head_stride
-        tile = tl.load(order + plane * tiles + tile)
+    turn = tl.program_id(0) % tiles
+    tile = turn
+    if LISTED:  # the same tile in all planes of a turn
+        tile = listed(turns, b * batch_stride + group * GROUP * head_stride, tiles, turn)[0]
     own = tile * N + tl.arange(0, N)
     key_tile = k.load([b, group, tile * N, 0]).reshape(N, D)
     value_tile = v.load([b, group, tile * N, 0]).reshape(N, D)
@@ -101,7 +101,7 @@ def gradients_of_keys(
         row = b * heads + head
         if LISTED:
             plane = b * batch_stride + head * head_stride
-            begin, end, first, last = runs(tile, plane, starts, full, others, tiles, CONSECUTIVE)
+            _, begin, end, first, last = listed(turns, plane, tiles, turn)
         else:  # keys past Tk need no mask: what they gather is not stored
             begin = tile * 0
             end = begin + tl.cdiv(Tq, M)
@@ -159,8 +159,8 @@ def _key_tiles(
 
 @triton.jit(do_not_specialize=ANY)
 def gradients_of_queries(
-    q, k, v, do, dq, level, delta, starts, full, others, masks, order, low, high, bits,
-    batch_stride, head_stride, heads, tiles, Tq, Tk, scale_2, scale, seed, threshold, factor,
+    q, k, v, do, dq, level, delta, turns, others, masks, low, high, bits, batch_stride,
+    head_stride, heads, tiles, Tq, Tk, scale_2, scale, seed, threshold, factor,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr,
     LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr,
@@ -169,8 +169,8 @@ def gradients_of_queries(
     row = tl.program_id(0) // tiles
     b, head = row // heads, row % heads
     tile, begin, end, first, last = key_runs(
-        tl.program_id(0) % tiles, b * batch_stride + head * head_stride, starts, full, others,
-        order, tiles, Tk, M, N, KEEP, LISTED, CONSECUTIVE,
+        turns, b * batch_stride + head * head_stride, tiles, tl.program_id(0) % tiles, Tq, Tk, M,
+        N, KEEP, LISTED,
     )
     queries = tile * M + tl.arange(0, M)
     place = row.to(tl.int64) * Tq + queries

@@ -57,18 +57,17 @@ def _tiles(
 
 @triton.jit(do_not_specialize=ANY)
 def forward(
-    q, k, v, o, lse, starts, full, others, masks, order, low, high, bits, batch_stride,
-    head_stride, heads, tiles, Tq, Tk, scale_2, seed, threshold, factor, GROUP: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr, LISTED: tl.constexpr,
-    CONSECUTIVE: tl.constexpr,
+    q, k, v, o, lse, turns, others, masks, low, high, bits, batch_stride, head_stride, heads,
+    tiles, Tq, Tk, scale_2, seed, threshold, factor, GROUP: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    KEEP: tl.constexpr, DROP: tl.constexpr, LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr,
 ):
     """Grid: a program for each of `tiles` tiles of queries of each head, the longest first."""
     row = tl.program_id(0) // tiles
     b, head = row // heads, row % heads
     tile, begin, end, first, last = key_runs(
-        tl.program_id(0) % tiles, b * batch_stride + head * head_stride, starts, full, others,
-        order, tiles, Tk, M, N, KEEP, LISTED, CONSECUTIVE,
+        turns, b * batch_stride + head * head_stride, tiles, tl.program_id(0) % tiles, Tq, Tk, M,
+        N, KEEP, LISTED,
     )
     queries = tile * M + tl.arange(0, M)
     from_key, to_key = interval(queries, low, high, Tq, Tk, KEEP)

@@ -24,33 +24,26 @@ ANY = ("heads", "tiles", "Tk", "batch_stride", "head_stride", "seed", "threshold
 
 
 @triton.jit
-def runs(line, plane, starts, full, others, tiles, CONSECUTIVE: tl.constexpr):
-    """From and to of a line's full tiles, then of its partial ones: places in the list, or numbers
-    for full ones that are CONSECUTIVE."""
-    first = tl.load(starts + plane * (tiles + 1) + line)
-    last = tl.load(starts + plane * (tiles + 1) + line + 1)
-    count = tl.load(full + plane * tiles + line)
-    begin = first
-    if CONSECUTIVE:
-        begin = tl.load(others + first, count > 0, 0)
-    return begin, begin + count, first + count, last
+def listed(turns, plane, tiles, turn):
+    """Of a program's turn: its tile, from and to of its full tiles, and of its partial ones."""
+    at = turns + (plane * tiles + turn) * 5
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
 
 
 @triton.jit
 def key_runs(
-    turn, plane, starts, full, others, order, tiles, Tk, M: tl.constexpr, N: tl.constexpr,
-    KEEP: tl.constexpr, LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr,
+    turns, plane, tiles, turn, Tq, Tk, M: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr,
+    LISTED: tl.constexpr,
 ):
-    """Of the program whose turn it is: its tile of queries, and its runs of tiles of keys."""
+    """The same for a program that owns queries, listed or not."""
     if LISTED:
-        tile = tl.load(order + plane * tiles + turn)
-        begin, end, first, last = runs(tile, plane, starts, full, others, tiles, CONSECUTIVE)
+        tile, begin, end, first, last = listed(turns, plane, tiles, turn)
     elif KEEP == "causal":  # the longest first
         tile = tiles - 1 - turn
         begin = tile * 0
         end = tl.minimum(tile * M + 1, Tk) // N
         first = end
-        last = tl.cdiv(tl.minimum((tile + 1) * M, Tk), N)
+        last = tl.cdiv(tl.minimum(tl.minimum((tile + 1) * M, Tq), Tk), N)
     else:
         tile = turn
         begin = tile * 0
