@@ -238,6 +238,12 @@ def _cases(config) -> dict[str, list]:
             if of is FAMILIES[name]:
                 cases[asked] = sweeps.cases(sweep, phase, device, option.ranks, settings)
         FAMILIES[name].check_all([case for listed in cases.values() for case in listed])
+        alone = FAMILIES[name].ranks
+        if alone and any(cases.values()) and option.ranks != alone:
+            raise ValueError(
+                f"--ranks {option.ranks}: the sweep {option.sweep} is of {name}, which is measured "
+                f"on {alone} rank; add --ranks {alone}"
+            )
     except (ValueError, ImportError) as error:  # a SweepError, or what a file is not
         raise pytest.UsageError(str(error)) from None
     return cases

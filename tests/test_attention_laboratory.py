@@ -332,7 +332,7 @@ def test_a_sweep_asks_of_its_own_family_only(bench):
     assert "attention" not in linear.stdout.str()
 
 
-def test_attention_on_two_ranks_is_skipped_with_the_reason(bench):
+def test_attention_on_two_ranks_is_refused_with_the_fix(bench):
     out = bench("--sweep", "attention_quick", "--set", "method=reference", "-k", "causal")
-    out.assert_outcomes(skipped=2)
-    out.stdout.fnmatch_lines(["*skipped: attention is measured on one rank, and 2 run; use --ra*"])
+    out.stderr.fnmatch_lines(["*--ranks 2: the sweep attention_quick is of attention, *--ranks 1"])
+    assert out.ret == pytest.ExitCode.USAGE_ERROR

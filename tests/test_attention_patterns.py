@@ -1,6 +1,8 @@
 """What a pattern promises: its rule pair by pair, its intervals and sparsity, one object a rule."""
 
+import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -280,3 +282,46 @@ def test_what_an_interval_gives_is_checked(bad):
     pattern = patterns.Pattern("mine", patterns.full().predicate, lambda query, Tk: (query, bad))
     with pytest.raises(ValueError, match="interval of pattern 'mine' gave"):
         patterns.sparsity(pattern, 3, 3)
+
+
+def even(batch, head, query, key):
+    return (query + key) % 2 == 0
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: patterns.band(4),
+        lambda: patterns.random_blocks(16, 0.5, seed=3, per_head=True),
+        lambda: patterns.documents([3, 4]),
+        lambda: patterns.predicate(even, "even"),
+        lambda: patterns.from_mask(torch.ones(7, 7, dtype=torch.bool).tril()),
+        lambda: patterns.both(patterns.band(2), patterns.causal()),
+        lambda: patterns.either(patterns.band(2), patterns.strided(3)),
+    ],
+)
+def test_a_pattern_is_pickled_and_copied_by_its_recipe(make):
+    pattern, token = make(), torch.arange(7)
+    at = torch.zeros(()).long(), torch.zeros(()).long(), token[:, None], token
+    for other in (pickle.loads(pickle.dumps(pattern)), copy.deepcopy(pattern)):
+        assert other.name == pattern.name
+        assert torch.equal(
+            patterns.evaluate(other, *at).expand(7, 7), patterns.evaluate(pattern, *at).expand(7, 7)
+        )
+
+
+def test_a_copied_pattern_of_a_builder_shares_its_tables():
+    assert copy.deepcopy(patterns.band(4)) is patterns.band(4)
+
+
+@pytest.mark.parametrize(
+    "rule", [lambda query, key: query >= key, lambda b, h, q, k: q >= k and k >= 0]
+)
+def test_a_predicate_that_fails_is_named_with_the_way_out(rule):
+    with pytest.raises(ValueError, match=r"'mine' failed.*batch, head, query, key.*&"):
+        patterns.sparsity(patterns.predicate(rule, "mine"), 8, 8)
+
+
+def test_numbers_that_no_index_reaches_are_refused():
+    with pytest.raises(ValueError, match="below 2"):
+        patterns.band(10**30)

@@ -136,9 +136,17 @@ def fastest(results: Iterable[Result]) -> Result | None:
     return min(results, key=lambda r: r.median, default=None)
 
 
+def dense_of(point: Point) -> Point:
+    """The point that a pattern's speedup is over: full, or causal where the pattern lets no query
+    see a later key, as who uses it would else use a causal kernel.
+    """
+    causal = point.causal or (point.pattern or "").startswith("causal")
+    return replace(point, pattern=None, causal=causal)
+
+
 def best_dense(result: Result, results: Sequence[Result]) -> Result | None:
-    """The fastest kernel without a pattern, whatever its method, at the sizes of `result`."""
-    wanted = replace(point_of(result.case), pattern=None)
+    """The fastest kernel without a pattern, whatever its method, at `dense_of` of the result."""
+    wanted = dense_of(point_of(result.case))
     return fastest(r for r in results if point_of(r.case) == wanted)
 
 
@@ -166,4 +174,4 @@ def ideal(result: Result) -> float | None:
     tiles that it touches.
     """
     left = share(result, touched=result.case.method == SPARSE)
-    return dense_share(point_of(result.case)) / left if left else None
+    return dense_share(dense_of(point_of(result.case))) / left if left else None

@@ -15,7 +15,8 @@ READING = (
     "pairs add nothing. Ratios here are of <b>speed</b>: above 1 the first method named is the "
     "faster. A pattern hides the share <b>s</b> of all pairs (sparsity); a list of blocks computes "
     "every tile that it touches, so its ideal is 1 / (1 - s) of the tiles. <b>dense</b> is the "
-    "fastest kernel of these results without the pattern, at the same sizes."
+    "fastest kernel of these results without the pattern, at the same sizes: a causal one where "
+    "the pattern is causal."
 )
 TENSORS = ("output", "grad_q", "grad_k", "grad_v")
 WHERE = (*PLACE[:4], Column("dtype", "dtype"), PLACE[4])

@@ -122,7 +122,8 @@ def readme_tables(results: Results) -> list[tuple[str, str, str]]:
             words_ = (
                 f"Attention with patterns, {words}: median ms. s: sparsity of the pairs, and of "
                 f"the tiles that {SPARSE} touches. dense: the fastest kernel of this run without "
-                f"the pattern. ideal: 1 / (1 - s) of the tiles."
+                f"the pattern, a causal one where the pattern is causal. ideal: 1 / (1 - s) of the "
+                "tiles."
             )
             tables.append((words_, text, _pattern_table(ratio_rows(patterns, here))))
     return tables

@@ -73,6 +73,7 @@ def flash_triton(
     reason = shapes.pattern_refused("flash_triton", pattern)
     if reason:
         raise ValueError(reason)
+    shapes.check(q, k, v)
     return FlashAttentionTriton.apply(q, k, v, causal, scale)
 
 

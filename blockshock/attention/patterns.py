@@ -62,9 +62,15 @@ def _shared(build):
         bound = signature.bind(*args, **options)
         bound.apply_defaults()
         hashable = all(type(value).__hash__ for value in bound.arguments.values())
-        return (kept if hashable else build)(*bound.args, **bound.kwargs)
+        made = (kept if hashable else build)(*bound.args, **bound.kwargs)
+        return _by_recipe(made, builder, tuple(bound.arguments.values()))
 
     return builder
+
+
+def _by_recipe(pattern: Pattern, builder: Callable, arguments: tuple) -> Pattern:
+    object.__setattr__(pattern, "recipe", (builder, arguments))
+    return pattern
 
 
 @_shared
@@ -182,7 +188,8 @@ def documents(lengths: Iterable[int]) -> Pattern:
         raise ValueError("lengths is empty: at least one document is needed; use full() for T = 0")
     for index, length in enumerate(given):
         at_least(1, **{f"lengths[{index}]": length})
-    return _documents(tuple(int(length) for length in given))
+    given = tuple(int(length) for length in given)
+    return _by_recipe(_documents(given), documents, (given,))
 
 
 @functools.lru_cache(maxsize=KEPT)
@@ -236,7 +243,7 @@ def from_mask(mask: Tensor) -> Pattern:
         return at(query.device)[tuple(inside)]
 
     name = f"mask({' x '.join(map(str, mask.shape))})"
-    return Pattern(name, predicate, None, many[0], many[1], fixed)
+    return Pattern(name, predicate, None, many[0], many[1], fixed, (from_mask, (mask,)))
 
 
 def predicate(
@@ -251,7 +258,13 @@ def predicate(
     if not callable(fn):
         raise ValueError(f"fn {fn!r}: a function of (batch, head, query, key) is needed")
     name = name or getattr(fn, "__name__", type(fn).__name__)
-    return Pattern(name, fn, per_batch=bool(per_batch), per_head=bool(per_head))
+    reads = bool(per_batch), bool(per_head)
+    again = _predicate, (fn, name, *reads)
+    return Pattern(name, fn, None, *reads, recipe=again)
+
+
+def _predicate(fn, name, per_batch, per_head) -> Pattern:
+    return predicate(fn, name, per_batch=per_batch, per_head=per_head)
 
 
 def both(a: Pattern, b: Pattern) -> Pattern:
@@ -311,7 +324,13 @@ def _join(how: str, a: Pattern, b: Pattern) -> Pattern:
         a.per_batch or b.per_batch,
         a.per_head or b.per_head,
         tuple(x if y is None else y for x, y in zip(a.sizes, b.sizes, strict=True)),
+        (_rejoin, (how, a.recipe, b.recipe)) if a.recipe and b.recipe else None,
     )
+
+
+def _rejoin(how: str, *recipes: tuple) -> Pattern:
+    """Of recipes, not of patterns: a joined one must not keep its parts alive."""
+    return _joined(how, *(builder(*arguments) for builder, arguments in recipes))
 
 
 def _mix(state: Tensor) -> Tensor:

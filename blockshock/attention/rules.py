@@ -36,11 +36,15 @@ class Pattern:
     )
     per_head: bool = False  # likewise `head`
     sizes: tuple[int | None, ...] = (None,) * 4  # of batch, heads, Tq, Tk it fits; None: any
+    recipe: tuple | None = None  # (builder, arguments): how a copy or a pickle makes it again
 
     @property
     def shape(self) -> tuple[int, int] | None:
         """The only (Tq, Tk) it fits, or None where one of them is free."""
         return None if None in self.sizes[2:] else self.sizes[2:]
+
+    def __reduce_ex__(self, protocol):
+        return self.recipe or super().__reduce_ex__(protocol)
 
     def __post_init__(self):
         if self.interval and (self.per_batch or self.per_head):
@@ -69,7 +73,13 @@ def evaluate(pattern: Pattern, batch: Tensor, head: Tensor, query: Tensor, key: 
     Raises ValueError where the predicate returns anything but a bool tensor of such a shape.
     """
     shape = torch.broadcast_shapes(batch.shape, head.shape, query.shape, key.shape)
-    attends = pattern.predicate(batch, head, query, key)
+    try:
+        attends = pattern.predicate(batch, head, query, key)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"the predicate of pattern {pattern.name!r} failed: {error}; it takes int tensors "
+            "(batch, head, query, key), and combines comparisons by &, | and ~"
+        ) from error
     rule = f"the predicate of pattern {pattern.name!r} returned"
     if not isinstance(attends, Tensor) or attends.dtype != torch.bool:
         kind = attends.dtype if isinstance(attends, Tensor) else type(attends).__name__
@@ -140,5 +150,6 @@ def chunk_of(device) -> int:
 
 def at_least(least: int, **values) -> None:
     for name, value in values.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} {value!r}: an int of at least {least} is needed")
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not whole or not least <= value < 2**31:
+            raise ValueError(f"{name} {value!r}: an int of at least {least} (below 2^31) is needed")

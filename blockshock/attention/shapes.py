@@ -33,6 +33,11 @@ class Shape:
     def of(cls, q_shape: Iterable[int], k_shape: Iterable[int]) -> "Shape":
         """From the shapes of q and of k (v has k's). Raises ValueError when they do not fit."""
         q_shape, k_shape = tuple(q_shape), tuple(k_shape)
+        for size in (*q_shape, *k_shape):
+            if not isinstance(size, int) or size < 0:
+                raise ValueError(
+                    f"a size is {type(size).__name__} or negative; sizes are ints >= 0"
+                )
         if len(q_shape) != 4 or len(k_shape) != 4:
             raise ValueError(
                 f"q of shape {q_shape} and k of shape {k_shape}: attention takes q [batch, heads, "
@@ -97,8 +102,9 @@ def pattern_refused(method: str, pattern) -> str | None:
     """Why a method that knows only full and causal attention cannot run, or None."""
     if pattern is None:
         return None
+    name = getattr(pattern, "name", repr(pattern))
     return (
-        f"pattern {pattern.name}: {method} computes full and causal attention only; use "
+        f"pattern {name}: {method} computes full and causal attention only; use "
         "block_sparse, or flex or reference"
     )
 

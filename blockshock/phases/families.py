@@ -31,7 +31,7 @@ class Family:
     which steps change, and which must stay finite. figures: (case, built, problem, experiment,
     ceilings) -> memory, floor, paths and more for the result. rates: (case, median seconds,
     outcome). usuals: (case) -> more for the result. check_all: raises ValueError or ImportError for
-    cases whose data cannot be made.
+    cases whose data cannot be made. ranks: the only number it is measured with, or None.
     """
 
     case: type
@@ -44,6 +44,7 @@ class Family:
     rates: Callable
     usuals: Callable
     check_all: Callable
+    ranks: int | None = None
 
 
 def family(case) -> Family:
@@ -86,5 +87,6 @@ FAMILIES = {
         rates=attention_steps.rates,
         usuals=lambda case: {"usual": {}},
         check_all=lambda cases: None,
+        ranks=1,
     ),
 }

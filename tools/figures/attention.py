@@ -11,6 +11,7 @@ from tools.attention import (
     OURS,
     PEERS,
     PHASES,
+    TIERS,
     Point,
     attention,
     by_point,
@@ -24,7 +25,7 @@ from tools.figures import looks, style
 from tools.figures.style import Absent, Drawing
 from tools.stats import THRESHOLD, Interval, judge
 
-MOST_OF_A_TIER, MOST_WITHOUT_TIERS = 2, 8
+MOST_OF_A_TIER, MOST_WITHOUT_TIERS = 3, 8
 
 
 def speed_by_tier(results: Results, phase: str) -> list[Drawing]:
@@ -124,6 +125,7 @@ def _bars(axes: Axes, panel: Sequence[Result]) -> bool:
         tiers.setdefault(point.tier, []).append(point)
     most = MOST_OF_A_TIER if len(tiers) > 1 else MOST_WITHOUT_TIERS
     shown = [p for points in tiers.values() for p in style.spread(points, most)]
+    shown.sort(key=lambda p: (p.Tq * p.Tk, p.Tq, p.heads, p.batch))
     width = 0.84 / max(len(places[point]) for point in shown)
     for x, point in enumerate(shown):
         methods = sorted(places[point], key=method_order)
@@ -153,7 +155,8 @@ def _bars(axes: Axes, panel: Sequence[Result]) -> bool:
 
 
 def _group_name(point: Point) -> str:
-    return "\n".join(part for part in (point.tier, point.tokens) if part)
+    tier = point.tier if point.tier in TIERS else ""  # "full", say, is of another sweep, no size
+    return "\n".join(part for part in (tier, point.tokens) if part)
 
 
 def _cells(panel: Sequence[Result]) -> dict[tuple[int, int], tuple[Interval, Result]]:

@@ -7,7 +7,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
 
-from tools.attention import FLEX, PHASES, SPARSE, attention, best_dense, ideal, point_of, speed
+from tools.attention import (
+    FLEX,
+    PHASES,
+    SPARSE,
+    attention,
+    best_dense,
+    dense_of,
+    ideal,
+    point_of,
+    speed,
+)
 from tools.cases import Result, Results
 from tools.figures import looks, style, ticks
 from tools.figures.attention import drawing, groups_of
@@ -36,20 +46,21 @@ def speedup_vs_sparsity(results: Results, phase: str) -> list[Drawing]:
         places = defaultdict(list)
         for result in group:
             p = point_of(result.case)
-            places[p.D, p.Tq * p.Tk, p.tokens, p.batch * p.heads, p.causal].append(result)
+            places[p.D, p.Tq * p.Tk, p.tokens, p.batch * p.heads, dense_of(p).causal].append(result)
         # The panels with the most patterns, in the order of their sizes.
         kept = sorted(places, key=lambda place: -len(places[place]))[:MOST_PANELS]
         canvas = style.canvas(*style.folded(len(kept), 2), height=4.3)
         for axes, place in style.placed(canvas, sorted(kept)):
             D, _, tokens, heads, causal = place
-            words = f"T = {tokens}, D = {D}, {heads} heads in all" + ", causal" * causal
+            words = f"T = {tokens}, D = {D}, {heads} heads in all" + ", over causal" * causal
             axes.set_title(words)
             _speedups(axes, places[place], every)
         for row in canvas.axes:
             row[0].set_ylabel("speedup over the best dense kernel")
         caption = (
-            "Time of the fastest kernel without the pattern, at the same sizes, over that of the "
-            "method, with 95% intervals. The line is 1 / (1 - s): time in proportion to the pairs "
+            "Time of the fastest kernel without the pattern, at the same sizes and causal where "
+            "the pattern is, over that of the method, with 95% intervals. The line is 1 / (1 - s): "
+            "time in proportion to the pairs "
             f"that are left. {SPARSE} stands at the sparsity of the tiles that it touches, {FLEX} "
             "at that of the pairs; a thin line joins the two of one pattern. The axis is "
             "logarithmic in 1 / (1 - s)."
@@ -63,7 +74,7 @@ def speedup_vs_sparsity(results: Results, phase: str) -> list[Drawing]:
 
 
 def _speedups(axes: Axes, group: Sequence[Result], every: Sequence[Result]) -> None:
-    spots = defaultdict(list)  # pattern: [(x, y)]
+    spots = defaultdict(list)  # pattern: [(x, y, whether it is ours)]
     axes.set_xscale("log")
     for line in style.lines(group):
         line = sorted(line, key=ideal)
@@ -74,9 +85,9 @@ def _speedups(axes: Axes, group: Sequence[Result], every: Sequence[Result]) -> N
         look = looks.line_style(line[0]) | {"linestyle": "none"}
         axes.errorbar([ideal(r) for r in line], y, yerr=spread, capsize=2.5, elinewidth=1, **look)
         for r, value in zip(line, y, strict=True):
-            spots[point_of(r.case).pattern].append((ideal(r), value))
-    every_x = [x for spot in spots.values() for x, _ in spot]
-    every_y = [y for spot in spots.values() for _, y in spot]
+            spots[point_of(r.case).pattern].append((ideal(r), value, r.case.method == SPARSE))
+    every_x = [x for spot in spots.values() for x, _, _ in spot]
+    every_y = [y for spot in spots.values() for _, y, _ in spot]
     left, right = max(0.93, 0.6 * min(every_x)), 1.3 * max(every_x)
     axes.plot(
         [left, right], [left, right], color=style.FLOOR, linewidth=1.6, label="ideal: 1 / (1 - s)"
@@ -87,13 +98,13 @@ def _speedups(axes: Axes, group: Sequence[Result], every: Sequence[Result]) -> N
     ticks.ratio_axis(axes)
     joined = {"color": style.MUTED, "linewidth": 0.9, "linestyle": (0, (1, 1.6)), "zorder": 1}
     for spot in spots.values():
-        axes.plot(*zip(*spot, strict=True), **joined)
-    _pattern_names(axes, {name: max(spot, key=lambda xy: xy[1]) for name, spot in spots.items()})
+        axes.plot(*list(zip(*spot, strict=True))[:2], **joined)
+    _pattern_names(axes, {name: max(spot, key=lambda s: s[2])[:2] for name, spot in spots.items()})
     shown = [s for s in SHARES if left <= 1 / (1 - s) <= right]
     axes.xaxis.set_major_locator(FixedLocator([1 / (1 - s) for s in shown]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * (1 - 1 / x):.4g}%"))
-    axes.set_xlabel("sparsity s")
+    axes.set_xlabel(f"sparsity s ({SPARSE}: of its tiles, {FLEX}: of the pairs)")
 
 
 def _pattern_names(axes: Axes, spots: dict[str, tuple]) -> None:
