@@ -138,6 +138,14 @@ def test_tiles_above_the_diagonal_are_never_visited(Tq):
     assert torch.equal(flash(q, *beyond, causal=True), expected[0])
 
 
+def test_a_tile_that_sticks_out_over_the_queries_reads_no_key_beyond_them(monkeypatch):
+    monkeypatch.setattr(kernels, "PROCESSORS", 1)  # tiles of 64 queries × 32 keys
+    q, k, v, _ = problem(1, 1, 1, 20, 64, 32)
+    expected = flash(q, k, v, causal=True)
+    k[:, :, 32:], v[:, :, 32:] = torch.nan, torch.nan
+    assert torch.equal(flash(q, k, v, causal=True), expected)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("Tq", "Tk"), [(200, 90), (90, 200), (129, 129)])
 def test_the_tiles_of_a_full_gpu_match_float64_too(monkeypatch, Tq, Tk, causal):
