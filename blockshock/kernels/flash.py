@@ -62,9 +62,10 @@ def plans(D: int, dtype: torch.dtype, few: bool, lists: str | None) -> Plans:
     """The tiles for heads of D (`padded`). few: programs of 64 queries would leave processors idle.
 
     lists: None, or of a block table, which serves all three kernels with one M and N, "consecutive"
-    or "scattered" (`flash_walk`). Each was the fastest of 3 to 6 on one H200: bf16 at 4096 and
-    16384 tokens, full and causal (D = 64, 128; 256 at 4096), bands and random blocks (lists), fp32
-    at 2048 tokens, and a band of 32 in 128 tokens where programs are few.
+    or "scattered" (`flash_walk`). Chosen among 3 to 6 each by times on one H200: bf16, D = 64 and
+    128, at 4096 and 16384 tokens, full, causal, in bands and random blocks; D = 256 at 4096 tokens;
+    fp32 without lists at 2048 tokens, D = 128. Where one tile serves all kernels, or two were
+    alike, it is not the fastest for each. fp32 with lists or D = 256 was not timed.
     """
     if dtype == torch.float32:  # products in float32 proper
         tile = Plan(16, 32, 4, 1) if D > 128 else Plan(32, 32, 4, 2)
@@ -72,7 +73,11 @@ def plans(D: int, dtype: torch.dtype, few: bool, lists: str | None) -> Plans:
             return Plans(tile, tile, tile)
         return Plans(Plan(64, 32, 4, 1), tile, Plan(64, 64, 8, 1))
     if D > 128:
-        return Plans(Plan(64, 32, 4, 2), Plan(64 if lists else 32, 32, 8, 1), Plan(64, 32, 4, 2))
+        return Plans(
+            Plan(64, 32, 4, 2),
+            Plan(64, 32, 8, 1) if lists else Plan(32, 64, 8, 1),
+            Plan(64, 32, 4, 2),
+        )
     if few:
         tile = Plan(32, 32, 4, 2)
         return Plans(tile, tile, tile)
