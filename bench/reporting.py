@@ -1,5 +1,6 @@
 """How a run tells where it stands, and how its results reach the disk: whole or not at all."""
 
+import json
 import os
 import platform
 import time
@@ -114,6 +115,7 @@ class SafeResults:
 
     def __init__(self, config):
         self.target = self.partial = None
+        self.interrupted = False
         if not config.option.results or hasattr(config, "workerinput"):
             return
         self.target = Path(config.option.results)
@@ -134,6 +136,11 @@ class SafeResults:
             handle.close()
             config.option.benchmark_json = str(self.partial)
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_keyboard_interrupt(self):
+        # Not told by the exit status where pytest fails to report the interrupt.
+        self.interrupted = True
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session):
         if self.target is None:
@@ -150,20 +157,34 @@ class SafeResults:
                 "Free space, or choose another --results, and run again.",
             )
             return None
+        except KeyboardInterrupt:
+            self._say(session, f"interrupted while it ended: {self._unwritten()}")
+            raise
         finally:
             self.partial.unlink(missing_ok=True)
         return result
 
     def _keep(self, session) -> None:
         if not self.partial.stat().st_size:
+            if not session.config.option.collectonly:
+                how = "interrupted before a" if self.interrupted else "no"
+                self._say(session, f"{how} case was measured: {self._unwritten()}")
             return
         target = self.target
-        if session.exitstatus == pytest.ExitCode.INTERRUPTED and target.exists():
+        if not self.interrupted:
+            self.partial.replace(target)
+            return
+        stays = f"; {target} stays as it was" if target.exists() else ""
+        if stays:
             target = target.with_suffix(".partial.json")
-            self._say(
-                session, f"interrupted: {self.target} stays; what was measured is in {target}"
-            )
+        measured = len(json.loads(self.partial.read_bytes())["benchmarks"])
         self.partial.replace(target)
+        cases = sum("record" in item.fixturenames for item in session.items)
+        self._say(session, f"interrupted: {measured} of {cases} cases are in {target}{stays}")
+
+    def _unwritten(self) -> str:
+        stays = "; what was there before is untouched" if self.target.exists() else ""
+        return f"{self.target} was not written{stays}"
 
     def _say(self, session, text: str) -> None:
         reporter = session.config.pluginmanager.get_plugin("terminalreporter")

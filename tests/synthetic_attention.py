@@ -34,6 +34,8 @@ PATTERNS = {
     "documents(8 of 512)": (0.875, 0.875),
     "causal_band(64)": (0.984, 0.953),
 }
+# Of the random blocks that are drawn at T = 16384 alone, beside the share above.
+SHARES = (0.5, 0.25, 0.15, 0.05, 0.02)
 # tier: (batch, T) or (batch, Tq, Tk)
 SIZES = (
     ("small", 16, 512, 512),
@@ -162,6 +164,11 @@ def patterns(phases=("forward", "forward_backward"), lengths=(4096, 16384), D=12
                 hidden = [sparsity, touched] if "random" in name or "strided" in name else hidden
                 more = {"D": D, "phase": phase, "pattern": name, "tier": "patterns"}
                 entries += [entry(m, T, hidden=hidden, **more) for m in SPARSE]
+        for share in SHARES if 16384 in lengths else ():
+            # A tile of 128 x 64 holds two blocks.
+            hidden, name = (1 - share, (1 - share) ** 2), f"random_blocks(64, {share})"
+            more = {"D": D, "phase": phase, "pattern": name, "tier": "sparsity"}
+            entries.append(entry("block_sparse", 16384, hidden=hidden, **more))
     return entries
 
 

@@ -3,6 +3,7 @@
 On a GPU, or under Triton's interpreter (see conftest.py).
 """
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockshock.attention import METHODS, block_sparse, patterns, shapes
+from blockshock.attention import METHODS, block_sparse, blocks, patterns, shapes, turns
 from blockshock.kernels import flash
 from blockshock.kernels.dropout import Dropout, kept_reference
 from tests.attention_checks import DEVICE, DTYPES, check, problem, relative, results, truth
@@ -27,6 +28,12 @@ def scattered(*shape, share=0.1, seed=0):
     return patterns.from_mask(mask.to(DEVICE))
 
 
+# Intervals whose tiles do not follow each other.
+GAPS = patterns.Pattern(
+    "gaps",
+    lambda b, h, i, j: (j >= i % 2 * (LONG - 30)) & (j < i % 2 * (LONG - 30) + 20),
+    lambda i, Tk: (i % 2 * (LONG - 30), i % 2 * (LONG - 30) + 20),
+)
 PATTERNS = {
     "full": patterns.full,
     "causal": patterns.causal,
@@ -36,6 +43,7 @@ PATTERNS = {
     "global_band": lambda: patterns.global_band(3, 10),
     "random_blocks": lambda: patterns.random_blocks(16, 0.2),
     "random_blocks_per_head": lambda: patterns.random_blocks(16, 0.2, per_head=True),
+    "gaps": lambda: GAPS,
     "documents": lambda: patterns.documents([LONG // 2, 10, LONG - LONG // 2 - 10]),
     "predicate": lambda: patterns.predicate(lambda b, h, i, j: (i + j + h) % 3 == 0, per_head=True),
     "mask": lambda: scattered(LONG, LONG),
@@ -57,6 +65,18 @@ def poisoned_memory():
 @pytest.mark.parametrize("name", PATTERNS)
 def test_every_pattern_matches_float64(name, method):
     check(method, problem(2, 2, 1, LONG, LONG, 16), pattern=PATTERNS[name]())
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_pieces_of_long_lists_match_float64(monkeypatch, name):
+    monkeypatch.setattr(turns, "LONG", 0)
+    monkeypatch.setattr(turns, "LEAST", 1)  # each tile is a piece
+    monkeypatch.setattr(blocks, "_TABLES", weakref.WeakKeyDictionary())
+    given, pattern = problem(2, 2, 1, LONG, LONG, 24), PATTERNS[name]()
+    shape = shapes.Shape.of(given[0].shape, given[1].shape)
+    table = METHOD.table(shape, given[0].dtype, False, pattern, given[0].device)
+    assert (table.slots > 0) == (table.starts.diff() > 1).any()
+    check(METHOD, given, pattern=pattern)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

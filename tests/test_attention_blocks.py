@@ -1,6 +1,7 @@
 """What a table of blocks promises: its lists are the mask, from both sides, and no element more."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from blockshock.attention import blocks, patterns, rules, tiles
+from blockshock.attention import blocks, patterns, rules, tiles, turns
 from tests.test_attention_patterns import made, mask
 
 quick = settings(max_examples=60, deadline=None)
@@ -48,6 +49,37 @@ def patchy(draw):
     return (fine ^ noise) & ~rows & ~columns
 
 
+def check_turns(table, turns, splits, slots, seen, whole, starts, fulls, others, masks, together):
+    """Each tile of each list is in one turn; the longest turns come first; slots are as said."""
+    P, lines = fulls.shape
+    assert turns.dtype == splits.dtype == torch.int32
+    assert turns.is_contiguous()
+    lengths = (turns[:, :, 2] - turns[:, :, 1]).long()
+    assert (lengths >= 0).all()
+    for_order = lengths.sum(0, keepdim=True) if together else lengths
+    assert (for_order.diff(dim=1) <= 0).all()
+    if together:  # the same lines and slots in all planes
+        assert (turns[:, :, [0, 5]] == turns[:1, :, [0, 5]]).all()
+    pieces = [first for line, first, last in splits.tolist() for first in range(first, last)]
+    assert pieces == list(range(slots))
+    of_slot = {slot: line for line, *ends in splits.tolist() for slot in range(*ends)}
+    for p in range(P):
+        in_slots = {slot: line for line, *_, slot in turns[p].tolist() if slot >= 0}
+        assert in_slots == of_slot
+        for line in range(lines):
+            own = [turn[1:5] for turn in turns[p].tolist() if turn[0] == line]
+            assert len(own) == max(1, sum(other == line for other in of_slot.values()))
+            walked = sorted(at for first, last, _, _ in own for at in range(first, last))
+            if not table.consecutive:
+                assert walked == list(range(starts[p, line], starts[p, line + 1]))
+                continue
+            assert walked == seen[p, line].nonzero().flatten().tolist()
+            full = sorted(at for _, _, first, last in own for at in range(first, last))
+            assert full == (seen[p, line] & whole[p, line]).nonzero().flatten().tolist()
+            for first, last, first_full, last_full in own:
+                assert first <= first_full <= last_full <= last
+
+
 def check_lists(table, expected):
     """Every promise of the module's docstring, against the mask [P, Tq, Tk], tile by tile."""
     bq, bk = table.block_q, table.block_k
@@ -63,7 +95,7 @@ def check_lists(table, expected):
     assert table.touched == int(touched.sum())
     assert table.tiles == P * nq * nk
     sides = (
-        (touched, full, table.starts, table.full, table.keys, table.masks, table.order),
+        (touched, full, table.starts, table.full, table.keys, table.masks),
         (
             touched.mT,
             full.mT,
@@ -71,21 +103,17 @@ def check_lists(table, expected):
             table.full_t,
             table.queries_t,
             table.masks_t,
-            table.order_t,
         ),
     )
-    for seen, whole, starts, fulls, others, masks, order in sides:
+    for seen, whole, starts, fulls, others, masks in sides:
         lines = seen.shape[1]
         assert starts.shape == (P, lines + 1)
-        assert fulls.shape == order.shape == (P, lines)
+        assert fulls.shape == (P, lines)
         assert others.shape == masks.shape == (table.touched,)
-        every = (starts, fulls, others, masks, order)
+        every = (starts, fulls, others, masks)
         assert all(each.dtype == torch.int32 and each.is_contiguous() for each in every)
         end = 0
         for p in range(P):
-            counts = starts[p].diff()
-            assert order[p].sort().values.tolist() == list(range(lines))
-            assert (counts[order[p].long()].diff() <= 0).all()
             for line in range(lines):
                 start, stop, middle = starts[p, line], starts[p, line + 1], fulls[p, line]
                 assert start == end
@@ -97,6 +125,8 @@ def check_lists(table, expected):
                 assert (masks[start : start + middle] == -1).all()
                 assert (masks[start + middle : stop] >= 0).all()
         assert end == table.touched
+    check_turns(table, table.turns, table.splits, table.slots, *sides[0], together=False)
+    check_turns(table, table.turns_t, table.splits_t, table.slots_t, *sides[1], together=True)
     assert table.bits.dtype == torch.int32
     assert table.bits.shape[1:] == (bq, bk // 32)
     assert len(table.bits.flatten(1).unique(dim=0)) == len(table.bits)  # each once
@@ -171,7 +201,7 @@ def test_intervals_and_evaluation_find_the_same_tiles(pattern, Tq, Tk, sizes):
         return
     without = patterns.Pattern(pattern.name, pattern.predicate)
     a, b = table_of(pattern, Tq, Tk, sizes), table_of(without, Tq, Tk, sizes)
-    for name in ("starts", "full", "keys", "order", "starts_t", "full_t", "queries_t", "order_t"):
+    for name in ("starts", "full", "keys", "splits", "starts_t", "full_t", "queries_t", "splits_t"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert torch.equal(a.masks < 0, b.masks < 0)
     assert torch.equal(a.masks_t < 0, b.masks_t < 0)
@@ -196,9 +226,37 @@ def test_chunks_do_not_change_a_table(monkeypatch, chunk):
     parts = table_of(patterns.from_mask(given_mask), 200, 180, (16, 32), (2, 3))
     assert largest <= max(chunk, 16 * 32)
     check_lists(parts, given_mask.view(6, 200, 180))
-    for name in ("starts", "full", "keys", "starts_t", "queries_t", "order", "order_t"):
+    for name in ("starts", "full", "keys", "starts_t", "queries_t", "turns", "turns_t"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
     assert len(whole.bits) == len(parts.bits)
+
+
+@quick
+@given(pattern=made(), Tq=lengths, Tk=lengths, sizes=block_sizes, long=st.integers(1, 3))
+def test_long_lists_are_split_into_pieces(pattern, Tq, Tk, sizes, long):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "LONG", long)
+        patch.setattr(turns, "LEAST", 1)
+        patch.setattr(blocks, "_TABLES", weakref.WeakKeyDictionary())
+        table = table_of(pattern, Tq, Tk, sizes)
+    check_lists(table, mask(pattern, Tq, Tk)[0])
+    for lists, count, mean in (
+        (table.turns, table.starts.diff(), table.touched / max(1, table.full.numel())),
+        (table.turns_t, table.starts_t.diff(), table.touched / max(1, table.full_t.numel())),
+    ):
+        if table.touched:
+            assert (lists[:, :, 2] - lists[:, :, 1]).max() <= long * math.ceil(mean)
+        assert (lists[:, :, 5] >= 0).any() == (count > long * math.ceil(mean)).any()
+
+
+def test_only_lists_much_longer_than_the_others_are_split():
+    for pattern in (patterns.full(), patterns.causal(), patterns.band(100)):
+        table = table_of(pattern, 3000, 3000, (64, 64))
+        assert table.slots == table.slots_t == 0
+        assert table.turns.shape[1] == table.full.shape[1]
+    table = table_of(patterns.global_band(40, 100), 3000, 3000, (64, 64))
+    assert table.splits[:, 0].tolist() == table.splits_t[:, 0].tolist() == [0]
+    assert table.slots >= 2
 
 
 def test_bits_of_a_repeating_pattern_are_kept_once():

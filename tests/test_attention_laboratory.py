@@ -8,16 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from blockshock.attention import METHODS, patterns
+from blockshock.attention import METHODS, patterns, peers, rules
 from blockshock.attention.reference import reference
 from blockshock.distributed import Ranks
 from blockshock.phases import attention_problem, engine, session
 from blockshock.phases.attention_case import BUILDERS, AttentionCase, parse_pattern
 from blockshock.phases.attention_problem import AttentionProblem
-from blockshock.phases.attention_steps import figures
+from blockshock.phases.attention_steps import figures, forward_backward
 from blockshock.phases.engine import Options
 from blockshock.phases.session import CaseFailed, Laboratory
+from tests.attention_checks import DEVICE
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -190,6 +193,43 @@ def check_truth(problem, pattern, causal):
     ):
         torch.testing.assert_close(truth, expected, rtol=1e-10, atol=1e-12)
         assert 1e-9 < yardstick < 1e-5
+
+
+class Largest(TorchDispatchMode):
+    """Keeps how many entries the largest tensor has."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [x.numel() for x in pytree.tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.entries = max([self.entries, *made])
+        return out
+
+
+@pytest.mark.parametrize("pattern", ["band(16)", "causal_band(40)", "random_blocks(64,0.1)"])
+def test_a_long_pattern_is_checked_and_counted_without_its_mask(monkeypatch, pattern):
+    T, device = 1024, torch.device(DEVICE)
+    chunk = "CHUNK_CPU" if DEVICE == "cpu" else "CHUNK"
+    for module, name in ((attention_problem, "SCORES"), (rules, chunk), (peers, "CHUNK")):
+        monkeypatch.setattr(module, name, 16 * T)
+    case = make("forward_backward", "block_sparse", batch=1, heads=2, Tq=T, pattern=pattern)
+    with Largest() as largest:
+        problem = AttentionProblem(case, device)
+        told = figures(case, case.function, problem, None, None)
+        checked = forward_backward(case, case.function, problem).check()
+        peers.block_mask(case.mask, problem.shape, causal=False, device=device)
+    assert all(figure.passes for figure in checked.values())
+    assert set(checked) == FIGURES
+    exact = mask_of(case.mask, T)
+    assert told["work"]["pairs"] == 2 * int(exact.sum())
+    assert largest.entries <= peers.SIDE * T  # a row of FlexAttention's blocks; the mask has 8
+
+
+def mask_of(pattern, T):
+    """bool [T, T]."""
+    zero, token = torch.zeros((), dtype=torch.int64), torch.arange(T)
+    return patterns.evaluate(pattern, zero, zero, token[:, None], token)
 
 
 def test_the_same_data_is_drawn_for_every_method_phase_and_mask():

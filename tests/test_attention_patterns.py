@@ -277,6 +277,65 @@ def test_what_a_predicate_returns_is_checked(fn, message):
         patterns.sparsity(patterns.predicate(fn, "mine"), 8, 9)
 
 
+TABLE = torch.rand(3, 8, 9, generator=torch.Generator().manual_seed(0)) > 0.5
+REDUCED = {
+    "all pairs": lambda b, h, q, k: (q >= k).any(),
+    "keys": lambda b, h, q, k: (q >= k).all(-1),
+    "keys, kept": lambda b, h, q, k: (q >= k).any(-1, keepdim=True),
+    "queries": lambda b, h, q, k: (q >= k).any(0),
+    "queries, kept": lambda b, h, q, k: (q >= k).any(0, keepdim=True),
+    "first": lambda b, h, q, k: (q >= k)[0, 0],
+    "constant": lambda b, h, q, k: torch.tensor(True),
+    "of heads": lambda b, h, q, k: (h >= 0).any(),
+}
+
+
+@pytest.mark.parametrize("reduced", REDUCED)
+@pytest.mark.parametrize("join", [None, patterns.both, patterns.either])
+@pytest.mark.parametrize("sizes", [(8, 9), (9, 9), (1, 9), (9, 1), (1, 1)])
+def test_a_predicate_that_reduces_is_refused_where_it_matters(reduced, join, sizes):
+    pattern = patterns.predicate(REDUCED[reduced], "mine", per_head=True)
+    pattern = join(pattern, patterns.causal()) if join else pattern
+    if 1 not in sizes or "kept" not in reduced:  # kept, and of one pair: nothing was reduced
+        with pytest.raises(ValueError, match=r"mine.*(several pairs|must broadcast|failed)"):
+            mask(pattern, *sizes, heads=2)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda b, h, q, k: q >= 0,
+        lambda b, h, q, k: k < 5,
+        lambda b, h, q, k: h == 1,
+        lambda b, h, q, k: (b == 1) | (h == 0),
+        lambda b, h, q, k: TABLE[h, q, k],
+        lambda b, h, q, k: TABLE[1, q, k],
+        lambda b, h, q, k: TABLE[b, 0, k],
+    ],
+)
+def test_an_elementwise_predicate_may_read_some_indices_only(rule):
+    pattern = patterns.predicate(rule, "mine", per_batch=True, per_head=True)
+    expected = torch.zeros(2, 3, 8, 9, dtype=torch.bool)
+    for at in torch.ones_like(expected).nonzero():
+        expected[tuple(at)] = rule(*at)
+    assert torch.equal(mask(pattern, 8, 9, 2, 3), expected)
+    found = patterns.sparsity(pattern, 8, 9, batch=2, heads=3)
+    assert found == pytest.approx(1 - expected.float().mean().item())
+    joined = patterns.both(pattern, patterns.causal())
+    assert torch.equal(mask(joined, 8, 9, 2, 3), expected & expected.new_ones(8, 9).tril())
+    scalars = torch.zeros(4, dtype=torch.int64).unbind()
+    assert torch.equal(rules.evaluate(pattern, *scalars), expected[0, 0, 0, 0])
+
+
+def test_a_table_of_each_head_may_be_read_head_by_head():
+    nested = patterns.predicate(lambda b, h, q, k: TABLE[h][q, k], "nested", per_head=True)
+    keys = patterns.predicate(lambda b, h, q, k: TABLE[h][0][k], "nested keys", per_head=True)
+    found = patterns.sparsity(nested, 8, 9, heads=3)
+    assert found == pytest.approx(1 - TABLE.float().mean().item())
+    found = patterns.sparsity(keys, 8, 9, heads=3)
+    assert found == pytest.approx(1 - TABLE[:, 0].float().mean().item())
+
+
 @pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(2).long(), torch.zeros(3).bool()])
 def test_what_an_interval_gives_is_checked(bad):
     pattern = patterns.Pattern("mine", patterns.full().predicate, lambda query, Tk: (query, bad))

@@ -1,16 +1,20 @@
 """PyTorch's own kernels run by name or say why not, before they run."""
 
+import functools
 import gc
+import warnings
 import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask
 
 from blockshock.attention import METHODS, patterns, peers, shapes, unsupported
 from blockshock.attention.reference import reference
+from tests.attention_checks import DEVICE, NAMES, relative, results, truth
 
-CUDA = torch.cuda.is_available()
 SOME = (2, 4, 256, 64)
 HALF = torch.bfloat16
 
@@ -43,18 +47,39 @@ def inputs(heads, kv_heads, Tq, Tk, D=32, dtype=torch.float32, device="cpu", gra
     return [x.requires_grad_(grad) for x in tensors], d_out
 
 
-def relative(own, true):
-    return float((own.double() - true).norm() / true.norm().clamp(min=1e-30))
-
-
 def assert_matches_reference(method, tensors, d_out, most, **options):
-    out = method(*tensors, **options)
-    exact = [x.detach().double().requires_grad_() for x in tensors]
-    true = reference(*exact, **options)
-    own_gradients = torch.autograd.grad(out, tensors, d_out)
-    true_gradients = torch.autograd.grad(true, exact, d_out.double())
-    for own, expected in zip([out, *own_gradients], [true, *true_gradients], strict=True):
-        assert relative(own, expected) < most
+    found = results(method, *tensors, d_out, **options)
+    true = truth(*tensors, d_out, **options)
+    for name_, own, exact in zip(NAMES, found, true, strict=True):
+        error = relative(own, exact)
+        assert error < most, f"{name_}: {error:.2e} of at most {most:.0e}"
+
+
+def altered(changed, by):
+    """`flash_torch`, with `by` added to every entry of its output or of one gradient."""
+
+    def method(*tensors, **options):
+        tensors = [x.view_as(x) for x in tensors]
+        for of, x in zip(NAMES[1:], tensors, strict=True):
+            if of == changed:
+                x.register_hook(lambda gradient: gradient + by)
+        return METHODS["flash_torch"](*tensors, **options) + by * (changed == "out")
+
+    return method
+
+
+@pytest.mark.parametrize(("Tq", "Tk"), [(20, 30), (20, 1)])  # of one key dq and dk are zero
+def test_the_comparison_with_the_reference_passes_what_is_right(Tq, Tk):
+    tensors, d_out = inputs(4, 2, Tq, Tk, grad=True)
+    assert_matches_reference(METHODS["flash_torch"], tensors, d_out, 1e-5)
+
+
+@pytest.mark.parametrize("changed", NAMES)
+@pytest.mark.parametrize(("Tq", "Tk"), [(20, 30), (20, 1)])
+def test_the_comparison_with_the_reference_tells_what_is_wrong(changed, Tq, Tk):
+    tensors, d_out = inputs(4, 2, Tq, Tk, grad=True)
+    with pytest.raises(AssertionError, match=rf"^{changed}: "):
+        assert_matches_reference(altered(changed, 0.1), tensors, d_out, 0.01)
 
 
 @pytest.mark.parametrize(("pattern", "causal", "Tq", "Tk"), MASKS, ids=name)
@@ -115,8 +140,6 @@ def test_flex_on_the_cpu_is_for_looking_not_for_training():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_cannot_run_says_so_without_running(method):
-    if CUDA:
-        pytest.skip("on a CPU the reasons and what happens can be compared")
     reason = unsupported(method, SOME, SOME, torch.float32, "cpu", True)
     tensors, _ = inputs(4, 4, 16, 16)
     if reason is None:
@@ -153,7 +176,7 @@ def test_what_cannot_run_says_so_without_running(method):
         ("flex", {"pattern": patterns.band(2), "dtype": torch.float32}, None),
         ("flex", {"device_type": "cpu"}, None),
         ("flex", {"q_shape": (2, 4, 70, 64)}, None),
-        ("flex", {"q_shape": (2, 4, 70, 64), "backward": True}, "fewer than 128"),
+        ("flex", {"q_shape": (2, 4, 70, 64), "backward": True}, None),
         ("flex", {"device_type": "cpu", "backward": True}, "no backward on the CPU"),
         ("flex", {"dtype": torch.float64}, "dtype float64"),
         ("flex", {"q_shape": (2, 4, 9, 8), "k_shape": (2, 4, 9, 8)}, "D >= 16"),
@@ -163,6 +186,9 @@ def test_what_cannot_run_says_so_without_running(method):
         ("flash_torch", {"pattern": patterns.band(2)}, "use block_sparse"),
         ("reference", {"pattern": patterns.band(2), "device_type": "cpu"}, None),
         ("reference", {"k_shape": (2, 3, 256, 64)}, "multiple of 3"),
+        ("flash_triton", {"scale": 0.3}, None),
+        ("flash_triton", {"scale": -0.3}, "scale = -0.3 must be positive.*negate q"),
+        ("block_sparse", {"scale": 0.0}, "scale = 0.0 must be positive"),
     ],
 )
 def test_reasons_are_known_beforehand(method, change, told):
@@ -173,6 +199,25 @@ def test_reasons_are_known_beforehand(method, change, told):
     else:
         with pytest.raises(ValueError, match=told):
             raise ValueError(reason)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), 1e-60, 1e39])
+@pytest.mark.parametrize("method", ["flash_triton", "block_sparse", "block_sparse_unpruned"])
+def test_a_scale_that_the_call_refuses_is_known_beforehand_in_the_same_words(method, scale):
+    tensors, _ = inputs(1, 1, 16, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="scale") as refusal:
+        METHODS[method](*tensors, scale=scale)
+    known = unsupported(method, *(x.shape for x in tensors[:2]), torch.float32, DEVICE, scale=scale)
+    assert known == str(refusal.value)
+
+
+@pytest.mark.parametrize("method", ["reference", "flash_torch"])
+def test_a_negative_scale_is_told_to_run_where_it_runs(method):
+    tensors, _ = inputs(1, 1, 16, 16)
+    assert unsupported(method, *(x.shape for x in tensors[:2]), HALF, "cpu", scale=-1.0) is None
+    torch.testing.assert_close(
+        METHODS[method](*tensors, scale=-1.0), reference(-tensors[0], *tensors[1:], scale=1.0)
+    )
 
 
 def test_an_unknown_method_lists_the_known():
@@ -195,11 +240,9 @@ def test_on_a_gpu_output_and_gradients_match_the_reference(method, Tq, Tk, kv_he
 
 
 @pytest.mark.gpus(1)
-@pytest.mark.parametrize(("pattern", "causal", "Tq", "Tk"), MASKS[:-1], ids=name)
+@pytest.mark.parametrize(("pattern", "causal", "Tq", "Tk"), MASKS, ids=name)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_on_a_gpu_flex_takes_every_pattern(pattern, causal, Tq, Tk, kv_heads):
-    if Tq < 128:
-        pytest.skip("FlexAttention has no kernel with gradients for so few queries")
     tensors, d_out = inputs(4, kv_heads, Tq, Tk, 64, HALF, "cuda", grad=True)
     options = {"causal": causal, "pattern": pattern}
     assert_matches_reference(peers.flex, tensors, d_out, 0.01, **options)
@@ -208,13 +251,52 @@ def test_on_a_gpu_flex_takes_every_pattern(pattern, causal, Tq, Tk, kv_heads):
     assert (out[(true == 0).all(dim=-1)] == 0).all()
 
 
+def test_the_reason_of_a_refusal_is_what_torch_warns_of():
+    q, v = torch.ones(1, 1, 8, 16), torch.ones(1, 1, 8, 24)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        reason = peers._why_not(functools.partial(F.scaled_dot_product_attention, q, q, v))
+    assert reason.startswith("Flash attention requires q,k,v to have the same last dimension")
+    assert "Value.size(-1): 24" in reason
+    assert "Triggered" not in reason
+
+
+def test_the_reason_leaves_out_the_kernels_that_were_not_asked_for():
+    def refused():  # as PyTorch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp
+        for kernel, reason in [
+            ("Memory efficient", "Memory Efficient attention has been runtime disabled."),
+            ("Flash attention", "Flash attention has been runtime disabled."),
+            ("cuDNN attention", "head_dim should be no more than 256"),
+        ]:
+            for text in (f"{kernel} kernel not used because:", reason):
+                warnings.warn(f"{text} (Triggered internally at sdp_utils.cpp:1.)", stacklevel=1)
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    assert peers._why_not(refused) == "head_dim should be no more than 256"
+
+
+def test_a_refusal_without_a_warning_is_told_in_the_words_of_the_error_and_with_the_sizes(
+    monkeypatch,
+):
+    tensors, _ = inputs(4, 2, 9, 7)
+    monkeypatch.setattr(peers.sdpa_cudnn, "unsupported", lambda *a, **options: None)
+    told = (
+        r"sdpa_cudnn cannot run here: No viable backend .*q \(2, 4, 9, 32\), k \(2, 2, 7, 32\), fl"
+    )
+    with pytest.raises(ValueError, match=told):  # the CPU has no such kernel
+        peers.sdpa_cudnn(*tensors)
+
+
 @pytest.mark.gpus(1)
 @pytest.mark.parametrize("method", ["sdpa_flash", "sdpa_cudnn"])
-def test_on_a_gpu_what_torch_refuses_is_an_error_with_its_reason(method, monkeypatch):
+def test_on_a_gpu_what_torch_refuses_is_an_error_with_its_reason(method, monkeypatch, capfd):
     tensors, _ = inputs(2, 2, 64, 64, 264, HALF, "cuda")
     monkeypatch.setattr(METHODS[method], "unsupported", lambda *a, **options: None)
-    with pytest.raises(ValueError, match=rf"{method} cannot run here: .*(256|128)"):
-        METHODS[method](*tensors)
+    for _ in range(2):  # the reason is told each time
+        with pytest.raises(ValueError, match=rf"{method} cannot run here: .*\b(256|128)\b") as told:
+            METHODS[method](*tensors)
+        assert "disabled" not in str(told.value)
+        assert "q (2, 2, 64, 264)" in str(told.value)
+    assert "sdp_utils" not in capfd.readouterr().err
 
 
 @pytest.mark.gpus(1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from _pytest.terminal import TerminalReporter
 
 from bench import reporting
 from blockshock.phases import session
@@ -140,23 +141,97 @@ def test_every_shipped_sweep_can_be_collected(bench, sweep):
     out.stdout.fnmatch_lines(["*bench_forward.py*", "* tests collected*"])
 
 
-def test_an_interrupt_leaves_a_complete_result_as_it_is(bench, tmp_path, monkeypatch):
-    target = tmp_path / "r.json"
-    target.write_text("complete")
+@pytest.fixture
+def interrupted(bench, tmp_path, monkeypatch):
+    """Runs six cases and presses Ctrl-C at one of them."""
     original, asked = session.Laboratory.result, []
 
-    def interrupted(self, case, neighbours):
-        asked.append(case)
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return original(self, case, neighbours)
+    def run(at):
+        def result(self, case, neighbours):
+            asked.append(case)
+            if len(asked) == at:
+                raise KeyboardInterrupt
+            return original(self, case, neighbours)
 
-    monkeypatch.setattr(session.Laboratory, "result", interrupted)
-    out = bench(*SMALL, "--results", target, files=["bench/bench_forward.py"])
+        monkeypatch.setattr(session.Laboratory, "result", result)
+        args = ("--results", tmp_path / "r.json")
+        return bench(*SMALL, *args, files=["bench/bench_forward.py"])
+
+    return run
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir() if p.suffix)
+
+
+def test_an_interrupt_leaves_a_complete_result_as_it_is(interrupted, tmp_path):
+    target = tmp_path / "r.json"
+    target.write_text("complete")
+    out = interrupted(at=3)
     assert out.ret == pytest.ExitCode.INTERRUPTED
     assert target.read_text() == "complete"
     assert len(results(tmp_path / "r.partial.json")[1]) == 2
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix) == ["r.json", "r.partial.json"]
+    assert files(tmp_path) == ["r.json", "r.partial.json"]
+    out.stdout.fnmatch_lines(["interrupted: 2 of 6 cases are in *r.partial.json; *r.json stays*"])
+
+
+def test_an_interrupt_that_pytest_fails_to_report_is_one_all_the_same(
+    interrupted, tmp_path, monkeypatch
+):
+    def fails(self, excinfo):
+        raise TypeError("a frame without a line number")
+
+    monkeypatch.setattr(TerminalReporter, "pytest_keyboard_interrupt", fails)
+    (tmp_path / "r.json").write_text("complete")
+    out = interrupted(at=3)
+    assert "a frame without a line number" in out.stderr.str()
+    assert (tmp_path / "r.json").read_text() == "complete"
+    assert len(results(tmp_path / "r.partial.json")[1]) == 2
+
+
+def test_an_interrupt_says_what_is_in_the_file(interrupted, tmp_path):
+    out = interrupted(at=4)
+    assert out.ret == pytest.ExitCode.INTERRUPTED
+    assert len(results(tmp_path / "r.json")[1]) == 3
+    out.stdout.fnmatch_lines(["interrupted: 3 of 6 cases are in *r.json"])
+
+
+@pytest.mark.parametrize("before", [None, "earlier"])
+def test_an_interrupt_before_any_case_says_that_no_file_was_written(interrupted, tmp_path, before):
+    if before:
+        (tmp_path / "r.json").write_text(before)
+    out = interrupted(at=1)
+    untouched = "; what was there before is untouched" if before else ""
+    line = f"interrupted before a case was measured: *r.json was not written{untouched}"
+    out.stdout.fnmatch_lines([line])
+    assert files(tmp_path) == (["r.json"] if before else [])
+
+
+def test_a_second_interrupt_while_the_ranks_end_says_that_no_file_was_written(tmp_path):
+    lines = []
+    reporter = SimpleNamespace(
+        ensure_newline=lambda: None, write_line=lambda text, red: lines.append(text)
+    )
+    config = SimpleNamespace(
+        option=SimpleNamespace(results=tmp_path / "r.json"),
+        pluginmanager=SimpleNamespace(get_plugin=lambda name: reporter),
+    )
+    ending = reporting.SafeResults(config).pytest_sessionfinish(SimpleNamespace(config=config))
+    next(ending)
+    with pytest.raises(KeyboardInterrupt):
+        ending.throw(KeyboardInterrupt)
+    assert lines == [f"interrupted while it ended: {tmp_path}/r.json was not written"]
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("args", [("--set", "N=100", "--set", "B=8"), ("-k", "nothing")])
+def test_a_run_that_measured_nothing_says_that_no_file_was_written(bench, tmp_path, args):
+    args = (*args, "--set", "method=block_shock", "--results", tmp_path / "r.json")
+    out = bench(*args, files=["bench/bench_forward.py"])
+    out.stdout.fnmatch_lines(["no case was measured: *r.json was not written"])
+    assert files(tmp_path) == []
+    listed = bench(*args, "--collect-only", files=["bench/bench_forward.py"])
+    assert not any("was measured" in line for line in listed.outlines)
 
 
 def test_seeds_are_cases_of_their_own(bench, tmp_path):

@@ -70,6 +70,30 @@ def test_the_shipped_sweeps_of_attention_expand_to_distinct_cases(name, device, 
     assert any(case.unsupported(device) is None for case in cases)
 
 
+@pytest.mark.parametrize("phase", attention_sweep.PHASES)
+def test_random_blocks_are_measured_over_sparsities_at_one_size_beside_dense(phase):
+    cases = sweeps.cases(SHIPPED["attention_patterns"], phase, "cuda", 1, {})
+    blocks = [c for c in cases if (c.pattern or "").startswith("random_blocks")]
+    of_blocks = [c for c in blocks if c.method == "block_sparse"]
+    shares = sorted(float(c.pattern[:-1].split(",")[1]) for c in of_blocks)
+    assert shares == [0.02, 0.05, 0.1, 0.15, 0.25, 0.5]
+    sizes = {(c.batch, c.heads, c.Tq, c.Tk, c.D, c.dtype) for c in blocks}
+    assert sizes == {(1, 16, 16384, 16384, 128, "bf16")}
+    dense = {(c.batch, c.heads, c.Tq, c.Tk, c.D, c.dtype) for c in cases if not c.pattern}
+    assert sizes < dense
+
+
+@pytest.mark.parametrize("phase", attention_sweep.PHASES)
+def test_patterns_are_measured_at_the_length_that_allows_no_mask(phase):
+    cases = sweeps.cases(SHIPPED["attention_patterns"], phase, "cuda", 1, {})
+    found = {(c.pattern, c.method) for c in cases if c.Tq == 131072}
+    assert found == {
+        (pattern, method)
+        for pattern in ("band(1024)", "causal_band(4096)")
+        for method in ("flex", "block_sparse")
+    }
+
+
 def test_points_replace_axes_and_set_replaces_both(tmp_path):
     text = """
 family: attention

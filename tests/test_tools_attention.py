@@ -175,6 +175,38 @@ def test_the_points_of_the_speedup_figure_lie_at_their_sparsity(results, drawn):
     assert names == {name for name in made.PATTERNS if not name.startswith("causal")}
 
 
+def test_patterns_that_differ_in_their_last_number_make_a_line_with_one_name(drawn):
+    axes = drawn["attention_forward_vs_sparsity"].figure.axes[1]
+    assert axes.get_title() == "T = 16384, D = 128, 16 heads in all"
+    bars = {bar.get_label(): bar.lines[0] for bar in axes.containers}
+    colour = bars["block_sparse"].get_color()
+    (line,) = [x for x in axes.lines if x.get_color() == colour and x.get_linestyle() == "-"]
+    found, every = line.get_xydata().tolist(), bars["block_sparse"].get_xydata().tolist()
+    tiles = sorted(1 / (1 - (1 - share) ** 2) for share in made.SHARES)
+    assert [x for x, _ in found if any(x == pytest.approx(t) for t in tiles)] == pytest.approx(
+        tiles
+    )
+    assert len(found) == len(made.SHARES) + 1  # with the share of all lengths
+    assert found == sorted(found)
+    assert all(point in every for point in found)
+    names = {label.get_text() for child in axes.child_axes for label in child.get_xticklabels()}
+    assert [name for name in names if "random" in name] == ["random_blocks(64,…)"]
+    assert "band(256)" in names
+
+
+def test_two_of_a_pattern_make_no_line(tmp_path):
+    entries = [made.entry("sdpa_cudnn", 512)]
+    for window in (8, 64):
+        more = {"pattern": f"band({window})", "hidden": (0.5 + window / 1000, 0.5 + window / 1000)}
+        entries.append(made.entry("block_sparse", 512, **more))
+    (drawing,) = ATTENTION_FIGURES["attention_forward_vs_sparsity"](read(tmp_path, entries))
+    axes = drawing.figure.axes[0]
+    names = {label.get_text() for child in axes.child_axes for label in child.get_xticklabels()}
+    assert names == {"band(8)", "band(64)"}
+    colour = axes.containers[0].lines[0].get_color()
+    assert not [x for x in axes.lines if x.get_color() == colour and x.get_linestyle() == "-"]
+
+
 def test_names_are_pushed_apart_and_stay_in_the_panel():
     found = _pushed([0.1, 0.9, 0.95, 0.99], 0.1)
     assert found == pytest.approx([0.1, 0.8, 0.9, 1.0])
@@ -226,7 +258,8 @@ def test_a_report_of_attention_alone_has_its_section_and_no_verdict(
     for result in results.results:
         assert f"<td>{result.id}</td>" in page
     assert "ratios of speed" in page
-    assert "patterns and their tables (12 patterns)" in page
+    count = 2 * len(made.PATTERNS) + len(made.SHARES)
+    assert f"patterns and their tables ({count} patterns)" in page
     for target in re.findall(r'<a href="#([^"]+)"', page):
         assert f'id="{target}"' in page
 
@@ -276,7 +309,9 @@ def test_the_readme_tables_show_throughput_and_ratios_of_speed(results):
     assert row["flash_triton / sdpa_flash"] == str(speed(at["flash_triton"], at["sdpa_flash"]))
     assert "block_sparse" not in row
     patterns = table_of(tables[1][2])
-    assert len(patterns) == 2 * len(made.PATTERNS)
+    assert len(patterns) == 2 * len(made.PATTERNS) + len(made.SHARES)
+    longer = [row["pattern"] for row in patterns if row["T"] == "16384"]
+    assert longer == sorted(longer)  # of whatever tier
     assert patterns[0]["pattern"] == "band(256)"
     assert patterns[0]["dense"].endswith("(sdpa_cudnn)")
     share = float(patterns[0]["block_sparse / dense"].split()[0]) / float(patterns[0]["ideal"])

@@ -5,6 +5,7 @@ All ratios are of speed: above 1 the first method named is the faster.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from tools.attention import (
     FLEX,
@@ -18,6 +19,7 @@ from tools.attention import (
     by_point,
     by_setting,
     ideal,
+    place_order,
     point_of,
     speed,
 )
@@ -118,6 +120,7 @@ def readme_tables(results: Results) -> list[tuple[str, str, str]]:
             tables.append((words_, text, _dense_table(ratio_rows(few, here))))
         patterns = [r for r in here if point_of(r.case).pattern is not None]
         patterns = [r for r in patterns if r.case.method in (FLEX, SPARSE, UNPRUNED)]
+        patterns.sort(key=_by_size)
         if patterns:
             words_ = (
                 f"Attention with patterns, {words}: median ms. s: sparsity of the pairs, and of "
@@ -127,6 +130,11 @@ def readme_tables(results: Results) -> list[tuple[str, str, str]]:
             )
             tables.append((words_, text, _pattern_table(ratio_rows(patterns, here))))
     return tables
+
+
+def _by_size(result: Result) -> tuple:
+    """Orders patterns as if they were of one tier, which their table does not show."""
+    return place_order(replace(point_of(result.case), tier=""))
 
 
 def _dense_table(rows: list[dict]) -> str:

@@ -7,8 +7,8 @@ j <= i, ANDed with the pattern (`patterns.Pattern`). scale: D ** -0.5 when None.
 to nothing is 0, with gradients of 0. What a method cannot do is a ValueError; `unsupported` tells
 it without running. `work` counts the arithmetic.
 
-A method may carry `unsupported(shape, *, dtype, device_type, causal, pattern, backward)`, with
-`shapes.Shape`: why it cannot run, or None.
+A method may carry `unsupported(shape, *, dtype, device_type, causal, pattern, scale, backward)`,
+with `shapes.Shape`: why it cannot run, or None.
 """
 
 import torch
@@ -30,6 +30,7 @@ def unsupported(
     causal: bool = False,
     pattern=None,
     *,
+    scale: float | None = None,
     backward: bool = False,
 ) -> str | None:
     """Why METHODS[method] cannot run, or None; nothing is run and no GPU is touched.
@@ -56,6 +57,7 @@ def unsupported(
         device_type=device_type,
         causal=causal,
         pattern=pattern,
+        scale=scale,
         backward=backward,
     )
 

@@ -109,26 +109,12 @@ def _with_all(pruned: blocks.BlockTable) -> blocks.BlockTable:
     bits = pruned.bits
     if pruned.low is None:
         bits = torch.cat([bits, bits.new_zeros(1, *bits.shape[1:])])
-    starts, full, keys, masks, order = _all_of(kinds)
-    starts_t, full_t, queries_t, masks_t, order_t = _all_of(kinds.mT)
-    turns = blocks.turns(starts, full, keys, order, pruned.consecutive)
-    turns_t = blocks.turns(starts_t, full_t, queries_t, order_t, pruned.consecutive)
+    listed = blocks.both_sides(_all_of(kinds), _all_of(kinds.mT), pruned.consecutive)
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # any stream may read it from here on
     return replace(
         pruned,
-        starts=starts,
-        full=full,
-        keys=keys,
-        masks=masks,
-        order=order,
-        starts_t=starts_t,
-        full_t=full_t,
-        queries_t=queries_t,
-        masks_t=masks_t,
-        order_t=order_t,
-        turns=turns,
-        turns_t=turns_t,
+        **listed,
         bits=bits,
         touched=planes * nq * nk,
         build_seconds=pruned.build_seconds + time.perf_counter() - started,
@@ -142,14 +128,7 @@ def _all_of(kinds: Tensor) -> tuple[Tensor, ...]:
     each = torch.arange(planes, device=kinds.device)[:, None] * (lines * others)
     starts = each + torch.arange(lines + 1, device=kinds.device) * others
     full = (kinds == -1).sum(2)
-    order = torch.arange(lines, device=kinds.device).expand(planes, lines).contiguous()
-    listed = (
-        starts,
-        full,
-        order_of_each.flatten(),
-        kinds.gather(2, order_of_each).flatten(),
-        order,
-    )
+    listed = (starts, full, order_of_each.flatten(), kinds.gather(2, order_of_each).flatten())
     return tuple(values.int() for values in listed)
 
 
@@ -161,8 +140,8 @@ def _table(q: Tensor, k: Tensor, v: Tensor, causal: bool, pattern) -> blocks.Blo
     return table(shape, q.dtype, causal, pattern, q.device)
 
 
-def _unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
-    return refused(shape, dtype=dtype, device_type=device_type)
+def _unsupported(shape, *, dtype, device_type, causal, pattern, scale, backward) -> str | None:
+    return refused(shape, dtype=dtype, device_type=device_type, scale=scale)
 
 
 for _method in (block_sparse, block_sparse_unpruned):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from blockshock.attention import rules, tiles
+from blockshock.attention import turns as programs
 
 KEPT = 16  # tables of one pattern
 
@@ -44,20 +45,22 @@ class BlockTable:
     full: Tensor  # int32 [P, nq]
     keys: Tensor  # int32 [entries]
     masks: Tensor  # int32 [entries]; -1: full. 0 for each partial tile where there are intervals
-    order: Tensor  # int32 [P, nq], query blocks: the longest list first
     starts_t: Tensor  # int32 [P, nk + 1], into queries_t and masks_t
     full_t: Tensor  # int32 [P, nk]
     queries_t: Tensor  # int32 [entries]
     masks_t: Tensor  # int32 [entries]
-    order_t: Tensor  # int32 [P, nk]
-    turns: Tensor  # int32 [P, nq, 5], what kernels read of the lists: see `turns`
-    turns_t: Tensor  # int32 [P, nk, 5]
+    turns: Tensor  # what programs read of the lists, see `turns.py`
+    splits: Tensor
+    slots: int
+    turns_t: Tensor
+    splits_t: Tensor
+    slots_t: int
     bits: Tensor  # int32 [unique, block_q, block_k // 32]; unique = 0 where there are intervals
     low: Tensor | None  # int32 [Tq]
     high: Tensor | None  # int32 [Tq]
     touched: int  # tiles with at least one attended pair
     tiles: int  # all
-    consecutive: bool  # whether the full ones of each list, in both directions, follow each other
+    consecutive: bool  # intervals, and the touched ones of each list follow each other, both ways
     build_seconds: float
 
     @property
@@ -180,10 +183,12 @@ def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
             device=device,
         )
     nq, nk = tiles.blocks(Tq, block_q), tiles.blocks(Tk, block_k)
-    starts, full, keys, masks, order = _lists(made, made.line, made.column, planes, nq, nk)
+    of_queries = _lists(made, made.line, made.column, planes, nq, nk)
     plane, row = made.line // max(nq, 1), made.line % max(nq, 1)
-    back = _lists(made, plane * nk + made.column, row, planes, nk, nq)
-    consecutive = _consecutive(starts, full, keys) and _consecutive(*back[:3])
+    of_keys = _lists(made, plane * nk + made.column, row, planes, nk, nq)
+    consecutive = pattern.interval is not None
+    consecutive &= programs.are_consecutive(*of_queries[:3])
+    consecutive &= programs.are_consecutive(*of_keys[:3])
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # any stream may read it from here on
     return BlockTable(
@@ -194,30 +199,19 @@ def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
         planes=planes,
         batch_stride=(different[1] if pattern.per_batch else 0),
         head_stride=int(pattern.per_head),
-        starts=starts,
-        full=full,
-        keys=keys,
-        masks=masks,
-        order=order,
-        starts_t=back[0],
-        full_t=back[1],
-        queries_t=back[2],
-        masks_t=back[3],
-        order_t=back[4],
+        **both_sides(of_queries, of_keys, consecutive),
         bits=made.bits,
         low=low,
         high=high,
-        touched=len(keys),
+        touched=len(made.line),
         tiles=planes * nq * nk,
         consecutive=consecutive,
-        turns=turns(starts, full, keys, order, consecutive),
-        turns_t=turns(*back[:3], longest_of_all(back[0]), consecutive),
         build_seconds=time.perf_counter() - started,
     )
 
 
 def _lists(made: tiles.Tiles, line: Tensor, other: Tensor, planes: int, lines: int, others: int):
-    """starts, full, others, masks, order of the tiles, by `line` of all planes: int32."""
+    """starts, full, others, masks of the tiles, by `line` of all planes: int32."""
     device = line.device
     # Sorted by line, then full before partial, then the other side: bounds are found by search.
     key, by = ((2 * line + ~made.full) * others + other).sort()
@@ -226,41 +220,14 @@ def _lists(made: tiles.Tiles, line: Tensor, other: Tensor, planes: int, lines: i
     full = (torch.searchsorted(key, each[:-1] + others) - bounds[:-1]).view(planes, lines)
     ends = torch.arange(planes, device=device)[:, None] * lines
     starts = bounds[ends + torch.arange(lines + 1, device=device)]
-    order = starts.diff(dim=1).argsort(dim=1, descending=True, stable=True)
-    listed = (starts, full, other[by], made.mask[by], order)
-    return tuple(values.int() for values in listed)
+    return tuple(values.int() for values in (starts, full, other[by], made.mask[by]))
 
 
-def turns(starts: Tensor, full: Tensor, others: Tensor, order: Tensor, consecutive: bool) -> Tensor:
-    """What one program after the other takes: int32 [P, lines, 5], lines in this order [P, lines].
-
-    Of each its number; from and to of its full tiles, by their numbers where they are consecutive,
-    else by their places in the list; from and to of its partial ones, by their places.
-    """
-    planes, lines = full.shape
-    first, count = starts[:, :-1].long(), full.long()
-    begin = first
-    if consecutive and len(others):
-        begin = others.long()[first.clamp(max=len(others) - 1)]
-    line = torch.arange(lines, device=starts.device).expand(planes, lines)
-    found = torch.stack([line, begin, begin + count, first + count, starts[:, 1:].long()], dim=2)
-    return found.gather(1, order.long()[:, :, None].expand(planes, lines, 5)).int()
-
-
-def longest_of_all(starts: Tensor) -> Tensor:
-    """Lines by the length of their lists in all planes together: one order [P, lines] for all.
-
-    Query heads that share a head of keys may be different planes, and a program works on one line
-    of them all.
-    """
-    order = starts.diff(dim=1).sum(0).argsort(descending=True, stable=True)
-    return order.expand(len(starts), -1)
-
-
-def _consecutive(starts: Tensor, full: Tensor, others: Tensor) -> bool:
-    """Whether the full tiles of each list are numbered without a gap."""
-    if not len(others):
-        return True
-    first, count = starts[:, :-1].long(), full.long()
-    spread = others[(first + count - 1).clamp(min=0)] - others[first.clamp(max=len(others) - 1)]
-    return bool(((count == 0) | (spread == count - 1)).all())
+def both_sides(of_queries: tuple, of_keys: tuple, consecutive: bool) -> dict:
+    """The fields of a table that list its tiles: starts, full, others and masks of either side."""
+    turns = programs.turns(*of_queries[:3], consecutive=consecutive, together=False)
+    turns_t = programs.turns(*of_keys[:3], consecutive=consecutive, together=True)
+    lists = "starts", "full", "keys", "masks", "turns", "splits", "slots"
+    lists_t = "starts_t", "full_t", "queries_t", "masks_t", "turns_t", "splits_t", "slots_t"
+    sides = (*of_queries, *turns), (*of_keys, *turns_t)
+    return dict(zip(lists, sides[0], strict=True)) | dict(zip(lists_t, sides[1], strict=True))

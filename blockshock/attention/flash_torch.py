@@ -154,7 +154,7 @@ def _heads(x: Tensor, shape: shapes.Shape) -> Tensor:
     return x.reshape(shape.batch, shape.heads, rows, x.shape[-1])
 
 
-def _unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
+def _unsupported(shape, *, dtype, device_type, causal, pattern, scale, backward) -> str | None:
     return shapes.pattern_refused("flash_torch", pattern) or shapes.dtype_refused(
         "flash_torch", dtype, shapes.PRECISE
     )

@@ -77,7 +77,7 @@ def flash_triton(
     return FlashAttentionTriton.apply(q, k, v, causal, scale)
 
 
-def refused(shape: shapes.Shape, *, dtype, device_type: str) -> str | None:
+def refused(shape: shapes.Shape, *, dtype, device_type: str, scale=None) -> str | None:
     """Why the kernels cannot take these inputs, or None."""
     reason = flash.unsupported(dtype, device_type)
     if reason is None and (shape.D % 8 or not 16 <= shape.D <= flash.MAX_D):
@@ -85,6 +85,11 @@ def refused(shape: shapes.Shape, *, dtype, device_type: str) -> str | None:
             f"D = {shape.D}: the attention kernels take heads of 16 to {flash.MAX_D}, in multiples "
             "of 8; pad D with zeros, or use reference"
         )
+    if reason is None and scale is not None:
+        try:
+            positive(scale)
+        except ValueError as error:
+            return str(error)
     return reason
 
 
@@ -99,9 +104,9 @@ def positive(scale: float) -> float:
     return float(scale)
 
 
-def _unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
+def _unsupported(shape, *, dtype, device_type, causal, pattern, scale, backward) -> str | None:
     reason = shapes.pattern_refused("flash_triton", pattern)
-    return reason or refused(shape, dtype=dtype, device_type=device_type)
+    return reason or refused(shape, dtype=dtype, device_type=device_type, scale=scale)
 
 
 flash_triton.unsupported = _unsupported

@@ -26,6 +26,9 @@ from blockshock.attention import patterns, shapes
 SIDE = 128  # queries, and keys, of one block of the mask
 CHUNK = 1 << 24  # entries of the mask that are held at once
 COMPILATIONS = 256  # each mask, size and dtype needs one; PyTorch's own limit is 8
+# For fewer than 128 queries FlexAttention has a second kernel (flex_decoding.py in PyTorch's
+# inductor), with no tiles for a mask where Tq · heads / kv_heads > SIDE: so always the first.
+FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 
 _block_masks: WeakKeyDictionary = WeakKeyDictionary()  # pattern -> (sizes, device) -> mask
 
@@ -71,7 +74,7 @@ def flex(
         ValueError: shapes, dtypes or devices that do not fit, or that FlexAttention refuses.
     """
     wanted = shapes.gradients_wanted(q, k, v)
-    shape = _checked(flex, q, k, v, causal, pattern, backward=wanted)
+    shape = _checked(flex, q, k, v, causal, pattern, scale, backward=wanted)
     if not wanted:
         q, k, v = q.detach(), k.detach(), v.detach()  # else the CPU refuses, even under no_grad
     run = _flex_compiled() if q.device.type == "cuda" else _flex_unfused
@@ -79,7 +82,15 @@ def flex(
     from torch._dynamo import config
 
     with config.patch(recompile_limit=COMPILATIONS):
-        return run(q, k, v, block_mask=mask, scale=scale, enable_gqa=shape.group > 1)
+        return run(
+            q,
+            k,
+            v,
+            block_mask=mask,
+            scale=scale,
+            enable_gqa=shape.group > 1,
+            kernel_options=FLEX_OPTIONS,
+        )
 
 
 def block_mask(pattern, shape: shapes.Shape, *, causal: bool, device):
@@ -148,29 +159,43 @@ def _flex_unfused(*inputs, **options) -> Tensor:
 
 def _sdpa(method, q, k, v, causal, pattern, scale) -> Tensor:
     wanted = shapes.gradients_wanted(q, k, v)
-    shape = _checked(method, q, k, v, causal, pattern, backward=wanted)
+    shape = _checked(method, q, k, v, causal, pattern, scale, backward=wanted)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     backend, can_run = SDPA[method.__name__]
     grouped = shape.group > 1
+    run = functools.partial(
+        F.scaled_dot_product_attention, q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
     with sdpa_kernel(backend):
-        inputs = cuda.SDPAParams(q, k, v, None, 0.0, causal, grouped)
-        if not can_run(inputs):
-            raise ValueError(_why_not(method.__name__, can_run, inputs))
-        return F.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
-        )
+        if can_run(cuda.SDPAParams(q, k, v, None, 0.0, causal, grouped)):
+            return run()
+        reasons = _why_not(run)
+    raise ValueError(
+        f"{method.__name__} cannot run here: {reasons} (q {tuple(q.shape)}, k {tuple(k.shape)}, "
+        f"{str(q.dtype).removeprefix('torch.')}); use another method"
+    )
 
 
-def _why_not(name: str, can_run, inputs) -> str:
-    """What PyTorch says against a kernel: it tells by warnings."""
+def _why_not(run) -> str:
+    """What PyTorch says against the one kernel that is left to choose from.
+
+    It must be asked by running: what `can_use_flash_attention(…, debug=True)` finds goes to stderr,
+    and only what an operator finds goes through Python's warnings.
+    """
+    refusal = "PyTorch does not say why"
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        can_run(inputs, True)
-    reasons = "; ".join(str(each.message).split(" (Triggered")[0] for each in told)
-    return f"{name} cannot run here: {reasons or 'PyTorch does not say why'}; use another method"
+        try:
+            run()
+        except RuntimeError as error:
+            refusal = str(error).strip().rstrip(".")
+    texts = [str(each.message).split(" (Triggered")[0].strip().rstrip(".") for each in told]
+    # The other kernels' reason is that they are disabled here.
+    reasons = [x for x in texts if not x.endswith(("not used because:", "runtime disabled"))]
+    return "; ".join(reasons) or refusal
 
 
-def _checked(method, q, k, v, causal, pattern, *, backward: bool) -> shapes.Shape:
+def _checked(method, q, k, v, causal, pattern, scale, *, backward: bool) -> shapes.Shape:
     shape = shapes.check(q, k, v, pattern=pattern)
     reason = method.unsupported(
         shape,
@@ -178,6 +203,7 @@ def _checked(method, q, k, v, causal, pattern, *, backward: bool) -> shapes.Shap
         device_type=q.device.type,
         causal=causal,
         pattern=pattern,
+        scale=scale,
         backward=backward,
     )
     if reason:
@@ -204,7 +230,9 @@ def _empty(name: str, shape) -> str | None:
     return None
 
 
-def _flash_unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
+def _flash_unsupported(
+    shape, *, dtype, device_type, causal, pattern, scale, backward
+) -> str | None:
     if causal and shape.Tq != shape.Tk and device_type == "cuda":
         return (
             f"Tq = {shape.Tq}, Tk = {shape.Tk}: sdpa_flash is causal only where these are equal; "
@@ -213,7 +241,9 @@ def _flash_unsupported(shape, *, dtype, device_type, causal, pattern, backward) 
     return _sdpa_unsupported("sdpa_flash", 256, shape, dtype, device_type, pattern)
 
 
-def _cudnn_unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
+def _cudnn_unsupported(
+    shape, *, dtype, device_type, causal, pattern, scale, backward
+) -> str | None:
     # From cuDNN 9.22 some GPUs take more (PyTorch's sdp_utils.cpp); if this one does not, PyTorch
     # refuses when it is called.
     most = 256 if (torch.backends.cudnn.version() or 0) > 92200 else 128
@@ -225,16 +255,11 @@ def _cudnn_unsupported(shape, *, dtype, device_type, causal, pattern, backward) 
     return reason
 
 
-def _flex_unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
+def _flex_unsupported(shape, *, dtype, device_type, causal, pattern, scale, backward) -> str | None:
     if device_type not in ("cuda", "cpu"):
         return f"flex runs on cuda and cpu here, not on {device_type}; use reference"
     if device_type == "cpu" and backward:
         return "FlexAttention has no backward on the CPU; use flash_torch or reference there"
-    if device_type == "cuda" and backward and shape.Tq < 128:
-        return (
-            f"Tq = {shape.Tq}: FlexAttention with gradients compiled no kernel for fewer than 128 "
-            "queries (PyTorch 2.11, H200); use block_sparse"
-        )
     if device_type == "cuda" and shape.D < 16:
         return f"D = {shape.D}: FlexAttention takes D >= 16; pad D with zeros and give scale"
     return shapes.dtype_refused("flex", dtype, shapes.PRECISE[:3]) or _empty("flex", shape)

@@ -77,7 +77,7 @@ def _for_each_head(x: Tensor, shape: shapes.Shape) -> Tensor:
     return x.repeat_interleave(shape.group, dim=1)
 
 
-def _unsupported(shape, *, dtype, device_type, causal, pattern, backward) -> str | None:
+def _unsupported(shape, *, dtype, device_type, causal, pattern, scale, backward) -> str | None:
     return shapes.dtype_refused("reference", dtype, shapes.PRECISE)
 
 

@@ -37,6 +37,7 @@ class Pattern:
     per_head: bool = False  # likewise `head`
     sizes: tuple[int | None, ...] = (None,) * 4  # of batch, heads, Tq, Tk it fits; None: any
     recipe: tuple | None = None  # (builder, arguments): how a copy or a pickle makes it again
+    parts: tuple[Callable, ...] = ()  # the predicates that this one joins
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -70,16 +71,12 @@ def check(pattern: Pattern, Tq: int, Tk: int, *, batch: int = 1, heads: int = 1)
 def evaluate(pattern: Pattern, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """The predicate at int tensors that broadcast: bool, of their common shape (maybe expanded).
 
-    Raises ValueError where the predicate returns anything but a bool tensor of such a shape.
+    Raises ValueError where the predicate returns anything but a bool tensor of such a shape, or
+    reduces: what it says of a pair must not depend on the pairs that it is asked about at once.
     """
-    shape = torch.broadcast_shapes(batch.shape, head.shape, query.shape, key.shape)
-    try:
-        attends = pattern.predicate(batch, head, query, key)
-    except (TypeError, RuntimeError) as error:
-        raise ValueError(
-            f"the predicate of pattern {pattern.name!r} failed: {error}; it takes int tensors "
-            "(batch, head, query, key), and combines comparisons by &, | and ~"
-        ) from error
+    at = batch, head, query, key
+    shape = torch.broadcast_shapes(*(index.shape for index in at))
+    attends = _asked(pattern, pattern.predicate, at)
     rule = f"the predicate of pattern {pattern.name!r} returned"
     if not isinstance(attends, Tensor) or attends.dtype != torch.bool:
         kind = attends.dtype if isinstance(attends, Tensor) else type(attends).__name__
@@ -90,12 +87,43 @@ def evaluate(pattern: Pattern, batch: Tensor, head: Tensor, query: Tensor, key: 
             "reads there, or ask for a table on that device"
         )
     try:
-        return attends.expand(shape)
+        whole = attends.expand(shape)
     except RuntimeError:
         raise ValueError(
             f"{rule} shape {tuple(attends.shape)} for indices of shapes {tuple(query.shape)} and "
             f"{tuple(key.shape)}: it must broadcast with them; use elementwise operations"
         ) from None
+    # A reduction looks like a rule of the query, the key or the head alone, or is hidden by a join.
+    suspects = pattern.parts or (pattern.predicate,) * (attends.shape != shape)
+    if whole.numel() and not all(_elementwise(pattern, part, at) for part in suspects):
+        raise ValueError(
+            f"{rule} one answer for several pairs, as any() and all() do: it must tell of each "
+            "pair by itself; use elementwise operations"
+        )
+    return whole
+
+
+def _asked(pattern: Pattern, predicate: Callable, at: tuple[Tensor, ...]):
+    try:
+        return predicate(*at)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"the predicate of pattern {pattern.name!r} failed: {error}; it takes int tensors "
+            "(batch, head, query, key), and combines comparisons by &, | and ~"
+        ) from error
+
+
+def _elementwise(pattern: Pattern, predicate: Callable, at: tuple[Tensor, ...]) -> bool:
+    """Whether it gives one answer for each pair where indices do not broadcast: 2 x 2 are asked."""
+    plane = [index.flatten()[0] for index in at[:2]]
+    few = [index[(slice(2),) * index.dim()] for index in at[2:]]
+    shape = torch.broadcast_shapes(*(index.shape for index in few))
+    query, key = (index.expand(shape) for index in few)
+    # Once with scalars: a table may be read as table[head][query, key].
+    return any(
+        getattr(_asked(pattern, predicate, (*planes, query, key)), "shape", None) == shape
+        for planes in (plane, [index.expand(shape) for index in plane])
+    )
 
 
 def rows(pattern: Pattern, Tq: int, Tk: int, device) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ class Plan:
     N: int
     warps: int
     stages: int
+    in_registers: bool = False  # a program's own operands of the products, not in shared memory
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,10 @@ def plans(D: int, dtype: torch.dtype, few: bool, lists: str | None) -> Plans:
         tile = Plan(32, 32, 4, 2)
         return Plans(tile, tile, tile)
     if lists:
-        stages = (3, 2, 2 if lists == "consecutive" else 3) if D > 64 else (2, 3, 2)
+        stages = (3, 2, 2) if D > 64 else (2, 3, 2)
         return Plans(*(Plan(64, 64, 4, number) for number in stages))
     if D > 64:
-        return Plans(Plan(64, 64, 4, 3), Plan(64, 64, 4, 2), Plan(128, 64, 8, 3))
+        return Plans(Plan(64, 64, 4, 3, True), Plan(64, 64, 4, 2), Plan(128, 64, 8, 3, True))
     return Plans(Plan(64, 128, 4, 2), Plan(128, 64, 4, 2), Plan(128, 64, 4, 3))
 
 
@@ -118,15 +119,19 @@ def forward(
     if not out.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
     plan = chosen(q.shape, q.dtype, _kind(table)).forward
-    tiles = -(-Tq // plan.M)
+    count, slots = _programs(table, -(-Tq // plan.M))
     q, k, v = (_readable(x) for x in (q, k, v))
+    parts, levels = _slots(B * H * slots, plan.M, padded(q.shape[3]), lse)
     with _device_of(q):
-        flash_forward.forward[(B * H * tiles,)](
+        flash_forward.forward[(B * H * count,)](
             *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (out, plan.M))),
             lse,
+            parts,
+            levels,
             *_lists(table, lse),
             H,
-            tiles,
+            count,
+            slots,
             Tq,
             k.shape[2],
             scale * LOG2E,
@@ -135,6 +140,15 @@ def forward(
             dropout.factor,
             **_constants(q, k, plan, causal, table, dropout),
         )
+        if slots:
+            from blockshock.kernels import flash_split
+
+            splits = table.splits
+            flash_split.merge[(B * H * len(splits),)](
+                *(parts, levels, splits, _tiled(out, plan.M), lse, len(splits), slots, H, Tq),
+                ROWS=plan.M,
+                D=parts.shape[-1],
+            )
     return out, lse
 
 
@@ -195,15 +209,19 @@ def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, drop
     plan, side = (own.keys, k) if of_keys else (own.queries, q)
     kernel = flash_backward.gradients_of_keys if of_keys else flash_backward.gradients_of_queries
     rows = plan.N if of_keys else plan.M
-    tiles = -(-side.shape[2] // rows)
-    kernel[(side.shape[0] * side.shape[1] * tiles,)](
+    count, slots = _programs(table, -(-side.shape[2] // rows), transposed=of_keys)
+    heads = side.shape[0] * side.shape[1]
+    parts = [_slots(heads * slots, rows, padded(q.shape[3]), level)[0] for _ in made]
+    kernel[(heads * count,)](
         *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (d_out, plan.M))),
         *(_tiled(x, rows) for x in made),
         level,
         delta,
+        *parts,
         *_lists(table, level, transposed=of_keys),
         q.shape[1],
-        tiles,
+        count,
+        slots,
         q.shape[2],
         k.shape[2],
         scale * LOG2E,
@@ -213,6 +231,29 @@ def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, drop
         dropout.factor,
         **_constants(q, k, plan, causal, table, dropout),
     )
+    if slots:
+        from blockshock.kernels import flash_split
+
+        splits = table.splits_t if of_keys else table.splits
+        for part, x, factor in zip(parts, made, (scale, 1.0), strict=False):
+            flash_split.add[(heads * len(splits),)](
+                *(part, splits, _tiled(x, rows), len(splits), slots, side.shape[1], factor),
+                ROWS=rows,
+                D=part.shape[-1],
+            )
+
+
+def _programs(table, tiles: int, *, transposed: bool = False) -> tuple[int, int]:
+    """Programs of a head, and slots of a head for pieces of its lists (`attention.turns`)."""
+    if table is None:
+        return tiles, 0
+    turns, slots = (table.turns_t, table.slots_t) if transposed else (table.turns, table.slots)
+    return turns.shape[1], slots
+
+
+def _slots(count: int, rows: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for parts and levels of `flash_split`, like like."""
+    return like.new_empty(count, rows, D), like.new_empty(count, rows)
 
 
 def _device_of(x: Tensor):
@@ -253,6 +294,7 @@ def _constants(q: Tensor, k: Tensor, plan: Plan, causal: bool, table, dropout: D
         "KEEP": keep,
         "DROP": dropout.rate > 0,
         "STAGES": plan.stages,
+        "OWN_IN_REGISTERS": plan.in_registers,
         "num_warps": plan.warps,
     }
 

@@ -13,7 +13,17 @@ zero.
 import triton
 import triton.language as tl
 
-from blockshock.kernels.flash_walk import ANY, counts, interval, kept_factor, key_runs, listed
+from blockshock.kernels.flash_walk import (
+    ANY,
+    entry,
+    hidden,
+    hidden_transposed,
+    interval,
+    kept_factor,
+    key_runs,
+    listed,
+    own,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -38,62 +48,83 @@ def prepare(o, do, lse, level, delta, tiles, heads, Tq, M: tl.constexpr, D: tl.c
 
 @triton.jit
 def _query_tiles(
-    dk, dv, key_tile, value_tile, q, do, level, delta, others, masks, first, last, b, head, row,
-    own, low, high, bits, Tq, Tk, scale_2, seed, threshold, factor, M: tl.constexpr,
+    dk, dv, key_tile, value_tile, q, do, level, delta, others, masks, first, last, b, head,
+    row, keys, low, high, bits, Tq, Tk, scale_2, seed, threshold, factor, M: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    KEEP: tl.constexpr, DROP: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr,
+    KEEP: tl.constexpr, DROP: tl.constexpr, LOOKED_UP: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """dK, dV of a tile of keys after some more tiles of queries of a head. Scores are [N, M]."""
+    """dK, dV of a tile of keys after some more tiles of queries of a head. Scores are [N, M].
+
+    LOOKED_UP, the scores of tiles with a mask are masked; else MASKED says of all or none.
+    """
+    tile, mask = first, first
+    if LOOKED_UP:
+        tile, mask = entry(others, masks, first, last)
     for at in tl.range(first, last, num_stages=STAGES):
-        tile = tl.load(others + at) if LISTED else at
+        if LOOKED_UP:
+            next_tile, next_mask = entry(others, masks, at + 1, last)
+        else:
+            tile = at
         queries = tile * M + tl.arange(0, M)
         place = row.to(tl.int64) * Tq + queries
         query_tile = q.load([b, head, tile * M, 0]).reshape(M, D)
         scores = tl.dot(key_tile, query_tile.T, input_precision=PRECISION)
         levels = tl.load(level + place, queries < Tq, float("inf"))
         exponents = scores * scale_2 - levels[None, :]
-        if MASKED:
-            from_key, to_key = interval(queries, low, high, Tq, Tk, KEEP)
-            mask = tl.load(masks + at) if KEEP == "bits" else 0
-            keep = counts(
-                own[:, None], from_key[None, :], to_key[None, :], bits, mask,
-                tl.arange(0, M)[None, :], tl.arange(0, N)[:, None], M, N, KEEP,
+        if MASKED == "all":
+            exponents = hidden_transposed(
+                exponents, keys, mask, queries, low, high, bits, Tq, Tk, M, N, KEEP
             )
-            exponents = tl.where(keep, exponents, float("-inf"))
+        elif MASKED == "some":
+            partial = mask >= 0
+            if partial:
+                exponents = hidden_transposed(
+                    exponents, keys, mask, queries, low, high, bits, Tq, Tk, M, N, KEEP
+                )
         p = tl.exp2(exponents)
         upstream = do.load([b, head, tile * M, 0]).reshape(M, D)
         weighted = tl.dot(value_tile, upstream.T, input_precision=PRECISION)
         kept = p
         if DROP:
-            chance = kept_factor(seed, threshold, factor, row, queries[None, :], own[:, None])
+            chance = kept_factor(seed, threshold, factor, row, queries[None, :], keys[:, None])
             weighted *= chance
             kept = p * chance
         dv = tl.dot(kept.to(upstream.dtype), upstream, dv, input_precision=PRECISION)
         deltas = tl.load(delta + place, queries < Tq, 0.0)
         ds = p * (weighted - deltas[None, :])
         dk = tl.dot(ds.to(query_tile.dtype), query_tile, dk, input_precision=PRECISION)
+        if LOOKED_UP:
+            tile, mask = next_tile, next_mask
     return dk, dv
 
 
 @triton.jit(do_not_specialize=ANY)
 def gradients_of_keys(
-    q, k, v, do, dk, dv, level, delta, turns, others, masks, low, high, bits, batch_stride,
-    head_stride, heads, tiles, Tq, Tk, scale_2, scale, seed, threshold, factor,
+    q, k, v, do, dk, dv, level, delta, key_parts, value_parts, turns, others, masks, low, high,
+    bits, batch_stride, head_stride, heads, tiles, slots, Tq, Tk, scale_2, scale, seed, threshold,
+    factor,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr,
     LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr,
+    OWN_IN_REGISTERS: tl.constexpr,
 ):
-    """Grid: a program for each of `tiles` tiles of keys of each head of k and v."""
+    """Grid: a program for each of `tiles` tiles of keys, or turns, of each head of k and v.
+
+    key_parts, value_parts [B * H / GROUP * slots, N, D], float32, of slots.
+    """
     groups = heads // GROUP
     b = tl.program_id(0) // tiles // groups
     group = tl.program_id(0) // tiles % groups
     turn = tl.program_id(0) % tiles
-    tile = turn
-    if LISTED:  # the same tile in all planes of a turn
-        tile = listed(turns, b * batch_stride + group * GROUP * head_stride, tiles, turn)[0]
-    own = tile * N + tl.arange(0, N)
-    key_tile = k.load([b, group, tile * N, 0]).reshape(N, D)
-    value_tile = v.load([b, group, tile * N, 0]).reshape(N, D)
+    if LISTED:  # the same tile and slot in all planes of a turn
+        plane = b * batch_stride + group * GROUP * head_stride
+        tile, _, _, _, _, slot = listed(turns, plane, tiles, turn)
+    else:
+        tile = turn
+        slot = -1
+    keys = tile * N + tl.arange(0, N)
+    key_tile = own(k.load([b, group, tile * N, 0]).reshape(N, D), OWN_IN_REGISTERS)
+    value_tile = own(v.load([b, group, tile * N, 0]).reshape(N, D), OWN_IN_REGISTERS)
     key_sum = tl.zeros((N, D), tl.float32)
     value_sum = tl.zeros((N, D), tl.float32)
     for member in range(GROUP):
@@ -101,52 +132,78 @@ def gradients_of_keys(
         row = b * heads + head
         if LISTED:
             plane = b * batch_stride + head * head_stride
-            _, begin, end, first, last = listed(turns, plane, tiles, turn)
+            _, first, last, full, end, _ = listed(turns, plane, tiles, turn)
         else:  # keys past Tk need no mask: what they gather is not stored
-            begin = tile * 0
-            end = begin + tl.cdiv(Tq, M)
-            first = begin
-            last = begin
+            end = tile * 0 + tl.cdiv(Tq, M)
+            last = end
+            full = tile * 0
+            first = full
             if KEEP == "causal":
                 first = tl.minimum(tile * N // M, end)
-                begin = tl.minimum(tl.cdiv((tile + 1) * N - 1, M), end)
-                last = begin
-        key_sum, value_sum = _query_tiles(
-            key_sum, value_sum, key_tile, value_tile, q, do, level, delta, others, masks, first,
-            last, b, head, row, own, low, high, bits, Tq, Tk, scale_2, seed, threshold, factor, M,
-            N, D, PRECISION, STAGES, KEEP, DROP, LISTED, True,
-        )
-        key_sum, value_sum = _query_tiles(
-            key_sum, value_sum, key_tile, value_tile, q, do, level, delta, others, masks, begin,
-            end, b, head, row, own, low, high, bits, Tq, Tk, scale_2, seed, threshold, factor, M,
-            N, D, PRECISION, STAGES, KEEP, DROP, LISTED and not CONSECUTIVE, False,
-        )
-    dk.store([b, group, tile * N, 0], (key_sum * scale).to(dk.dtype).reshape(1, 1, N, D))
-    dv.store([b, group, tile * N, 0], value_sum.to(dv.dtype).reshape(1, 1, N, D))
+                full = tl.minimum(tl.cdiv((tile + 1) * N - 1, M), end)
+        if LISTED and not CONSECUTIVE:
+            key_sum, value_sum = _query_tiles(
+                key_sum, value_sum, key_tile, value_tile, q, do, level, delta, others, masks, first,
+                last, b, head, row, keys, low, high, bits, Tq, Tk, scale_2, seed, threshold, factor,
+                M, N, D, PRECISION, STAGES, KEEP, DROP, True, "some",
+            )
+        else:
+            key_sum, value_sum = _query_tiles(
+                key_sum, value_sum, key_tile, value_tile, q, do, level, delta, others, masks, first,
+                full, b, head, row, keys, low, high, bits, Tq, Tk, scale_2, seed, threshold, factor,
+                M, N, D, PRECISION, STAGES, KEEP, DROP, False, "all",
+            )
+            key_sum, value_sum = _query_tiles(
+                key_sum, value_sum, key_tile, value_tile, q, do, level, delta, others, masks, full,
+                end, b, head, row, keys, low, high, bits, Tq, Tk, scale_2, seed, threshold, factor,
+                M, N, D, PRECISION, STAGES, KEEP, DROP, False, "none",
+            )
+            if LISTED:
+                key_sum, value_sum = _query_tiles(
+                    key_sum, value_sum, key_tile, value_tile, q, do, level, delta, others, masks,
+                    end, last, b, head, row, keys, low, high, bits, Tq, Tk, scale_2, seed,
+                    threshold, factor, M, N, D, PRECISION, STAGES, KEEP, DROP, False, "all",
+                )
+    if slot >= 0:
+        at = ((b * groups + group).to(tl.int64) * slots + slot) * N + tl.arange(0, N)
+        at = at[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(key_parts + at, key_sum)
+        tl.store(value_parts + at, value_sum)
+    else:
+        dk.store([b, group, tile * N, 0], (key_sum * scale).to(dk.dtype).reshape(1, 1, N, D))
+        dv.store([b, group, tile * N, 0], value_sum.to(dv.dtype).reshape(1, 1, N, D))
 
 
 @triton.jit
 def _key_tiles(
-    dq, query_tile, upstream, k, v, levels, deltas, others, masks, first, last, b, row, group,
-    queries, from_key, to_key, bits, scale_2, seed, threshold, factor, M: tl.constexpr,
+    dq, query_tile, upstream, k, v, levels, deltas, others, masks, first, last, full, end, b, row,
+    group, queries, from_key, to_key, bits, scale_2, seed, threshold, factor, M: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    KEEP: tl.constexpr, DROP: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr,
+    KEEP: tl.constexpr, DROP: tl.constexpr, LOOKED_UP: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """dQ of a tile of queries after some more tiles of keys. Scores are [M, N]."""
+    """dQ of a tile of queries after some more tiles of keys. Scores are [M, N].
+
+    MASKED and LOOKED_UP as in the forward.
+    """
     place = tl.arange(0, N)[None, :]
+    tile, mask = first, first
+    if LOOKED_UP:
+        tile, mask = entry(others, masks, first, last)
     for at in tl.range(first, last, num_stages=STAGES):
-        tile = tl.load(others + at) if LISTED else at
+        if LOOKED_UP:
+            next_tile, next_mask = entry(others, masks, at + 1, last)
+        else:
+            tile = at
         key_tile = k.load([b, group, tile * N, 0]).reshape(N, D)
         value_tile = v.load([b, group, tile * N, 0]).reshape(N, D)
         scores = tl.dot(query_tile, key_tile.T, input_precision=PRECISION)
         exponents = scores * scale_2 - levels[:, None]
-        if MASKED:
-            mask = tl.load(masks + at) if KEEP == "bits" else 0
-            keep = counts(
-                tile * N + place, from_key[:, None], to_key[:, None], bits, mask,
-                tl.arange(0, M)[:, None], place, M, N, KEEP,
-            )
-            exponents = tl.where(keep, exponents, float("-inf"))
+        if MASKED == "all":
+            exponents = hidden(exponents, tile, mask, from_key, to_key, bits, M, N, KEEP)
+        elif MASKED == "some":
+            partial = mask >= 0 if LOOKED_UP else (tile < full) | (tile >= end)
+            if partial:
+                exponents = hidden(exponents, tile, mask, from_key, to_key, bits, M, N, KEEP)
         p = tl.exp2(exponents)
         weighted = tl.dot(upstream, value_tile.T, input_precision=PRECISION)
         if DROP:
@@ -154,40 +211,55 @@ def _key_tiles(
             weighted *= kept_factor(seed, threshold, factor, row, queries[:, None], keys)
         ds = p * (weighted - deltas[:, None])
         dq = tl.dot(ds.to(key_tile.dtype), key_tile, dq, input_precision=PRECISION)
+        if LOOKED_UP:
+            tile, mask = next_tile, next_mask
     return dq
 
 
 @triton.jit(do_not_specialize=ANY)
 def gradients_of_queries(
-    q, k, v, do, dq, level, delta, turns, others, masks, low, high, bits, batch_stride,
-    head_stride, heads, tiles, Tq, Tk, scale_2, scale, seed, threshold, factor,
+    q, k, v, do, dq, level, delta, parts, turns, others, masks, low, high, bits, batch_stride,
+    head_stride, heads, tiles, slots, Tq, Tk, scale_2, scale, seed, threshold, factor,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr,
     LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr,
+    OWN_IN_REGISTERS: tl.constexpr,
 ):
-    """Grid: a program for each of `tiles` tiles of queries of each head, the longest first."""
+    """Grid: a program for each of `tiles` tiles of queries, or turns, of each head, the longest
+    first. parts [B * H * slots, M, D], float32, of slots.
+    """
     row = tl.program_id(0) // tiles
     b, head = row // heads, row % heads
-    tile, begin, end, first, last = key_runs(
-        turns, b * batch_stride + head * head_stride, tiles, tl.program_id(0) % tiles, Tq, Tk, M,
-        N, KEEP, LISTED,
-    )
+    turn = tl.program_id(0) % tiles
+    if LISTED:
+        plane = b * batch_stride + head * head_stride
+        tile, first, last, full, end, slot = listed(turns, plane, tiles, turn)
+    else:
+        tile, first, last, end = key_runs(tiles, turn, Tq, Tk, M, N, KEEP)
+        full = first
+        slot = -1
     queries = tile * M + tl.arange(0, M)
     place = row.to(tl.int64) * Tq + queries
     levels = tl.load(level + place, queries < Tq, float("inf"))
     deltas = tl.load(delta + place, queries < Tq, 0.0)
     from_key, to_key = interval(queries, low, high, Tq, Tk, KEEP)
-    query_tile = q.load([b, head, tile * M, 0]).reshape(M, D)
-    upstream = do.load([b, head, tile * M, 0]).reshape(M, D)
+    query_tile = own(q.load([b, head, tile * M, 0]).reshape(M, D), OWN_IN_REGISTERS)
+    upstream = own(do.load([b, head, tile * M, 0]).reshape(M, D), OWN_IN_REGISTERS)
     total = tl.zeros((M, D), tl.float32)
+    if not LISTED:
+        total = _key_tiles(
+            total, query_tile, upstream, k, v, levels, deltas, others, masks, first, end, full, end,
+            b, row, head // GROUP, queries, from_key, to_key, bits, scale_2, seed, threshold,
+            factor, M, N, D, PRECISION, STAGES, KEEP, DROP, False, "none",
+        )
+        first = end
     total = _key_tiles(
-        total, query_tile, upstream, k, v, levels, deltas, others, masks, begin, end, b, row,
-        head // GROUP, queries, from_key, to_key, bits, scale_2, seed, threshold, factor, M, N, D,
-        PRECISION, STAGES, KEEP, DROP, LISTED and not CONSECUTIVE, False,
+        total, query_tile, upstream, k, v, levels, deltas, others, masks, first, last, full, end, b,
+        row, head // GROUP, queries, from_key, to_key, bits, scale_2, seed, threshold, factor, M, N,
+        D, PRECISION, STAGES, KEEP, DROP, LISTED and not CONSECUTIVE, "some" if LISTED else "all",
     )
-    total = _key_tiles(
-        total, query_tile, upstream, k, v, levels, deltas, others, masks, first, last, b, row,
-        head // GROUP, queries, from_key, to_key, bits, scale_2, seed, threshold, factor, M, N, D,
-        PRECISION, STAGES, KEEP, DROP, LISTED, True,
-    )
-    dq.store([b, head, tile * M, 0], (total * scale).to(dq.dtype).reshape(1, 1, M, D))
+    if slot >= 0:
+        at = (row.to(tl.int64) * slots + slot) * M + tl.arange(0, M)
+        tl.store(parts + at[:, None] * D + tl.arange(0, D)[None, :], total)
+    else:
+        dq.store([b, head, tile * M, 0], (total * scale).to(dq.dtype).reshape(1, 1, M, D))

@@ -11,7 +11,16 @@ Exponents are to base 2: scale_2 is the scale times log2 e.
 import triton
 import triton.language as tl
 
-from blockshock.kernels.flash_walk import ANY, counts, interval, kept_factor, key_runs
+from blockshock.kernels.flash_walk import (
+    ANY,
+    entry,
+    hidden,
+    interval,
+    kept_factor,
+    key_runs,
+    listed,
+    own,
+)
 
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -21,27 +30,36 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _tiles(
-    total, weight, most, q, k, v, others, masks, first, last, b, row, group, queries, from_key,
-    to_key, bits, scale_2, seed, threshold, factor, M: tl.constexpr, N: tl.constexpr,
+    total, weight, most, q, k, v, others, masks, first, last, full, end, b, row, group, queries,
+    from_key, to_key, bits, scale_2, seed, threshold, factor, M: tl.constexpr, N: tl.constexpr,
     D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr,
-    DROP: tl.constexpr, LISTED: tl.constexpr, MASKED: tl.constexpr,
+    DROP: tl.constexpr, LOOKED_UP: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """The state of a tile of queries after some more tiles of keys."""
+    """The state of a tile of queries after some more tiles of keys.
+
+    MASKED: the scores of no tile are, of "all", or of "some": those outside full to end, or
+    LOOKED_UP those with a mask.
+    """
     place = tl.arange(0, N)[None, :]
+    tile, mask = first, first
+    if LOOKED_UP:
+        tile, mask = entry(others, masks, first, last)
     for at in tl.range(first, last, num_stages=STAGES):
-        tile = tl.load(others + at) if LISTED else at
+        if LOOKED_UP:  # one tile ahead: the loads of a tile need not wait for its number
+            next_tile, next_mask = entry(others, masks, at + 1, last)
+        else:
+            tile = at
         key_tile = k.load([b, group, tile * N, 0]).reshape(N, D)
         scores = tl.dot(q, key_tile.T, input_precision=PRECISION)
-        if MASKED:
-            mask = tl.load(masks + at) if KEEP == "bits" else 0
-            keep = counts(
-                tile * N + place, from_key[:, None], to_key[:, None], bits, mask,
-                tl.arange(0, M)[:, None], place, M, N, KEEP,
-            )
-            scores = tl.where(keep, scores, float("-inf"))
+        if MASKED == "all":
+            scores = hidden(scores, tile, mask, from_key, to_key, bits, M, N, KEEP)
+        elif MASKED == "some":
+            partial = mask >= 0 if LOOKED_UP else (tile < full) | (tile >= end)
+            if partial:
+                scores = hidden(scores, tile, mask, from_key, to_key, bits, M, N, KEEP)
         larger = tl.maximum(most, tl.max(scores, 1) * scale_2)
         level = larger
-        if MASKED:  # of a row without a score yet, the maximum is no number to subtract
+        if MASKED != "none":  # of a row without a score yet, the maximum is no number to subtract
             level = tl.where(larger == float("-inf"), 0.0, larger)
         p = tl.exp2(scores * scale_2 - level[:, None])
         shrink = tl.exp2(most - level)
@@ -52,42 +70,64 @@ def _tiles(
             p *= kept_factor(seed, threshold, factor, row, queries[:, None], tile * N + place)
         value_tile = v.load([b, group, tile * N, 0]).reshape(N, D)
         total = tl.dot(p.to(value_tile.dtype), value_tile, total, input_precision=PRECISION)
+        if LOOKED_UP:
+            tile, mask = next_tile, next_mask
     return total, weight, most
+
+
+@triton.jit
+def finished(total, weight, most):
+    """out, and lse to base 2; zero and -inf for a row that attends to nothing."""
+    empty = weight == 0.0
+    weight = tl.where(empty, 1.0, weight)
+    return total / weight[:, None], tl.where(empty, float("-inf"), most + tl.log2(weight))
 
 
 @triton.jit(do_not_specialize=ANY)
 def forward(
-    q, k, v, o, lse, turns, others, masks, low, high, bits, batch_stride, head_stride, heads,
-    tiles, Tq, Tk, scale_2, seed, threshold, factor, GROUP: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
-    KEEP: tl.constexpr, DROP: tl.constexpr, LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr,
+    q, k, v, o, lse, parts, levels, turns, others, masks, low, high, bits, batch_stride,
+    head_stride, heads, tiles, slots, Tq, Tk, scale_2, seed, threshold, factor,
+    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr,
+    LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr, OWN_IN_REGISTERS: tl.constexpr,
 ):
-    """Grid: a program for each of `tiles` tiles of queries of each head, the longest first."""
+    """Grid: a program for each of `tiles` tiles of queries, or turns, of each head, the longest
+    first. parts [B * H * slots, M, D] and levels [B * H * slots, M], float32, of slots: out, and
+    lse to base 2.
+    """
     row = tl.program_id(0) // tiles
     b, head = row // heads, row % heads
-    tile, begin, end, first, last = key_runs(
-        turns, b * batch_stride + head * head_stride, tiles, tl.program_id(0) % tiles, Tq, Tk, M,
-        N, KEEP, LISTED,
-    )
+    turn = tl.program_id(0) % tiles
+    if LISTED:
+        plane = b * batch_stride + head * head_stride
+        tile, first, last, full, end, slot = listed(turns, plane, tiles, turn)
+    else:
+        tile, first, last, end = key_runs(tiles, turn, Tq, Tk, M, N, KEEP)
+        full = first
+        slot = -1
     queries = tile * M + tl.arange(0, M)
     from_key, to_key = interval(queries, low, high, Tq, Tk, KEEP)
-    query_tile = q.load([b, head, tile * M, 0]).reshape(M, D)
+    query_tile = own(q.load([b, head, tile * M, 0]).reshape(M, D), OWN_IN_REGISTERS)
     most = tl.full((M,), float("-inf"), tl.float32)
     weight = tl.zeros((M,), tl.float32)
     total = tl.zeros((M, D), tl.float32)
+    if not LISTED:
+        total, weight, most = _tiles(
+            total, weight, most, query_tile, k, v, others, masks, first, end, full, end, b, row,
+            head // GROUP, queries, from_key, to_key, bits, scale_2, seed, threshold, factor, M, N,
+            D, PRECISION, STAGES, KEEP, DROP, False, "none",
+        )
+        first = end
     total, weight, most = _tiles(
-        total, weight, most, query_tile, k, v, others, masks, begin, end, b, row, head // GROUP,
-        queries, from_key, to_key, bits, scale_2, seed, threshold, factor, M, N, D, PRECISION,
-        STAGES, KEEP, DROP, LISTED and not CONSECUTIVE, False,
+        total, weight, most, query_tile, k, v, others, masks, first, last, full, end, b, row,
+        head // GROUP, queries, from_key, to_key, bits, scale_2, seed, threshold, factor, M, N, D,
+        PRECISION, STAGES, KEEP, DROP, LISTED and not CONSECUTIVE, "some" if LISTED else "all",
     )
-    total, weight, most = _tiles(
-        total, weight, most, query_tile, k, v, others, masks, first, last, b, row, head // GROUP,
-        queries, from_key, to_key, bits, scale_2, seed, threshold, factor, M, N, D, PRECISION,
-        STAGES, KEEP, DROP, LISTED, True,
-    )
-    empty = weight == 0.0
-    weight = tl.where(empty, 1.0, weight)
-    out = total / weight[:, None]
-    o.store([b, head, tile * M, 0], out.to(o.dtype).reshape(1, 1, M, D))
-    logarithm = tl.where(empty, float("-inf"), (most + tl.log2(weight)) * LN2)
-    tl.store(lse + row.to(tl.int64) * Tq + queries, logarithm, queries < Tq)
+    out, of_rows = finished(total, weight, most)
+    if slot >= 0:
+        at = (row.to(tl.int64) * slots + slot) * M + tl.arange(0, M)
+        tl.store(parts + at[:, None] * D + tl.arange(0, D)[None, :], out)
+        tl.store(levels + at, of_rows)
+    else:
+        o.store([b, head, tile * M, 0], out.to(o.dtype).reshape(1, 1, M, D))
+        tl.store(lse + row.to(tl.int64) * Tq + queries, of_rows * LN2, queries < Tq)

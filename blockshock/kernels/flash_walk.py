@@ -1,9 +1,9 @@
 """What the Triton kernels of attention share: which tiles they walk, and which scores count there.
 
-A program owns M queries (or N keys) and walks the tiles of the other side that it meets in two
-runs: the full ones, and the partial ones, whose scores are masked. LISTED: both runs stand in
-memory (`attention.blocks`); otherwise they follow from the sizes and KEEP. Full tiles of a list
-that follow each other (CONSECUTIVE) are counted, not looked up: loads need not wait for the list's.
+A program owns M queries (or N keys) and walks tiles of the other side. Without lists these follow
+from the sizes and KEEP: the full ones, then the partial ones, whose scores are masked. LISTED, they
+stand in `attention.blocks`: counted, where all touched tiles follow each other (CONSECUTIVE), else
+looked up. What a piece of a split list gives is left in its slot, for `flash_split`.
 
 KEEP says which scores of a partial tile count:
 
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 # Numbers whose value no kernel is compiled anew for.
-ANY = ("heads", "tiles", "Tk", "batch_stride", "head_stride", "seed", "threshold")
+ANY = ("heads", "tiles", "slots", "Tk", "batch_stride", "head_stride", "seed", "threshold")
 
 # Arguments stand in groups.
 # fmt: off
@@ -25,32 +25,34 @@ ANY = ("heads", "tiles", "Tk", "batch_stride", "head_stride", "seed", "threshold
 
 @triton.jit
 def listed(turns, plane, tiles, turn):
-    """Of a program's turn: its tile, from and to of its full tiles, and of its partial ones."""
-    at = turns + (plane * tiles + turn) * 5
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4)
+    """A program's turn, as in `attention.turns`: its tile; from and to of what it walks; from and
+    to of what is full there; its slot.
+    """
+    at = turns + (plane * tiles + turn) * 6
+    tile, first, last = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    return tile, first, last, tl.load(at + 3), tl.load(at + 4), tl.load(at + 5)
 
 
 @triton.jit
-def key_runs(
-    turns, plane, tiles, turn, Tq, Tk, M: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr,
-    LISTED: tl.constexpr,
-):
-    """The same for a program that owns queries, listed or not."""
-    if LISTED:
-        tile, begin, end, first, last = listed(turns, plane, tiles, turn)
-    elif KEEP == "causal":  # the longest first
+def key_runs(tiles, turn, Tq, Tk, M: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr):
+    """Without lists, of a program that owns queries: its tile, from and to of what it walks, and
+    to of the full ones, which come first.
+    """
+    if KEEP == "causal":  # the longest first
         tile = tiles - 1 - turn
-        begin = tile * 0
         end = tl.minimum(tile * M + 1, Tk) // N
-        first = end
         last = tl.cdiv(tl.minimum(tl.minimum((tile + 1) * M, Tq), Tk), N)
     else:
         tile = turn
-        begin = tile * 0
-        end = begin + Tk // N
-        first = end
-        last = begin + tl.cdiv(Tk, N)
-    return tile, begin, end, first, last
+        end = tile * 0 + Tk // N
+        last = tile * 0 + tl.cdiv(Tk, N)
+    return tile, tile * 0, last, end
+
+
+@triton.jit
+def entry(others, masks, at, last):
+    """Tile and mask of an entry of a list; anything past its end."""
+    return tl.load(others + at, at < last, 0), tl.load(masks + at, at < last, -1)
 
 
 @triton.jit
@@ -67,18 +69,67 @@ def interval(queries, low, high, Tq, Tk, KEEP: tl.constexpr):
 
 
 @triton.jit
-def counts(
-    keys, from_key, to_key, bits, mask, row, column, M: tl.constexpr, N: tl.constexpr,
+def own(tile, IN_REGISTERS: tl.constexpr):
+    """A program's own tile as a product's first operand.
+
+    Loaded, it stays in shared memory, whose bandwidth bounds products of 64 rows; computed, even
+    by an addition of zero, it is one of registers. (A zero may lose its sign.)
+    """
+    if IN_REGISTERS:
+        tile += 0.0
+    return tile
+
+
+@triton.jit
+def hidden(
+    scores, tile, mask, from_key, to_key, bits, M: tl.constexpr, N: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """Whether scores count, as the arguments broadcast. row, column: places in a tile [M, N]."""
+    """Scores [M, N] of a partial tile of keys, -inf where they do not count."""
+    place = tl.arange(0, N)[None, :]
     if KEEP == "bits":
-        words = tl.load(bits + mask.to(tl.int64) * (M * N // 32) + row * (N // 32) + column // 32)
-        return ((words >> (column % 32)) & 1) != 0
-    elif KEEP == "interval":
-        return (keys >= from_key) & (keys < to_key)
+        words, beyond = _words(bits, mask, M, N)
+        keep = _is_set(words[:, None], beyond[:, None], place)
     else:
-        return keys < to_key
+        keys = tile * N + place
+        keep = keys < to_key[:, None]
+        if KEEP == "interval":
+            keep &= keys >= from_key[:, None]
+    return tl.where(keep, scores, float("-inf"))
+
+
+@triton.jit
+def hidden_transposed(
+    scores, keys, mask, queries, low, high, bits, Tq, Tk, M: tl.constexpr, N: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """The same of scores [N, M] of a partial tile of queries."""
+    if KEEP == "bits":
+        words, beyond = _words(bits, mask, M, N)
+        keep = _is_set(words[None, :], beyond[None, :], tl.arange(0, N)[:, None])
+    else:
+        from_key, to_key = interval(queries, low, high, Tq, Tk, KEEP)
+        keep = keys[:, None] < to_key[None, :]
+        if KEEP == "interval":
+            keep &= keys[:, None] >= from_key[None, :]
+    return tl.where(keep, scores, float("-inf"))
+
+
+@triton.jit
+def _words(bits, mask, M: tl.constexpr, N: tl.constexpr):
+    """A mask's words, of each query: for 32 keys, and for the 32 behind them where N is 64."""
+    at = bits + mask.to(tl.int64) * (M * N // 32) + tl.arange(0, M) * (N // 32)
+    words = tl.load(at)
+    beyond = words
+    if N == 64:
+        beyond = tl.load(at + 1)
+    return words, beyond
+
+
+@triton.jit
+def _is_set(words, beyond, place):
+    """Whether the bits of the keys at these places of a tile are set; the arguments broadcast."""
+    return ((tl.where(place < 32, words, beyond) >> (place % 32)) & 1) != 0
 
 
 @triton.jit

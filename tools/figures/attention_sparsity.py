@@ -1,5 +1,6 @@
 """What a pattern saves: speedup over the best dense kernel against sparsity, beside 1 / (1 - s)."""
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -24,6 +25,7 @@ from tools.figures.attention import drawing, groups_of
 from tools.figures.style import Absent, Drawing
 
 MOST_PANELS = 4
+SERIES = 3  # patterns that make a line
 SHARES = (0, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 
 
@@ -62,7 +64,8 @@ def speedup_vs_sparsity(results: Results, phase: str) -> list[Drawing]:
             "the pattern is, over that of the method, with 95% intervals. The line is 1 / (1 - s): "
             "time in proportion to the pairs "
             f"that are left. {SPARSE} stands at the sparsity of the tiles that it touches, {FLEX} "
-            "at that of the pairs; a thin line joins the two of one pattern. The axis is "
+            "at that of the pairs; a thin line joins the two of one pattern. A coloured line joins "
+            f"{SERIES} or more patterns that differ in their last number only. The axis is "
             "logarithmic in 1 / (1 - s)."
         )
         if len(kept) < len(places):
@@ -75,17 +78,26 @@ def speedup_vs_sparsity(results: Results, phase: str) -> list[Drawing]:
 
 def _speedups(axes: Axes, group: Sequence[Result], every: Sequence[Result]) -> None:
     spots = defaultdict(list)  # pattern: [(x, y, whether it is ours)]
+    series: dict[str, str] = {}
     axes.set_xscale("log")
     for line in style.lines(group):
         line = sorted(line, key=ideal)
+        of_method = _series({point_of(r.case).pattern for r in line})
+        series |= of_method
         ratios = [speed(r, best_dense(r, every)) for r in line]
         y = np.array([ratio.value for ratio in ratios])
         ends = np.array([[ratio.low, ratio.high] for ratio in ratios]).T
         spread = np.abs(ends - y) * [1 if ratio.enough else 0 for ratio in ratios]
         look = looks.line_style(line[0]) | {"linestyle": "none"}
         axes.errorbar([ideal(r) for r in line], y, yerr=spread, capsize=2.5, elinewidth=1, **look)
+        along = defaultdict(list)
         for r, value in zip(line, y, strict=True):
-            spots[point_of(r.case).pattern].append((ideal(r), value, r.case.method == SPARSE))
+            pattern = point_of(r.case).pattern
+            spots[pattern].append((ideal(r), value, r.case.method == SPARSE))
+            if pattern in of_method:
+                along[of_method[pattern]].append((ideal(r), value))
+        for places in along.values():
+            axes.plot(*zip(*places, strict=True), color=look["color"], linewidth=1.4, zorder=1.5)
     every_x = [x for spot in spots.values() for x, _, _ in spot]
     every_y = [y for spot in spots.values() for _, y, _ in spot]
     left, right = max(0.93, 0.6 * min(every_x)), 1.3 * max(every_x)
@@ -99,12 +111,24 @@ def _speedups(axes: Axes, group: Sequence[Result], every: Sequence[Result]) -> N
     joined = {"color": style.MUTED, "linewidth": 0.9, "linestyle": (0, (1, 1.6)), "zorder": 1}
     for spot in spots.values():
         axes.plot(*list(zip(*spot, strict=True))[:2], **joined)
-    _pattern_names(axes, {name: max(spot, key=lambda s: s[2])[:2] for name, spot in spots.items()})
+    named = {}
+    for pattern, spot in spots.items():
+        place, name = max(spot, key=lambda s: s[2])[:2], series.get(pattern, pattern)
+        named[name] = min(named.get(name, place), place)  # a line has its name where it begins
+    _pattern_names(axes, named)
     shown = [s for s in SHARES if left <= 1 / (1 - s) <= right]
     axes.xaxis.set_major_locator(FixedLocator([1 / (1 - s) for s in shown]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * (1 - 1 / x):.4g}%"))
     axes.set_xlabel(f"sparsity s ({SPARSE}: of its tiles, {FLEX}: of the pairs)")
+
+
+def _series(patterns: set[str]) -> dict[str, str]:
+    """Pattern: the name of its line, "band(…)" for all bands, where there are enough of them."""
+    lines = defaultdict(list)
+    for pattern in patterns:
+        lines[re.sub(r"[^(,]+\)$", "…)", pattern)].append(pattern)
+    return {p: name for name, line in lines.items() if len(line) >= SERIES for p in line}
 
 
 def _pattern_names(axes: Axes, spots: dict[str, tuple]) -> None:
