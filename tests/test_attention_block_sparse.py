@@ -3,6 +3,7 @@
 On a GPU, or under Triton's interpreter (see conftest.py).
 """
 
+import gc
 import weakref
 from dataclasses import replace
 
@@ -249,4 +250,30 @@ def test_the_tiles_of_a_full_gpu_match_float64_too(monkeypatch, name):
     monkeypatch.setattr(flash, "PROCESSORS", 1)  # as if there were programs for all
     given = problem(2, 2, 1, LONG, LONG, 24, torch.float16)
     check(METHOD, given, pattern=PATTERNS[name]())
-    assert flash.chosen(given[0].shape, torch.float16, "scattered").forward.M == 64
+    assert flash.chosen(given[0].shape, torch.float16, listed=True).forward.M == 64
+
+
+@pytest.mark.gpus(1)
+def test_a_captured_graph_keeps_the_lists_it_reads():
+    given = problem(1, 2, 2, 500, 500, 64, torch.bfloat16)
+    mask = torch.rand(500, 500, device=DEVICE) < 0.05
+    pattern = patterns.from_mask(mask)
+    q, k, v = (x.clone() for x in given[:3])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        q + 1  # an empty graph warns
+        with pytest.raises(RuntimeError, match="call block_sparse once with them before"):
+            METHOD(q, k, v, pattern=pattern)
+    torch.cuda.synchronize()
+    expected = METHOD(q, k, v, pattern=pattern)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = METHOD(q, k, v, pattern=pattern)
+    del pattern
+    gc.collect()
+    torch.cuda.synchronize()
+    junk = [torch.full((100,), -1, dtype=torch.int32, device=DEVICE) for _ in range(2000)]
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+    assert junk

@@ -22,10 +22,14 @@ from blockshock.attention.flash_triton import attend, gradients, refused
 from blockshock.kernels import flash
 from blockshock.kernels.dropout import Dropout
 
+_IN_GRAPHS: set[blocks.BlockTable] = set()  # a captured graph keeps no reference to what it reads
+
 
 class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, table, dropout):
+        if q.is_cuda and torch.cuda.is_current_stream_capturing():
+            _IN_GRAPHS.add(table)
         return attend(ctx, q, k, v, scale, table=table, dropout=dropout)
 
     @staticmethod
@@ -48,10 +52,14 @@ def block_sparse(
     """softmax(scale · Q Kᵀ) V over the pairs of a pattern; see `blockshock.attention` for shapes.
 
     dropout: each weight of the softmax is set to zero with this probability and the others are
-    divided by 1 − dropout; the same seed drops the same weights, forward and backward. Raises
-    ValueError for what the kernels cannot take.
+    divided by 1 − dropout; the same seed drops the same weights, forward and backward.
+
+    Raises:
+        ValueError: what the kernels cannot take.
+        RuntimeError: a CUDA graph is being captured, and the lists of the pattern for these sizes
+            are not made yet. Those that a graph reads are kept from then on.
     """
-    lists = _table(q, k, v, causal, pattern)
+    lists = _table(q, k, v, causal, pattern, scale)
     return _BlockSparse.apply(q, k, v, scale, lists, Dropout(dropout, seed))
 
 
@@ -60,14 +68,14 @@ def block_sparse_unpruned(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
 ) -> Tensor:
     """The ablation: the same kernels and masks, and all tiles are computed."""
-    lists = unpruned(_table(q, k, v, causal, pattern))
+    lists = unpruned(_table(q, k, v, causal, pattern, scale))
     return _BlockSparse.apply(q, k, v, scale, lists, Dropout())
 
 
 def table(shape: shapes.Shape, dtype, causal: bool, pattern, device) -> blocks.BlockTable:
     """The lists that `block_sparse` uses for these sizes."""
     sizes = (shape.batch, shape.heads, shape.Tq, shape.D)
-    tile = flash.chosen(sizes, dtype, "scattered").forward  # its tile is that of all
+    tile = flash.chosen(sizes, dtype, listed=True).forward  # its tile is that of all
     if pattern is None:
         pattern = patterns.causal() if causal else patterns.full()
     elif causal:
@@ -90,6 +98,7 @@ _UNPRUNED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 def unpruned(pruned: blocks.BlockTable) -> blocks.BlockTable:
     """The table with all tiles listed; those that it does not list are partial, without a pair."""
     if pruned not in _UNPRUNED:
+        blocks.refuse_in_capture(pruned.starts.device)
         with torch.inference_mode(False), torch.no_grad():
             _UNPRUNED[pruned] = _with_all(pruned)
     return _UNPRUNED[pruned]
@@ -132,9 +141,9 @@ def _all_of(kinds: Tensor) -> tuple[Tensor, ...]:
     return tuple(values.int() for values in listed)
 
 
-def _table(q: Tensor, k: Tensor, v: Tensor, causal: bool, pattern) -> blocks.BlockTable:
+def _table(q: Tensor, k: Tensor, v: Tensor, causal: bool, pattern, scale) -> blocks.BlockTable:
     shape = shapes.check(q, k, v, pattern=pattern)
-    reason = refused(shape, dtype=q.dtype, device_type=q.device.type)
+    reason = refused(shape, dtype=q.dtype, device_type=q.device.type, scale=scale)
     if reason:
         raise ValueError(reason)
     return table(shape, q.dtype, causal, pattern, q.device)

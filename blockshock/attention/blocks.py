@@ -106,6 +106,7 @@ def table(
     Raises:
         ValueError: sizes that the pattern does not fit; other blocks; a predicate that returns
             something else than a bool tensor; more tiles than int32 counts.
+        RuntimeError: it would have to be made while a CUDA graph is captured.
     """
     rules.check(pattern, Tq, Tk, batch=batch, heads=heads)
     rules.at_least(1, block_q=block_q, block_k=block_k)
@@ -122,12 +123,22 @@ def table(
     found = kept.pop(key, None)
     # Tensors of inference mode could not be saved for a backward later.
     if found is None:
+        refuse_in_capture(device)
         with torch.inference_mode(False), torch.no_grad():
             found = _build(pattern, Tq, Tk, different, block_q, block_k, device)
     kept[key] = found
     while len(kept) > KEPT:
         kept.popitem(last=False)
     return found
+
+
+def refuse_in_capture(device: torch.device) -> None:
+    """RuntimeError while a CUDA graph is captured: making lists reads numbers back."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and the lists of this pattern are not made for these "
+            "sizes; call block_sparse once with them before the capture"
+        )
 
 
 def dense(table: BlockTable, *, transposed: bool = False) -> Tensor:

@@ -59,41 +59,43 @@ def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
 
 
 @cache
-def plans(D: int, dtype: torch.dtype, few: bool, lists: str | None) -> Plans:
+def plans(D: int, dtype: torch.dtype, *, few: bool, listed: bool) -> Plans:
     """The tiles for heads of D (`padded`). few: programs of 64 queries would leave processors idle.
 
-    lists: None, or of a block table, which serves all three kernels with one M and N, "consecutive"
-    or "scattered" (`flash_walk`). Chosen among 3 to 6 each by times on one H200: bf16, D = 64 and
-    128, at 4096 and 16384 tokens, full, causal, in bands and random blocks; D = 256 at 4096 tokens;
-    fp32 without lists at 2048 tokens, D = 128. Where one tile serves all kernels, or two were
-    alike, it is not the fastest for each. fp32 with lists or D = 256 was not timed.
+    listed: of a block table, which serves all three kernels with one M and N. Chosen among 3 to 6
+    each by times on one H200: bf16, D = 64 and 128, 16 heads of 16384 tokens (some also at 4096),
+    full, causal, in bands, random blocks, strides and with global tokens; D = 256 at 4096 tokens;
+    fp32 without lists at 2048 tokens, D = 128. The same tiles won at both lengths, full and causal.
+    Where one tile serves all kernels, or two were alike, it is not the fastest for each. fp32 with
+    lists or D = 256 was not timed.
     """
     if dtype == torch.float32:  # products in float32 proper
         tile = Plan(16, 32, 4, 1) if D > 128 else Plan(32, 32, 4, 2)
-        if lists or few or D > 128:
+        if listed or few or D > 128:
             return Plans(tile, tile, tile)
         return Plans(Plan(64, 32, 4, 1), tile, Plan(64, 64, 8, 1))
     if D > 128:
         return Plans(
             Plan(64, 32, 4, 2),
-            Plan(64, 32, 8, 1) if lists else Plan(32, 64, 8, 1),
+            Plan(64, 32, 8, 1) if listed else Plan(32, 64, 8, 1),
             Plan(64, 32, 4, 2),
         )
     if few:
         tile = Plan(32, 32, 4, 2)
         return Plans(tile, tile, tile)
-    if lists:
-        stages = (3, 2, 2) if D > 64 else (2, 3, 2)
+    if listed:
+        stages = (3, 2, 2) if D > 64 else (2, 2, 2)
         return Plans(*(Plan(64, 64, 4, number) for number in stages))
     if D > 64:
         return Plans(Plan(64, 64, 4, 3, True), Plan(64, 64, 4, 2), Plan(128, 64, 8, 3, True))
-    return Plans(Plan(64, 128, 4, 2), Plan(128, 64, 4, 2), Plan(128, 64, 4, 3))
+    return Plans(Plan(64, 128, 4, 2), Plan(64, 64, 4, 2), Plan(128, 64, 4, 3))
 
 
-def chosen(q_shape: tuple[int, int, int, int], dtype: torch.dtype, lists: str | None) -> Plans:
-    """The plans for q [B, H, Tq, D]; lists as in `plans`."""
+def chosen(q_shape: tuple[int, int, int, int], dtype: torch.dtype, *, listed: bool) -> Plans:
+    """The plans for q [B, H, Tq, D]; listed as in `plans`."""
     B, H, Tq, D = q_shape
-    return plans(padded(D), dtype, B * H * -(-Tq // 64) < PROCESSORS, lists)
+    few = B * H * -(-Tq // 64) < PROCESSORS
+    return plans(padded(D), dtype, few=few, listed=listed)
 
 
 def forward(
@@ -118,10 +120,11 @@ def forward(
     lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
     if not out.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
-    plan = chosen(q.shape, q.dtype, _kind(table)).forward
+    plan = chosen(q.shape, q.dtype, listed=table is not None).forward
     count, slots = _programs(table, -(-Tq // plan.M))
     q, k, v = (_readable(x) for x in (q, k, v))
-    parts, levels = _slots(B * H * slots, plan.M, padded(q.shape[3]), lse)
+    parts = lse.new_empty(B * H * slots, plan.M, padded(q.shape[3]))
+    levels = lse.new_empty(B * H * slots, plan.M)
     with _device_of(q):
         flash_forward.forward[(B * H * count,)](
             *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (out, plan.M))),
@@ -189,36 +192,40 @@ def backward(
 
 
 def _prepared(out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
-    """lse in base 2, and rowsum(out ∘ d_out): float32 [B, H, Tq]."""
+    """lse in base 2, and rowsum(out ∘ d_out): float32 [B H, Tq and more], rows at 16 bytes."""
     from blockshock.kernels import flash_backward
 
     (B, H, Tq, D), rows = out.shape, 64
-    level, delta = torch.empty_like(lse), torch.empty_like(lse)
+    pitch = -(-Tq // 4) * 4
+    level, delta = lse.new_empty(B * H, pitch), lse.new_empty(B * H, pitch)
     tiles = -(-Tq // rows)
     flash_backward.prepare[(B * H * tiles,)](
-        _tiled(out, rows), _tiled(d_out, rows), lse, level, delta, tiles, H, Tq, rows, padded(D)
+        *(_tiled(out, rows), _tiled(d_out, rows), lse, level, delta, tiles, H, Tq, pitch),
+        M=rows,
+        D=padded(D),
     )
     return level, delta
 
 
 def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, dropout) -> None:
     """Fills made: (dK, dV), or (dQ,)."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     from blockshock.kernels import flash_backward
 
-    own, of_keys = chosen(q.shape, q.dtype, _kind(table)), len(made) == 2
+    own, of_keys = chosen(q.shape, q.dtype, listed=table is not None), len(made) == 2
     plan, side = (own.keys, k) if of_keys else (own.queries, q)
     kernel = flash_backward.gradients_of_keys if of_keys else flash_backward.gradients_of_queries
     rows = plan.N if of_keys else plan.M
     count, slots = _programs(table, -(-side.shape[2] // rows), transposed=of_keys)
     heads = side.shape[0] * side.shape[1]
-    parts = [_slots(heads * slots, rows, padded(q.shape[3]), level)[0] for _ in made]
+    parts = [level.new_empty(heads * slots, rows, padded(q.shape[3])) for _ in made]
     kernel[(heads * count,)](
         *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (d_out, plan.M))),
         *(_tiled(x, rows) for x in made),
-        level,
-        delta,
+        *(TensorDescriptor.from_tensor(x, [1, plan.M]) for x in (level, delta)),
         *parts,
-        *_lists(table, level, transposed=of_keys),
+        *_lists(table, level, plan.M if of_keys else None),
         q.shape[1],
         count,
         slots,
@@ -251,31 +258,27 @@ def _programs(table, tiles: int, *, transposed: bool = False) -> tuple[int, int]
     return turns.shape[1], slots
 
 
-def _slots(count: int, rows: int, D: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Memory for parts and levels of `flash_split`, like like."""
-    return like.new_empty(count, rows, D), like.new_empty(count, rows)
-
-
 def _device_of(x: Tensor):
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
-def _kind(table) -> str | None:
-    if table is None:
-        return None
-    return "consecutive" if table.consecutive else "scattered"
+def _lists(table, anything: Tensor, rows: int | None = None) -> tuple:
+    """The lists as the kernels take them; what is not read may be any tensor.
 
-
-def _lists(table, anything: Tensor, *, transposed: bool = False) -> tuple:
-    """The lists as the kernels take them; what is not read may be any tensor."""
+    rows: of keys, and then the intervals of their queries are read in tiles of so many.
+    """
     if table is None:
         return (*(anything,) * 6, 0, 0)
     names = ("turns", "keys", "masks")
-    if transposed:
+    if rows:
         names = ("turns_t", "queries_t", "masks_t")
     lists = tuple(getattr(table, name) for name in names)
     ends = (anything, anything) if table.low is None else (table.low, table.high)
+    if rows and table.low is not None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        ends = tuple(TensorDescriptor.from_tensor(x, [rows]) for x in ends)
     return (*lists, *ends, table.bits, table.batch_stride, table.head_stride)
 
 

@@ -80,7 +80,7 @@ def finished(total, weight, most):
     """out, and lse to base 2; zero and -inf for a row that attends to nothing."""
     empty = weight == 0.0
     weight = tl.where(empty, 1.0, weight)
-    return total / weight[:, None], tl.where(empty, float("-inf"), most + tl.log2(weight))
+    return total * (1.0 / weight)[:, None], tl.where(empty, float("-inf"), most + tl.log2(weight))
 
 
 @triton.jit(do_not_specialize=ANY)

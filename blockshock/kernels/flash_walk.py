@@ -72,8 +72,8 @@ def interval(queries, low, high, Tq, Tk, KEEP: tl.constexpr):
 def own(tile, IN_REGISTERS: tl.constexpr):
     """A program's own tile as a product's first operand.
 
-    Loaded, it stays in shared memory, whose bandwidth bounds products of 64 rows; computed, even
-    by an addition of zero, it is one of registers. (A zero may lose its sign.)
+    Loaded, it stays in shared memory and is read there for every product; computed, even by an
+    addition of zero, it is one of registers. (A zero may lose its sign.)
     """
     if IN_REGISTERS:
         tile += 0.0
@@ -100,18 +100,19 @@ def hidden(
 
 @triton.jit
 def hidden_transposed(
-    scores, keys, mask, queries, low, high, bits, Tq, Tk, M: tl.constexpr, N: tl.constexpr,
+    scores, keys, tile, mask, low, high, bits, M: tl.constexpr, N: tl.constexpr,
     KEEP: tl.constexpr,
 ):
-    """The same of scores [N, M] of a partial tile of queries."""
+    """The same of scores [N, M] of a partial tile of queries; low and high are descriptors."""
     if KEEP == "bits":
         words, beyond = _words(bits, mask, M, N)
         keep = _is_set(words[None, :], beyond[None, :], tl.arange(0, N)[:, None])
-    else:
-        from_key, to_key = interval(queries, low, high, Tq, Tk, KEEP)
-        keep = keys[:, None] < to_key[None, :]
-        if KEEP == "interval":
-            keep &= keys[:, None] >= from_key[None, :]
+    elif KEEP == "interval":
+        keep = (keys[:, None] >= low.load([tile * M])[None, :]) & (
+            keys[:, None] < high.load([tile * M])[None, :]
+        )
+    else:  # "causal"; keys past Tk need no mask: what they gather is not stored
+        keep = keys[:, None] <= (tile * M + tl.arange(0, M))[None, :]
     return tl.where(keep, scores, float("-inf"))
 
 
