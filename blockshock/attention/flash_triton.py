@@ -25,6 +25,10 @@ class FlashAttentionTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False, scale=None):
+        shape = shapes.check(*_whole(q, k, v))
+        reason = refused(shape, dtype=q.dtype, device_type=q.device.type, scale=scale)
+        if reason:
+            raise ValueError(reason)
         return attend(ctx, q, k, v, scale, causal=is_causal)
 
     @staticmethod
@@ -33,18 +37,17 @@ class FlashAttentionTriton(torch.autograd.Function):
 
 
 def attend(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float | None, **options) -> Tensor:
-    """The forward of an autograd function. options: for `kernels.flash`."""
-    whole = (q, k, v) if q.dim() == 4 else tuple(x.unsqueeze(1) for x in (q, k, v))
-    shape = shapes.check(*whole)
-    reason = refused(shape, dtype=q.dtype, device_type=q.device.type)
-    if reason:
-        raise ValueError(reason)
-    ctx.options = {"scale": positive(shape.D**-0.5 if scale is None else scale), **options}
-    out, lse = flash.forward(*whole, **ctx.options)
+    """The forward of an autograd function, of checked inputs. options: for `kernels.flash`."""
+    ctx.options = {"scale": q.shape[-1] ** -0.5 if scale is None else float(scale), **options}
+    out, lse = flash.forward(*_whole(q, k, v), **ctx.options)
     if q.dim() == 3:
         out, lse = out[:, 0], lse[:, 0]
     ctx.save_for_backward(q, k, v, out, lse)
     return out
+
+
+def _whole(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if tensors[0].dim() == 4 else tuple(x.unsqueeze(1) for x in tensors)
 
 
 def gradients(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -73,7 +76,8 @@ def flash_triton(
     reason = shapes.pattern_refused("flash_triton", pattern)
     if reason:
         raise ValueError(reason)
-    shapes.check(q, k, v)
+    if q.dim() != 4:
+        shapes.check(q, k, v)  # raises
     return FlashAttentionTriton.apply(q, k, v, causal, scale)
 
 
@@ -85,23 +89,13 @@ def refused(shape: shapes.Shape, *, dtype, device_type: str, scale=None) -> str 
             f"D = {shape.D}: the attention kernels take heads of 16 to {flash.MAX_D}, in multiples "
             "of 8; pad D with zeros, or use reference"
         )
-    if reason is None and scale is not None:
-        try:
-            positive(scale)
-        except ValueError as error:
-            return str(error)
-    return reason
-
-
-def positive(scale: float) -> float:
-    """The scale; raises ValueError unless it is a positive number of float32."""
     facts = torch.finfo(torch.float32)
-    if not facts.tiny <= scale <= facts.max / 2:
-        raise ValueError(
+    if reason is None and scale is not None and not facts.tiny <= scale <= facts.max / 2:
+        reason = (
             f"scale = {scale} must be positive, finite and a number of float32; negate q for a "
             "negative one"
         )
-    return float(scale)
+    return reason
 
 
 def _unsupported(shape, *, dtype, device_type, causal, pattern, scale, backward) -> str | None:

@@ -123,8 +123,10 @@ def forward(
     plan = chosen(q.shape, q.dtype, listed=table is not None).forward
     count, slots = _programs(table, -(-Tq // plan.M))
     q, k, v = (_readable(x) for x in (q, k, v))
-    parts = lse.new_empty(B * H * slots, plan.M, padded(q.shape[3]))
-    levels = lse.new_empty(B * H * slots, plan.M)
+    parts = levels = lse  # not used without slots
+    if slots:
+        parts = lse.new_empty(B * H * slots, plan.M, padded(q.shape[3]))
+        levels = lse.new_empty(B * H * slots, plan.M)
     with _device_of(q):
         flash_forward.forward[(B * H * count,)](
             *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (out, plan.M))),
@@ -219,7 +221,8 @@ def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, drop
     rows = plan.N if of_keys else plan.M
     count, slots = _programs(table, -(-side.shape[2] // rows), transposed=of_keys)
     heads = side.shape[0] * side.shape[1]
-    parts = [level.new_empty(heads * slots, rows, padded(q.shape[3])) for _ in made]
+    size = heads * slots, rows, padded(q.shape[3])
+    parts = [level.new_empty(size) if slots else level for _ in made]
     kernel[(heads * count,)](
         *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (d_out, plan.M))),
         *(_tiled(x, rows) for x in made),
