@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockshock.attention import METHODS, block_sparse, blocks, patterns, shapes, turns
-from blockshock.kernels import flash
+from blockshock.kernels import flash_plans
 from blockshock.kernels.dropout import Dropout, kept_reference
 from tests.attention_checks import DEVICE, DTYPES, check, problem, relative, results, truth
 
@@ -247,10 +247,10 @@ def test_programs_take_their_turns_from_the_table():
 
 @pytest.mark.parametrize("name", ["band", "global_band", "mask_per_head"])
 def test_the_tiles_of_a_full_gpu_match_float64_too(monkeypatch, name):
-    monkeypatch.setattr(flash, "PROCESSORS", 1)  # as if there were programs for all
+    monkeypatch.setattr(flash_plans, "PROCESSORS", 1)  # as if there were programs for all
     given = problem(2, 2, 1, LONG, LONG, 24, torch.float16)
     check(METHOD, given, pattern=PATTERNS[name]())
-    assert flash.chosen(given[0].shape, torch.float16, listed=True).forward.M == 64
+    assert flash_plans.chosen(given[0].shape, torch.float16, listed=True).forward.M == 64
 
 
 @pytest.mark.gpus(1)

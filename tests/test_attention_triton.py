@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from blockshock.attention import METHODS, FlashAttentionTorch, FlashAttentionTriton, unsupported
 from blockshock.kernels import flash as kernels
+from blockshock.kernels import flash_plans
 from tests.attention_checks import DEVICE, DTYPES, check, problem, relative, results, truth
 
 pytest.importorskip("triton", reason="needs Triton; it is in the extra `dev`")
@@ -142,7 +143,7 @@ def test_tiles_above_the_diagonal_are_never_visited(Tq):
 
 
 def test_a_tile_that_sticks_out_over_the_queries_reads_no_key_beyond_them(monkeypatch):
-    monkeypatch.setattr(kernels, "PROCESSORS", 1)  # tiles of 64 queries × 32 keys
+    monkeypatch.setattr(flash_plans, "PROCESSORS", 1)  # tiles of 64 queries × 32 keys
     q, k, v, _ = problem(1, 1, 1, 20, 64, 32)
     expected = flash(q, k, v, causal=True)
     k[:, :, 32:], v[:, :, 32:] = torch.nan, torch.nan
@@ -152,9 +153,9 @@ def test_a_tile_that_sticks_out_over_the_queries_reads_no_key_beyond_them(monkey
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("Tq", "Tk"), [(200, 90), (90, 200), (129, 129)])
 def test_the_tiles_of_a_full_gpu_match_float64_too(monkeypatch, Tq, Tk, causal):
-    monkeypatch.setattr(kernels, "PROCESSORS", 1)  # as if there were programs for all
+    monkeypatch.setattr(flash_plans, "PROCESSORS", 1)  # as if there were programs for all
     for dtype, D in ((torch.float32, 32), (torch.float16, 32), (torch.float16, 72)):
-        assert kernels.chosen((1, 1, Tq, D), dtype, listed=False).forward.M >= 64
+        assert flash_plans.chosen((1, 1, Tq, D), dtype, listed=False).forward.M >= 64
         check(flash, problem(1, 1, 1, Tq, Tk, D, dtype), causal=causal)
 
 

@@ -4,8 +4,9 @@
 
 The lists come from `blocks.table`: for each tile of queries the full tiles, which need no mask,
 then the partial ones; and the same from the other side for dK and dV. A tile that holds no pair of
-the pattern is not computed, and its keys and values are not read. Long lists are begun first, so
-that uneven patterns keep all processors at work to the end. Without a pattern the lists are those
+the pattern is not computed, and its keys and values are not read. Long lists are begun first, and
+very long ones are worked on in pieces, so that uneven patterns keep all processors at work to the
+end. Without a pattern the lists are those
 of a full, or causal, mask. (Block lists as in FlexAttention, Dong et al. 2024, arXiv:2412.05496;
 patterns as in Longformer, arXiv:2004.05150, and BigBird, arXiv:2007.14062.)
 """
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from blockshock.attention import blocks, patterns, shapes, tiles
 from blockshock.attention.flash_triton import attend, gradients, refused
-from blockshock.kernels import flash
 from blockshock.kernels.dropout import Dropout
+from blockshock.kernels.flash_plans import chosen
 
 _IN_GRAPHS: set[blocks.BlockTable] = set()  # a captured graph keeps no reference to what it reads
 
@@ -75,7 +76,7 @@ def block_sparse_unpruned(
 def table(shape: shapes.Shape, dtype, causal: bool, pattern, device) -> blocks.BlockTable:
     """The lists that `block_sparse` uses for these sizes."""
     sizes = (shape.batch, shape.heads, shape.Tq, shape.D)
-    tile = flash.chosen(sizes, dtype, listed=True).forward  # its tile is that of all
+    tile = chosen(sizes, dtype, listed=True).forward  # its tile is that of all
     if pattern is None:
         pattern = patterns.causal() if causal else patterns.full()
     elif causal:

@@ -7,39 +7,17 @@ tensor memory accelerator (in interpreter mode by Triton's imitation of it).
 
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from blockshock.kernels.dropout import Dropout
+from blockshock.kernels.flash_plans import Plan, chosen, padded
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NONE = Dropout()
 LOG2E = 1.4426950408889634
 MAX_D = 256
-PROCESSORS = 132  # of an H200
-
-
-@dataclass(frozen=True)
-class Plan:
-    """M queries × N keys a tile; warps of a program; stages of the pipeline that loads tiles."""
-
-    M: int
-    N: int
-    warps: int
-    stages: int
-    in_registers: bool = False  # a program's own operands of the products, not in shared memory
-
-
-@dataclass(frozen=True)
-class Plans:
-    """Of the forward, of dK and dV, and of dQ."""
-
-    forward: Plan
-    keys: Plan
-    queries: Plan
 
 
 def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
@@ -56,46 +34,6 @@ def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
     if dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bits of bf16 as integers; use fp16 or fp32"
     return None
-
-
-@cache
-def plans(D: int, dtype: torch.dtype, *, few: bool, listed: bool) -> Plans:
-    """The tiles for heads of D (`padded`). few: programs of 64 queries would leave processors idle.
-
-    listed: of a block table, which serves all three kernels with one M and N. Chosen among 3 to 6
-    each by times on one H200: bf16, D = 64 and 128, 16 heads of 16384 tokens (some also at 4096),
-    full, causal, in bands, random blocks, strides and with global tokens; D = 256 at 4096 tokens;
-    fp32 without lists at 2048 tokens, D = 128. The same tiles won at both lengths, full and causal.
-    Where one tile serves all kernels, or two were alike, it is not the fastest for each. fp32 with
-    lists or D = 256 was not timed.
-    """
-    if dtype == torch.float32:  # products in float32 proper
-        tile = Plan(16, 32, 4, 1) if D > 128 else Plan(32, 32, 4, 2)
-        if listed or few or D > 128:
-            return Plans(tile, tile, tile)
-        return Plans(Plan(64, 32, 4, 1), tile, Plan(64, 64, 8, 1))
-    if D > 128:
-        return Plans(
-            Plan(64, 32, 4, 2),
-            Plan(64, 32, 8, 1) if listed else Plan(32, 64, 8, 1),
-            Plan(64, 32, 4, 2),
-        )
-    if few:
-        tile = Plan(32, 32, 4, 2)
-        return Plans(tile, tile, tile)
-    if listed:
-        stages = (3, 2, 2) if D > 64 else (2, 2, 2)
-        return Plans(*(Plan(64, 64, 4, number) for number in stages))
-    if D > 64:
-        return Plans(Plan(64, 64, 4, 3, True), Plan(64, 64, 4, 2), Plan(128, 64, 8, 3, True))
-    return Plans(Plan(64, 128, 4, 2), Plan(64, 64, 4, 2), Plan(128, 64, 4, 3))
-
-
-def chosen(q_shape: tuple[int, int, int, int], dtype: torch.dtype, *, listed: bool) -> Plans:
-    """The plans for q [B, H, Tq, D]; listed as in `plans`."""
-    B, H, Tq, D = q_shape
-    few = B * H * -(-Tq // 64) < PROCESSORS
-    return plans(padded(D), dtype, few=few, listed=listed)
 
 
 def forward(
@@ -303,11 +241,6 @@ def _constants(q: Tensor, k: Tensor, plan: Plan, causal: bool, table, dropout: D
         "OWN_IN_REGISTERS": plan.in_registers,
         "num_warps": plan.warps,
     }
-
-
-def padded(D: int) -> int:
-    """The size of a head as the kernels have it: a power of two, 16 at least."""
-    return max(16, 1 << (D - 1).bit_length())
 
 
 def _readable(x: Tensor) -> Tensor:
