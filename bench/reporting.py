@@ -176,7 +176,8 @@ class SafeResults:
             return
         stays = f"; {target} stays as it was" if target.exists() else ""
         if stays:
-            target = target.with_suffix(".partial.json")
+            names = (target.with_suffix(f".partial{n}.json") for n in ("", *range(2, 10**6)))
+            target = next(name for name in names if not name.exists())
         measured = len(json.loads(self.partial.read_bytes())["benchmarks"])
         self.partial.replace(target)
         cases = sum("record" in item.fixturenames for item in session.items)

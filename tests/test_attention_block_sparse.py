@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blockshock.attention import METHODS, block_sparse, blocks, patterns, shapes, turns
-from blockshock.kernels import flash_plans
+from blockshock.kernels import flash, flash_plans
 from blockshock.kernels.dropout import Dropout, kept_reference
 from tests.attention_checks import DEVICE, DTYPES, check, problem, relative, results, truth
 
 pytest.importorskip("triton", reason="needs Triton; it is in the extra `dev`")
 METHOD, ABLATION = METHODS["block_sparse"], METHODS["block_sparse_unpruned"]
-LONG = 1100 if DEVICE == "cuda" else 100
+LONG = 1101 if DEVICE == "cuda" else 101  # rows of level and delta are padded to fours
 
 
 def scattered(*shape, share=0.1, seed=0):
@@ -68,11 +68,26 @@ def test_every_pattern_matches_float64(name, method):
     check(method, problem(2, 2, 1, LONG, LONG, 16), pattern=PATTERNS[name]())
 
 
+def split_into(monkeypatch, tiles):
+    """Every list that is longer, into pieces of so many tiles."""
+    monkeypatch.setattr(turns, "LONG", 0)
+    monkeypatch.setattr(turns, "LEAST", tiles)
+    monkeypatch.setattr(turns, "SHARE", 1000)
+    monkeypatch.setattr(blocks, "_TABLES", weakref.WeakKeyDictionary())
+
+
+def test_pieces_of_several_tiles_match_float64_and_drop_the_same(monkeypatch):
+    given, pattern = problem(2, 2, 1, LONG, LONG, 40), PATTERNS["mask_per_head"]()
+    whole = results(METHOD, *given, pattern=pattern, dropout=0.3, seed=5)
+    split_into(monkeypatch, 3)
+    check(METHOD, given, pattern=pattern)
+    pieces = results(METHOD, *given, pattern=pattern, dropout=0.3, seed=5)
+    assert all(relative(a, b) < 1e-6 for a, b in zip(pieces, whole, strict=True))
+
+
 @pytest.mark.parametrize("name", PATTERNS)
 def test_pieces_of_long_lists_match_float64(monkeypatch, name):
-    monkeypatch.setattr(turns, "LONG", 0)
-    monkeypatch.setattr(turns, "LEAST", 1)  # each tile is a piece
-    monkeypatch.setattr(blocks, "_TABLES", weakref.WeakKeyDictionary())
+    split_into(monkeypatch, 1)
     given, pattern = problem(2, 2, 1, LONG, LONG, 24), PATTERNS[name]()
     shape = shapes.Shape.of(given[0].shape, given[1].shape)
     table = METHOD.table(shape, given[0].dtype, False, pattern, given[0].device)
@@ -277,3 +292,19 @@ def test_a_captured_graph_keeps_the_lists_it_reads():
     torch.cuda.synchronize()
     assert torch.equal(out, expected)
     assert junk
+
+
+def test_an_empty_batch_has_empty_results():
+    pattern = patterns.predicate(lambda b, h, i, j: j <= i + b, "mine", per_batch=True)
+    given = problem(0, 2, 1, 20, 20, 16)
+    for method in (METHOD, ABLATION):
+        for found, x in zip(results(method, *given, pattern=pattern), given, strict=False):
+            assert found.numel() == 0
+            assert found.dim() == x.dim()
+
+
+def test_a_table_of_other_tiles_is_refused():
+    q, k, v, _ = problem(1, 1, 1, 90, 90, 16)
+    table = blocks.table(patterns.band(3), 90, 90, block_q=128, block_k=128, device=DEVICE)
+    with pytest.raises(ValueError, match="a table of 128 x 128 tiles: the kernels work in tiles"):
+        flash.forward(q, k, v, scale=1.0, table=table)

@@ -237,6 +237,7 @@ def test_long_lists_are_split_into_pieces(pattern, Tq, Tk, sizes, long):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(turns, "LONG", long)
         patch.setattr(turns, "LEAST", 1)
+        patch.setattr(turns, "SHARE", 1000)
         patch.setattr(blocks, "_TABLES", weakref.WeakKeyDictionary())
         table = table_of(pattern, Tq, Tk, sizes)
     check_lists(table, mask(pattern, Tq, Tk)[0])
@@ -247,6 +248,16 @@ def test_long_lists_are_split_into_pieces(pattern, Tq, Tk, sizes, long):
         if table.touched:
             assert (lists[:, :, 2] - lists[:, :, 1]).max() <= long * math.ceil(mean)
         assert (lists[:, :, 5] >= 0).any() == (count > long * math.ceil(mean)).any()
+
+
+def test_slots_are_few_however_uneven_the_planes_are():
+    mask_of_heads = torch.zeros(1, 16, 2048, 2048, dtype=torch.bool)
+    for head in range(16):  # each has other long rows
+        mask_of_heads[0, head, head * 128 : head * 128 + 128] = True
+    table = table_of(patterns.from_mask(mask_of_heads), 2048, 2048, (32, 32), (1, 16))
+    check_lists(table, mask_of_heads[0])
+    assert table.slots <= 64 // 2
+    assert table.slots_t <= 64 // 2
 
 
 def test_only_lists_much_longer_than_the_others_are_split():

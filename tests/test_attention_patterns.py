@@ -384,3 +384,31 @@ def test_a_predicate_that_fails_is_named_with_the_way_out(rule):
 def test_numbers_that_no_index_reaches_are_refused():
     with pytest.raises(ValueError, match="below 2"):
         patterns.band(10**30)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda b, h, q, k: k <= q + (k.max() - q.max()),
+        lambda b, h, q, k: (q - k) <= (k - k.min()),
+        lambda b, h, q, k: (k <= q).cumsum(-1) > 2,
+        lambda b, h, q, k: (q >= k) & (k < 5).any(),
+    ],
+    ids=["max", "min", "cumsum", "any within"],
+)
+@pytest.mark.parametrize("join", [None, patterns.both])
+def test_a_predicate_whose_answers_depend_on_what_else_is_asked_is_refused(rule, join):
+    pattern = patterns.predicate(rule, "mine")
+    pattern = join(pattern, patterns.band(60)) if join else pattern
+    with pytest.raises(ValueError, match=r"mine.*(by the others|failed|several pairs)"):
+        mask(pattern, 40, 50)
+
+
+def test_what_is_no_pattern_is_named():
+    for wrong, message in (
+        (patterns.causal, "pattern causal: call it"),
+        (torch.ones(3, 4, dtype=torch.bool), r"torch.bool \(3, 4\): give a mask to from_mask"),
+        (7, "pattern 7"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            patterns.check(wrong, 3, 4)

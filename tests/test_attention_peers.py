@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from blockshock.attention import METHODS, patterns, peers, shapes, unsupported
 from blockshock.attention.reference import reference
-from tests.attention_checks import DEVICE, NAMES, relative, results, truth
+from tests.attention_checks import DEVICE, NAMES, problem, relative, results, truth
 
 SOME = (2, 4, 256, 64)
 HALF = torch.bfloat16
@@ -305,3 +305,10 @@ def test_on_a_gpu_inputs_may_be_views_of_any_strides(method):
     tensors, _ = inputs(2, 2, 64, 64, 64, HALF, "cuda")
     views = [x.mT for x in tensors]
     assert relative(METHODS[method](*views), reference(*(x.double() for x in views))) < 0.01
+
+
+def test_flex_asks_about_batch_0_and_head_0_where_a_pattern_says_no_more():
+    pattern = patterns.predicate(lambda b, h, q, k: (q - k).abs() <= 3 + 9 * h + b)
+    given = problem(2, 2, 2, 140, 140, 16)
+    found, true = (METHODS[m](*given[:3], pattern=pattern) for m in ("flex", "reference"))
+    assert relative(found, true) < 1e-5

@@ -47,7 +47,7 @@ def unsupported(
         shape = shapes.Shape.of(q_shape, k_shape)
     except ValueError as error:
         return str(error)
-    reason = shapes.misfit(shape, pattern)
+    reason = shapes.misfit(shape, pattern) or shapes.scale_refused(scale)
     rule = getattr(METHODS[method], "unsupported", None)
     if reason or rule is None:
         return reason

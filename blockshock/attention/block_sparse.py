@@ -23,18 +23,36 @@ from blockshock.attention.flash_triton import attend, gradients, refused
 from blockshock.kernels.dropout import Dropout
 from blockshock.kernels.flash_plans import chosen
 
-_IN_GRAPHS: set[blocks.BlockTable] = set()  # a captured graph keeps no reference to what it reads
+_IN_GRAPHS: set[blocks.BlockTable] = set()
+
+
+def _hold(table: blocks.BlockTable) -> None:
+    """Keeps the lists until the kernels that are about to be launched have read them.
+
+    A graph keeps no reference to what it reads, and memory that is freed goes back to the stream
+    that it was made on, whatever other streams still do.
+    """
+    device = table.starts.device
+    if device.type != "cuda":
+        return
+    if blocks.captured(device):
+        _IN_GRAPHS.add(table)
+        return
+    stream = torch.cuda.current_stream(device)
+    if stream.cuda_stream != table.stream:
+        for x in table.tensors():
+            x.record_stream(stream)
 
 
 class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, table, dropout):
-        if q.is_cuda and torch.cuda.is_current_stream_capturing():
-            _IN_GRAPHS.add(table)
+        _hold(table)
         return attend(ctx, q, k, v, scale, table=table, dropout=dropout)
 
     @staticmethod
     def backward(ctx, d_out):
+        _hold(ctx.options["table"])
         return *gradients(ctx, d_out), None, None, None
 
 
@@ -120,19 +138,19 @@ def _with_all(pruned: blocks.BlockTable) -> blocks.BlockTable:
     if pruned.low is None:
         bits = torch.cat([bits, bits.new_zeros(1, *bits.shape[1:])])
     listed = blocks.both_sides(_all_of(kinds), _all_of(kinds.mT), pruned.consecutive)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # any stream may read it from here on
-    return replace(
-        pruned,
-        **listed,
-        bits=bits,
-        touched=planes * nq * nk,
-        build_seconds=pruned.build_seconds + time.perf_counter() - started,
+    return blocks.ready(
+        replace(
+            pruned,
+            **listed,
+            bits=bits,
+            touched=planes * nq * nk,
+            build_seconds=pruned.build_seconds + time.perf_counter() - started,
+        )
     )
 
 
 def _all_of(kinds: Tensor) -> tuple[Tensor, ...]:
-    """starts, full, others, masks, order of [planes, lines, others] kinds, −1 for full tiles."""
+    """starts, full, others, masks of [planes, lines, others] kinds, −1 for full tiles."""
     planes, lines, others = kinds.shape
     order_of_each = (kinds != -1).int().argsort(dim=2, stable=True)
     each = torch.arange(planes, device=kinds.device)[:, None] * (lines * others)
@@ -143,7 +161,7 @@ def _all_of(kinds: Tensor) -> tuple[Tensor, ...]:
 
 
 def _table(q: Tensor, k: Tensor, v: Tensor, causal: bool, pattern, scale) -> blocks.BlockTable:
-    shape = shapes.check(q, k, v, pattern=pattern)
+    shape = shapes.check(q, k, v, pattern=pattern, scale=scale)
     reason = refused(shape, dtype=q.dtype, device_type=q.device.type, scale=scale)
     if reason:
         raise ValueError(reason)

@@ -62,12 +62,17 @@ class BlockTable:
     tiles: int  # all
     consecutive: bool  # intervals, and the touched ones of each list follow each other, both ways
     build_seconds: float
+    stream: int = 0  # that it was made on
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
+        return sum(value.nbytes for value in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
         values = [getattr(self, field.name) for field in fields(self)]
-        return sum(value.nbytes for value in values if isinstance(value, Tensor))
+        return [value for value in values if isinstance(value, Tensor)]
 
     @property
     def touched_sparsity(self) -> float:
@@ -132,9 +137,24 @@ def table(
     return found
 
 
+def ready(table: BlockTable) -> BlockTable:
+    """The table, once it is made: any stream may read it from here on."""
+    if table.starts.is_cuda:
+        torch.cuda.synchronize(table.starts.device)
+    return table
+
+
+def captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured there."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def refuse_in_capture(device: torch.device) -> None:
     """RuntimeError while a CUDA graph is captured: making lists reads numbers back."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if captured(device):
         raise RuntimeError(
             "a CUDA graph is being captured, and the lists of this pattern are not made for these "
             "sizes; call block_sparse once with them before the capture"
@@ -200,24 +220,26 @@ def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
     consecutive = pattern.interval is not None
     consecutive &= programs.are_consecutive(*of_queries[:3])
     consecutive &= programs.are_consecutive(*of_keys[:3])
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # any stream may read it from here on
-    return BlockTable(
-        block_q=block_q,
-        block_k=block_k,
-        Tq=Tq,
-        Tk=Tk,
-        planes=planes,
-        batch_stride=(different[1] if pattern.per_batch else 0),
-        head_stride=int(pattern.per_head),
-        **both_sides(of_queries, of_keys, consecutive),
-        bits=made.bits,
-        low=low,
-        high=high,
-        touched=len(made.line),
-        tiles=planes * nq * nk,
-        consecutive=consecutive,
-        build_seconds=time.perf_counter() - started,
+    lists = both_sides(of_queries, of_keys, consecutive)
+    return ready(
+        BlockTable(
+            block_q=block_q,
+            block_k=block_k,
+            Tq=Tq,
+            Tk=Tk,
+            planes=planes,
+            batch_stride=(different[1] if pattern.per_batch else 0),
+            head_stride=int(pattern.per_head),
+            **lists,
+            bits=made.bits,
+            low=low,
+            high=high,
+            touched=len(made.line),
+            tiles=planes * nq * nk,
+            consecutive=consecutive,
+            build_seconds=time.perf_counter() - started,
+            stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+        )
     )
 
 

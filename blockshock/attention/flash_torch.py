@@ -38,7 +38,7 @@ class FlashAttentionTorch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False, scale=None):
         whole = (q, k, v) if q.dim() == 4 else tuple(x.unsqueeze(1) for x in (q, k, v))
-        shape = shapes.check(*whole)
+        shape = shapes.check(*whole, scale=scale)
         ctx.causal, ctx.scale = is_causal, shape.D**-0.5 if scale is None else scale
         with shapes.without_autocast(q):
             out, lse = _forward(*whole, shape, ctx.causal, ctx.scale)

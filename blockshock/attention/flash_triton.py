@@ -25,7 +25,7 @@ class FlashAttentionTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False, scale=None):
-        shape = shapes.check(*_whole(q, k, v))
+        shape = shapes.check(*_whole(q, k, v), scale=scale)
         reason = refused(shape, dtype=q.dtype, device_type=q.device.type, scale=scale)
         if reason:
             raise ValueError(reason)
@@ -92,8 +92,7 @@ def refused(shape: shapes.Shape, *, dtype, device_type: str, scale=None) -> str 
     facts = torch.finfo(torch.float32)
     if reason is None and scale is not None and not facts.tiny <= scale <= facts.max / 2:
         reason = (
-            f"scale = {scale} must be positive, finite and a number of float32; negate q for a "
-            "negative one"
+            f"scale = {scale} must be positive and a number of float32; for a negative one negate q"
         )
     return reason
 

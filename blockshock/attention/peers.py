@@ -130,9 +130,18 @@ def _make_mask(pattern, batches, heads, Tq, Tk, device):
         *_lists((counts > 0) & ~full),
         *_lists(full),
         BLOCK_SIZE=SIDE,
-        mask_mod=pattern.predicate,
+        mask_mod=_asked_as_elsewhere(pattern),
         seq_lengths=(Tq, Tk),
     )
+
+
+def _asked_as_elsewhere(pattern):
+    """A mask_mod that knows the batch and head only where the pattern says that it differs."""
+    batches, heads = int(pattern.per_batch), int(pattern.per_head)
+    predicate = pattern.predicate  # not the pattern, which what is made of it must not keep
+    if batches and heads:
+        return predicate
+    return lambda batch, head, query, key: predicate(batch * batches, head * heads, query, key)
 
 
 def _lists(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,7 +205,7 @@ def _why_not(run) -> str:
 
 
 def _checked(method, q, k, v, causal, pattern, scale, *, backward: bool) -> shapes.Shape:
-    shape = shapes.check(q, k, v, pattern=pattern)
+    shape = shapes.check(q, k, v, pattern=pattern, scale=scale)
     reason = method.unsupported(
         shape,
         dtype=q.dtype,

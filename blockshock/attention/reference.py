@@ -28,7 +28,7 @@ def reference(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a pattern of another size.
     """
-    shape = shapes.check(q, k, v, pattern=pattern)
+    shape = shapes.check(q, k, v, pattern=pattern, scale=scale)
     with shapes.without_autocast(q):
         scores, seen = _scores(q, k, shape, causal, pattern, scale, q.dtype)
         empty = ~seen.any(dim=-1, keepdim=True)

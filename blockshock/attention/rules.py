@@ -11,8 +11,10 @@ both counted from 0 (top-left), also where Tq and Tk differ. The patterns are in
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from numbers import Integral
 
 import torch
@@ -55,10 +57,18 @@ class Pattern:
             )
 
 
+def _fix(thing) -> str:
+    if isinstance(thing, Tensor):
+        return f"pattern {thing.dtype} {tuple(thing.shape)}: give a mask to from_mask"
+    if callable(thing):
+        return f"pattern {getattr(thing, '__name__', thing)}: call it, or give it to predicate"
+    return f"pattern {thing!r}: make one with a builder, e.g. band(256)"
+
+
 def check(pattern: Pattern, Tq: int, Tk: int, *, batch: int = 1, heads: int = 1) -> None:
     """ValueError unless the pattern fits these sizes, which are ints >= 0."""
     if not isinstance(pattern, Pattern):
-        raise ValueError(f"pattern {pattern!r}: make one with a builder, e.g. band(256)")
+        raise ValueError(_fix(pattern))
     at_least(0, Tq=Tq, Tk=Tk, batch=batch, heads=heads)
     for what, size, only in zip(SIZES, (batch, heads, Tq, Tk), pattern.sizes, strict=True):
         if only is not None and size != only:
@@ -100,13 +110,14 @@ def evaluate(pattern: Pattern, batch: Tensor, head: Tensor, query: Tensor, key: 
             f"{rule} one answer for several pairs, as any() and all() do: it must tell of each "
             "pair by itself; use elementwise operations"
         )
+    _check_alone(pattern, at, whole)
     return whole
 
 
 def _asked(pattern: Pattern, predicate: Callable, at: tuple[Tensor, ...]):
     try:
         return predicate(*at)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, LookupError, ArithmeticError) as error:
         raise ValueError(
             f"the predicate of pattern {pattern.name!r} failed: {error}; it takes int tensors "
             "(batch, head, query, key), and combines comparisons by &, | and ~"
@@ -124,6 +135,36 @@ def _elementwise(pattern: Pattern, predicate: Callable, at: tuple[Tensor, ...]) 
         getattr(_asked(pattern, predicate, (*planes, query, key)), "shape", None) == shape
         for planes in (plane, [index.expand(shape) for index in plane])
     )
+
+
+_ALONE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # pattern -> shapes seen
+
+
+def _check_alone(pattern: Pattern, at: tuple[Tensor, ...], whole: Tensor) -> None:
+    """ValueError where a pair's answer is another when it alone is asked about.
+
+    Nine pairs, once for each pattern and shape: j <= i + (j.max() - i.max()) has the right shape,
+    and another meaning in every chunk.
+    """
+    seen = _ALONE.setdefault(pattern, set())
+    captured = whole.is_cuda and torch.cuda.is_current_stream_capturing()
+    if whole.numel() < 2 or whole.shape in seen or captured:
+        return
+    seen.add(whole.shape)
+    places = [(0, size // 2, size - 1) for size in whole.shape[-2:]]
+    lead = [size // 2 for size in whole.shape[:-2]]
+    pairs = [(*lead, *place) for place in product(*places)]
+    alone = [
+        _asked(pattern, pattern.predicate, tuple(index.expand(whole.shape)[pair] for index in at))
+        for pair in pairs
+    ]
+    together = torch.stack([whole[pair] for pair in pairs])
+    if not torch.equal(torch.stack([answer.reshape(()) for answer in alone]), together):
+        raise ValueError(
+            f"the predicate of pattern {pattern.name!r} answers for a pair by the others that it "
+            "is asked about, as max(), cumsum() and flip() do: it must tell of each pair by "
+            "itself; use elementwise operations, and sizes that are known beforehand"
+        )
 
 
 def rows(pattern: Pattern, Tq: int, Tk: int, device) -> tuple[Tensor, Tensor]:

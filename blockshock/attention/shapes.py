@@ -6,8 +6,10 @@ Query head h reads key head h // group, group = heads / kv_heads (grouped querie
 arXiv:2305.13245). Tq, Tk, batch and heads may be 0.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -67,8 +69,11 @@ class Shape:
         return self.heads // self.kv_heads if self.kv_heads else 1
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, *, pattern=None) -> Shape:
+def check(q: Tensor, k: Tensor, v: Tensor, *, pattern=None, scale=None) -> Shape:
     """The sizes of a call; raises ValueError for inputs that no method can take."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}: a tensor is needed")
     if k.shape != v.shape:
         raise ValueError(
             f"k is {tuple(k.shape)}, v is {tuple(v.shape)}: each key has one value, of the same D; "
@@ -83,6 +88,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, *, pattern=None) -> Shape:
                 "them with .to()"
             )
     reason = dtype_refused("attention", q.dtype, PRECISE) or misfit(shape, pattern)
+    reason = reason or scale_refused(scale)
     if reason:
         raise ValueError(reason)
     return shape
@@ -96,6 +102,13 @@ def misfit(shape: Shape, pattern) -> str | None:
         except ValueError as error:
             return str(error)
     return None
+
+
+def scale_refused(scale) -> str | None:
+    """Why no method can multiply scores by it, or None."""
+    if scale is None or (isinstance(scale, Real) and math.isfinite(scale)):
+        return None
+    return f"scale = {scale!r}: a finite number is needed, or None for D ** -0.5"
 
 
 def pattern_refused(method: str, pattern) -> str | None:

@@ -59,6 +59,7 @@ def forward(
     if not out.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
     plan = chosen(q.shape, q.dtype, listed=table is not None).forward
+    _check_tile(table, plan)
     count, slots = _programs(table, -(-Tq // plan.M))
     q, k, v = (_readable(x) for x in (q, k, v))
     parts = levels = lse  # not used without slots
@@ -157,6 +158,7 @@ def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, drop
     plan, side = (own.keys, k) if of_keys else (own.queries, q)
     kernel = flash_backward.gradients_of_keys if of_keys else flash_backward.gradients_of_queries
     rows = plan.N if of_keys else plan.M
+    _check_tile(table, plan)
     count, slots = _programs(table, -(-side.shape[2] // rows), transposed=of_keys)
     heads = side.shape[0] * side.shape[1]
     size = heads * slots, rows, padded(q.shape[3])
@@ -202,6 +204,14 @@ def _programs(table, tiles: int, *, transposed: bool = False) -> tuple[int, int]
 def _device_of(x: Tensor):
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _check_tile(table, plan: Plan) -> None:
+    if table is not None and (table.block_q, table.block_k) != (plan.M, plan.N):
+        raise ValueError(
+            f"a table of {table.block_q} x {table.block_k} tiles: the kernels work in tiles of "
+            f"{plan.M} x {plan.N} for these sizes; make it by block_sparse.table"
+        )
 
 
 def _lists(table, anything: Tensor, rows: int | None = None) -> tuple:

@@ -119,6 +119,7 @@ def hidden_transposed(
 @triton.jit
 def _words(bits, mask, M: tl.constexpr, N: tl.constexpr):
     """A mask's words, of each query: for 32 keys, and for the 32 behind them where N is 64."""
+    tl.static_assert(N == 32 or N == 64)
     at = bits + mask.to(tl.int64) * (M * N // 32) + tl.arange(0, M) * (N // 32)
     words = tl.load(at)
     beyond = words
