@@ -70,6 +70,7 @@ def _query_tiles(
         query_tile = q.load([b, head, tile * M, 0]).reshape(M, D)
         scores = tl.dot(key_tile, query_tile.T, input_precision=PRECISION)
         levels = level.load([row, tile * M]).reshape(M)
+        # Here, not where it is used: a wait while dV's product runs makes every product wait.
         deltas = delta.load([row, tile * M]).reshape(M)
         exponents = scores * scale_2 - levels[None, :]
         if MASKED == "all":

@@ -35,7 +35,8 @@ def speed_by_tier(results: Results, phase: str) -> list[Drawing]:
     drawings = []
     for text, group in groups_of(found, phase).items():
         panels = panels_of(group)
-        canvas = style.canvas(len(panels), 1, height=2.35)
+        groups = max(len(_shown(panel)) for _, panel in panels)
+        canvas = style.canvas(len(panels), 1, height=2.35, width=0.9 * groups)
         left_out = False
         for axes, (words, panel) in style.placed(canvas, panels):
             axes.set_title(words)
@@ -66,13 +67,13 @@ def speed_map(results: Results, phase: str) -> list[Drawing]:
         panels = [(words, cells) for words, cells in panels if len(cells) > 1]
         if not panels:
             continue
-        queries = sorted({q for _, cells in panels for q, _ in cells})
-        keys = sorted({k for _, cells in panels for _, k in cells})
-        bands, columns = style.folded(len(panels), 2)
-        canvas = style.canvas(bands, columns, height=0.52 * len(queries) + 0.95)
+        rows, columns = (max(len(_sizes(cells, i)) for _, cells in panels) for i in (0, 1))
+        bands, across = style.folded(len(panels), 2)
+        width = 0.62 * columns + 1.2
+        canvas = style.canvas(bands, across, height=0.52 * rows + 1.1, width=width)
         for axes, (words, cells) in style.placed(canvas, panels):
             axes.set_title(words)
-            _map(axes, cells, queries, keys)
+            _map(axes, cells)
         caption = (
             f"Bold: speed of {OURS} over that of the fastest of {', '.join(PEERS)} at the same "
             f"point; below it, the TFLOP/s of {OURS}. Violet: {OURS} is faster, orange: slower. An "
@@ -118,14 +119,19 @@ def drawing(name: str, text: str, before: list, parts: tuple) -> Drawing:
     return Drawing(style.file_name(name, text, [first]), title, caption, figure)
 
 
-def _bars(axes: Axes, panel: Sequence[Result]) -> bool:
-    """Draws the groups of a panel; whether some points were left out."""
-    places, tiers = by_point(panel), {}
-    for point in places:
+def _shown(panel: Sequence[Result]) -> list[Point]:
+    """The groups of a panel, by their size."""
+    tiers = {}
+    for point in by_point(panel):
         tiers.setdefault(point.tier, []).append(point)
     most = MOST_OF_A_TIER if len(tiers) > 1 else MOST_WITHOUT_TIERS
     shown = [p for points in tiers.values() for p in style.spread(points, most)]
-    shown.sort(key=lambda p: (p.Tq * p.Tk, p.Tq, p.heads, p.batch))
+    return sorted(shown, key=lambda p: (p.Tq * p.Tk, p.Tq, p.heads, p.batch))
+
+
+def _bars(axes: Axes, panel: Sequence[Result]) -> bool:
+    """Draws the groups of a panel; whether some points were left out."""
+    places, shown = by_point(panel), _shown(panel)
     width = 0.84 / max(len(places[point]) for point in shown)
     for x, point in enumerate(shown):
         methods = sorted(places[point], key=method_order)
@@ -172,7 +178,13 @@ def _cells(panel: Sequence[Result]) -> dict[tuple[int, int], tuple[Interval, Res
     return cells
 
 
-def _map(axes: Axes, cells: dict, queries: list[int], keys: list[int]) -> None:
+def _sizes(cells: dict, side: int) -> list[int]:
+    """Of the queries (0) or the keys (1)."""
+    return sorted({size[side] for size in cells})
+
+
+def _map(axes: Axes, cells: dict) -> None:
+    queries, keys = _sizes(cells, 0), _sizes(cells, 1)
     speeds = np.full((len(queries), len(keys)), np.nan)
     for (q, k), (ratio, _) in cells.items():
         speeds[queries.index(q), keys.index(k)] = np.log2(ratio.value)

@@ -143,8 +143,8 @@ def spread(values: list, most: int) -> list:
 
 
 def canvas(rows: int, columns: int, *, height: float = 2.9, width: float = 3.6, **share) -> Canvas:
-    """A grid of axes; a single column is drawn wider."""
-    width = 7.2 if columns == 1 else 4.6 if columns == 2 else width
+    """A grid of axes, each at least so wide; one or two columns are drawn wider."""
+    width = max(width, {1: 7.2, 2: 4.6}.get(columns, 0))
     figure = Figure(figsize=(max(6.4, width * columns), height * rows + 1.15), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **share)
     return Canvas(figure, [list(row) for row in axes])
