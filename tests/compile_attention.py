@@ -71,7 +71,7 @@ def compiled(name: str, D: int, keep: str, consecutive: bool):
 
 
 def usage(made) -> dict:
-    """Registers and bytes of stack a thread, of shared memory a program; wgmma that run alone."""
+    """Registers, bytes of stack, of shared memory; wgmma, and whether each of them waits."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -85,7 +85,8 @@ def usage(made) -> dict:
         "registers": int(registers),
         "stack": int(stack),
         "shared": made.metadata.shared,
-        "alone": products > 0 and waits >= products,
+        "products": products,
+        "alone": waits >= products,
     }
 
 

@@ -11,11 +11,12 @@ import pytest
 pytest.importorskip("triton", reason="needs Triton; it is in the extra `dev`")
 
 ROOT = Path(__file__).parents[1]
-REGISTERS, SHARED, RESERVED = 65536, 227 * 1024, 1024  # of a processor; shared memory of a program
+SHARED, RESERVED = 227 * 1024, 1024  # bytes of a processor, and what each program takes besides
 
 
 def test_the_kernels_compile_for_an_h200_and_fit_it():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # the default of Triton 3.6, and not of 3.10
     command = [sys.executable, "-m", "tests.compile_attention"]
     done = subprocess.run(
         command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -25,7 +26,7 @@ def test_the_kernels_compile_for_an_h200_and_fit_it():
     assert len(found) == 9
     for made in found:
         assert made["stack"] <= 32, made  # bytes of spilled registers of a thread
-        assert not made["alone"], made  # each product waits for the one before it
+        assert made["products"] > 0, made  # of the matrix units, in groups of warps
+        assert not made["alone"], made  # each of them waits for the one before it
         if made["warps"] == 4:  # two programs to a processor, which hide each other's waiting
-            assert 2 * 4 * 32 * made["registers"] <= REGISTERS, made
             assert 2 * (made["shared"] + RESERVED) <= SHARED + RESERVED, made

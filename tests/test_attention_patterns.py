@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import flex_attention
 
-from blockshock.attention import patterns, rules
+from blockshock.attention import METHODS, patterns, rules
 
 quick = settings(max_examples=40, deadline=None)
 lengths = st.integers(0, 90)
@@ -277,6 +277,7 @@ def test_what_a_predicate_returns_is_checked(fn, message):
         patterns.sparsity(patterns.predicate(fn, "mine"), 8, 9)
 
 
+SLOPES = torch.tensor([0.1, 0.5, 2.0])
 TABLE = torch.rand(3, 8, 9, generator=torch.Generator().manual_seed(0)) > 0.5
 REDUCED = {
     "all pairs": lambda b, h, q, k: (q >= k).any(),
@@ -396,12 +397,43 @@ def test_numbers_that_no_index_reaches_are_refused():
     ],
     ids=["max", "min", "cumsum", "any within"],
 )
-@pytest.mark.parametrize("join", [None, patterns.both])
+@pytest.mark.parametrize("join", [None, patterns.both, patterns.either])
 def test_a_predicate_whose_answers_depend_on_what_else_is_asked_is_refused(rule, join):
     pattern = patterns.predicate(rule, "mine")
-    pattern = join(pattern, patterns.band(60)) if join else pattern
-    with pytest.raises(ValueError, match=r"mine.*(by the others|failed|several pairs)"):
-        mask(pattern, 40, 50)
+    pattern = join(pattern, patterns.band(3)) if join else pattern
+    for _ in range(2):  # not only the first time
+        with pytest.raises(ValueError, match=r"mine.*(by the others|failed|several pairs)"):
+            mask(pattern, 40, 50)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda b, h, q, k: (q.int() * torch.tensor(2654435761) + k) % 7 < 3,
+        lambda b, h, q, k: (q - k).abs().half() * SLOPES[h] <= 5,
+    ],
+    ids=["promoted", "slopes"],
+)
+def test_an_elementwise_predicate_is_taken_whatever_its_dtypes(rule):
+    pattern = patterns.predicate(rule, "mine", per_head=True)
+    patterns.sparsity(pattern, 8, 9, heads=3)
+    METHODS["reference"](*(torch.zeros(1, 3, t, 16) for t in (8, 9, 9)), pattern=pattern)
+
+
+def test_a_mask_that_ignores_its_indices_is_refused():
+    table = torch.ones(40, 40, dtype=torch.bool).tril()
+    pattern = patterns.predicate(lambda b, h, q, k: table, "mine")
+    with pytest.raises(ValueError, match=r"mine.*(several pairs|must broadcast)"):
+        mask(pattern, 40, 40)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_pattern_compiles_whole(own):
+    pattern = patterns.predicate(lambda b, h, q, k: q > k) if own else patterns.band(3)
+    q, k, v = (torch.randn(1, 1, 12, 16) for _ in range(3))
+    run = torch.compile(METHODS["reference"], backend="eager", fullgraph=True)
+    out = run(q, k, v, pattern=pattern)
+    assert torch.equal(out, METHODS["reference"](q, k, v, pattern=pattern))
 
 
 def test_what_is_no_pattern_is_named():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockshock.attention import patterns, shapes, work
+from blockshock.attention import METHODS, patterns, shapes, unsupported, work
 from blockshock.attention.reference import attended, log_sum_exp, reference
 
 
@@ -171,3 +171,24 @@ def test_operations_are_counted_as_flash_attention_does():
     assert work.flops("both", 100, 64) == 14 * 100 * 64
     with pytest.raises(ValueError, match="unknown phase 'training'"):
         work.flops("training", 1, 1)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", 1j, 10**400, torch.tensor(1.0)])
+def test_a_scale_that_is_no_finite_number_is_refused_by_all(scale):
+    q = torch.zeros(1, 1, 8, 16)
+    for name, method in METHODS.items():
+        if unsupported(name, q.shape, q.shape, q.dtype, "cpu") is None:
+            with pytest.raises(ValueError, match="a finite number"):
+                method(q, q, q, scale=scale)
+            told = unsupported(name, q.shape, q.shape, q.dtype, "cpu", scale=scale)
+            assert "a finite number" in told
+    with pytest.raises(ValueError, match="a finite number"):
+        log_sum_exp(q, q, scale=scale)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_no_tensor_is_named(name):
+    q = torch.zeros(1, 1, 8, 16)
+    for wrong, message in (((q.tolist(), q, q), "q is a list"), ((q, q, None), "v is a NoneType")):
+        with pytest.raises(ValueError, match=message):
+            METHODS[name](*wrong)

@@ -124,7 +124,7 @@ def unpruned(pruned: blocks.BlockTable) -> blocks.BlockTable:
 
 
 def _with_all(pruned: blocks.BlockTable) -> blocks.BlockTable:
-    started = time.perf_counter()
+    started, stream = time.perf_counter(), blocks.stream_of(pruned.starts.device)
     planes, device = pruned.planes, pruned.starts.device
     nq, nk = pruned.starts.shape[1] - 1, pruned.starts_t.shape[1] - 1
     tiles.check_total(planes * nq * nk, pruned.block_q, pruned.block_k)
@@ -145,6 +145,7 @@ def _with_all(pruned: blocks.BlockTable) -> blocks.BlockTable:
             bits=bits,
             touched=planes * nq * nk,
             build_seconds=pruned.build_seconds + time.perf_counter() - started,
+            stream=stream if stream == pruned.stream else -1,
         )
     )
 

@@ -62,7 +62,7 @@ class BlockTable:
     tiles: int  # all
     consecutive: bool  # intervals, and the touched ones of each list follow each other, both ways
     build_seconds: float
-    stream: int = 0  # that it was made on
+    stream: int = 0  # that it was made on; -1 for several
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +142,11 @@ def ready(table: BlockTable) -> BlockTable:
     if table.starts.is_cuda:
         torch.cuda.synchronize(table.starts.device)
     return table
+
+
+def stream_of(device: torch.device) -> int:
+    """The current stream there; 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def captured(device: torch.device) -> bool:
@@ -238,7 +243,7 @@ def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
             tiles=planes * nq * nk,
             consecutive=consecutive,
             build_seconds=time.perf_counter() - started,
-            stream=torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0,
+            stream=stream_of(device),
         )
     )
 

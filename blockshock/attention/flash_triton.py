@@ -25,6 +25,7 @@ class FlashAttentionTriton(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, is_causal=False, scale=None):
+        shapes.tensors(q, k, v)
         shape = shapes.check(*_whole(q, k, v), scale=scale)
         reason = refused(shape, dtype=q.dtype, device_type=q.device.type, scale=scale)
         if reason:
@@ -76,6 +77,7 @@ def flash_triton(
     reason = shapes.pattern_refused("flash_triton", pattern)
     if reason:
         raise ValueError(reason)
+    shapes.tensors(q, k, v)
     if q.dim() != 4:
         shapes.check(q, k, v)  # raises
     return FlashAttentionTriton.apply(q, k, v, causal, scale)

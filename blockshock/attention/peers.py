@@ -73,6 +73,7 @@ def flex(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or that FlexAttention refuses.
     """
+    shapes.tensors(q, k, v)
     wanted = shapes.gradients_wanted(q, k, v)
     shape = _checked(flex, q, k, v, causal, pattern, scale, backward=wanted)
     if not wanted:
@@ -167,6 +168,7 @@ def _flex_unfused(*inputs, **options) -> Tensor:
 
 
 def _sdpa(method, q, k, v, causal, pattern, scale) -> Tensor:
+    shapes.tensors(q, k, v)
     wanted = shapes.gradients_wanted(q, k, v)
     shape = _checked(method, q, k, v, causal, pattern, scale, backward=wanted)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))

@@ -42,7 +42,7 @@ def log_sum_exp(q: Tensor, k: Tensor, *, causal: bool = False, pattern=None, sca
 
     Arguments and errors as in `reference`.
     """
-    shape = shapes.check(q, k, k, pattern=pattern)
+    shape = shapes.check(q, k, k, pattern=pattern, scale=scale)
     with shapes.without_autocast(q):
         wide = shapes.sum_dtype(q.dtype)
         return _scores(q, k, shape, causal, pattern, scale, wide)[0].logsumexp(dim=-1)

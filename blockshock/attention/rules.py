@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 SIZES = ("batch", "heads", "Tq", "Tk")
+SHAPES = 64  # for which a predicate that was found right is remembered
 CHUNK_CPU, CHUNK = 1 << 20, 1 << 24  # pairs looked at in one go; on a CPU they stay in the cache
 
 
@@ -144,27 +145,47 @@ def _check_alone(pattern: Pattern, at: tuple[Tensor, ...], whole: Tensor) -> Non
     """ValueError where a pair's answer is another when it alone is asked about.
 
     Nine pairs, once for each pattern and shape: j <= i + (j.max() - i.max()) has the right shape,
-    and another meaning in every chunk.
+    and another meaning in every chunk. A joined pattern is asked part by part, since one part may
+    hide what the other does. Not under a compiler or a graph's capture, where no value is known.
     """
     seen = _ALONE.setdefault(pattern, set())
-    captured = whole.is_cuda and torch.cuda.is_current_stream_capturing()
-    if whole.numel() < 2 or whole.shape in seen or captured:
+    if torch.compiler.is_compiling() or type(whole) is not Tensor or _captured(whole):
         return
-    seen.add(whole.shape)
+    if whole.numel() < 2 or whole.shape in seen:
+        return
     places = [(0, size // 2, size - 1) for size in whole.shape[-2:]]
     lead = [size // 2 for size in whole.shape[:-2]]
     pairs = [(*lead, *place) for place in product(*places)]
-    alone = [
-        _asked(pattern, pattern.predicate, tuple(index.expand(whole.shape)[pair] for index in at))
-        for pair in pairs
-    ]
-    together = torch.stack([whole[pair] for pair in pairs])
-    if not torch.equal(torch.stack([answer.reshape(()) for answer in alone]), together):
-        raise ValueError(
-            f"the predicate of pattern {pattern.name!r} answers for a pair by the others that it "
-            "is asked about, as max(), cumsum() and flip() do: it must tell of each pair by "
-            "itself; use elementwise operations, and sizes that are known beforehand"
-        )
+    for predicate in pattern.parts or (pattern.predicate,):
+        together = _asked(pattern, predicate, at).expand(whole.shape)
+        alone = [_asked(pattern, predicate, [_one(i, pair) for i in at]) for pair in pairs]
+        fits = all(isinstance(answer, Tensor) and answer.numel() == 1 for answer in alone)
+        if not fits or not torch.equal(
+            torch.stack([answer.reshape(()) for answer in alone]),
+            torch.stack([together[pair] for pair in pairs]),
+        ):
+            raise ValueError(
+                f"the predicate of pattern {pattern.name!r} answers for a pair by the others that "
+                "it is asked about, as max(), cumsum() and flip() do: it must tell of each pair by "
+                "itself; use elementwise operations, and sizes that are known beforehand"
+            )
+    if len(seen) == SHAPES:
+        seen.clear()
+    seen.add(whole.shape)
+
+
+def _one(index: Tensor, pair: tuple[int, ...]) -> Tensor:
+    """The entry of an index for one pair, with all its dims: scalars promote to other dtypes."""
+    for dim, place in zip(range(-index.dim(), 0), pair[len(pair) - index.dim() :], strict=True):
+        index = index.narrow(dim, min(place, index.shape[dim] - 1), 1)
+    return index
+
+
+def _captured(x: Tensor) -> bool:
+    if not x.is_cuda:
+        return False
+    with torch.cuda.device(x.device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def rows(pattern: Pattern, Tq: int, Tk: int, device) -> tuple[Tensor, Tensor]:

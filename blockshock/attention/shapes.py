@@ -6,10 +6,8 @@ Query head h reads key head h // group, group = heads / kv_heads (grouped querie
 arXiv:2305.13245). Tq, Tk, batch and heads may be 0.
 """
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch import Tensor
 from blockshock.attention import patterns
 
 PRECISE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # plain PyTorch's
+FINITE = torch.finfo(torch.float64).max
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -69,11 +68,16 @@ class Shape:
         return self.heads // self.kv_heads if self.kv_heads else 1
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, *, pattern=None, scale=None) -> Shape:
-    """The sizes of a call; raises ValueError for inputs that no method can take."""
+def tensors(q, k, v) -> None:
+    """ValueError for what is no tensor."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}: a tensor is needed")
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, *, pattern=None, scale=None) -> Shape:
+    """The sizes of a call; raises ValueError for inputs that no method can take."""
+    tensors(q, k, v)
     if k.shape != v.shape:
         raise ValueError(
             f"k is {tuple(k.shape)}, v is {tuple(v.shape)}: each key has one value, of the same D; "
@@ -106,9 +110,9 @@ def misfit(shape: Shape, pattern) -> str | None:
 
 def scale_refused(scale) -> str | None:
     """Why no method can multiply scores by it, or None."""
-    if scale is None or (isinstance(scale, Real) and math.isfinite(scale)):
+    if scale is None or (isinstance(scale, int | float) and -FINITE <= scale <= FINITE):
         return None
-    return f"scale = {scale!r}: a finite number is needed, or None for D ** -0.5"
+    return f"scale = {scale!r}: a finite number (int or float) is needed, or None for D ** -0.5"
 
 
 def pattern_refused(method: str, pattern) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 # D = 128, 16 heads of 16384 tokens under global_band(64, 256), LONG = 2, 4, 8 and none took 0.257,
 # 0.258, 0.277 and 0.374 ms forward. LEAST is not tuned.
 LONG, LEAST = 4, 16
-SHARE = 0.5  # slots a line at most: their float32 takes no more memory than out does in bf16
+SHARE = 0.5  # slots a line at most: in float32 as much memory as all tiles of out in bf16
 
 
 def turns(
