@@ -175,6 +175,14 @@ def test_an_interrupt_leaves_a_complete_result_as_it_is(interrupted, tmp_path):
     out.stdout.fnmatch_lines(["interrupted: 2 of 6 cases are in *r.partial.json; *r.json stays*"])
 
 
+def test_a_second_interrupt_leaves_what_the_first_one_left(interrupted, tmp_path):
+    for name in ("r.json", "r.partial.json"):
+        (tmp_path / name).write_text("earlier")
+    interrupted(at=3)
+    assert (tmp_path / "r.json").read_text() == (tmp_path / "r.partial.json").read_text()
+    assert len(results(tmp_path / "r.partial2.json")[1]) == 2
+
+
 def test_an_interrupt_that_pytest_fails_to_report_is_one_all_the_same(
     interrupted, tmp_path, monkeypatch
 ):

@@ -6,9 +6,9 @@ The lists come from `blocks.table`: for each tile of queries the full tiles, whi
 then the partial ones; and the same from the other side for dK and dV. A tile that holds no pair of
 the pattern is not computed, and its keys and values are not read. Long lists are begun first, and
 very long ones are worked on in pieces, so that uneven patterns keep all processors at work to the
-end. Without a pattern the lists are those
-of a full, or causal, mask. (Block lists as in FlexAttention, Dong et al. 2024, arXiv:2412.05496;
-patterns as in Longformer, arXiv:2004.05150, and BigBird, arXiv:2007.14062.)
+end. Without a pattern the lists are those of a full, or causal, mask. (Block lists as in
+FlexAttention, Dong et al. 2024, arXiv:2412.05496; patterns as in Longformer, arXiv:2004.05150, and
+BigBird, arXiv:2007.14062.)
 """
 
 import time
@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from blockshock.attention import blocks, patterns, shapes, tiles
+from blockshock.attention import blocks, patterns, rules, shapes, tiles
 from blockshock.attention.flash_triton import attend, gradients, refused
 from blockshock.kernels.dropout import Dropout
 from blockshock.kernels.flash_plans import chosen
@@ -35,7 +35,7 @@ def _hold(table: blocks.BlockTable) -> None:
     device = table.starts.device
     if device.type != "cuda":
         return
-    if blocks.captured(device):
+    if rules.captured(device):
         _IN_GRAPHS.add(table)
         return
     stream = torch.cuda.current_stream(device)

@@ -149,17 +149,9 @@ def stream_of(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def captured(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured there."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
 def refuse_in_capture(device: torch.device) -> None:
     """RuntimeError while a CUDA graph is captured: making lists reads numbers back."""
-    if captured(device):
+    if rules.captured(device):
         raise RuntimeError(
             "a CUDA graph is being captured, and the lists of this pattern are not made for these "
             "sizes; call block_sparse once with them before the capture"
@@ -262,7 +254,7 @@ def _lists(made: tiles.Tiles, line: Tensor, other: Tensor, planes: int, lines: i
 
 
 def both_sides(of_queries: tuple, of_keys: tuple, consecutive: bool) -> dict:
-    """The fields of a table that list its tiles: starts, full, others and masks of either side."""
+    """The fields of a table that list its tiles; a side is starts, full, others and masks."""
     turns = programs.turns(*of_queries[:3], consecutive=consecutive, together=False)
     turns_t = programs.turns(*of_keys[:3], consecutive=consecutive, together=True)
     lists = "starts", "full", "keys", "masks", "turns", "splits", "slots"

@@ -77,8 +77,7 @@ def flash_triton(
     reason = shapes.pattern_refused("flash_triton", pattern)
     if reason:
         raise ValueError(reason)
-    shapes.tensors(q, k, v)
-    if q.dim() != 4:
+    if not isinstance(q, Tensor) or q.dim() != 4:
         shapes.check(q, k, v)  # raises
     return FlashAttentionTriton.apply(q, k, v, causal, scale)
 

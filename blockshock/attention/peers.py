@@ -73,10 +73,8 @@ def flex(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or that FlexAttention refuses.
     """
-    shapes.tensors(q, k, v)
-    wanted = shapes.gradients_wanted(q, k, v)
-    shape = _checked(flex, q, k, v, causal, pattern, scale, backward=wanted)
-    if not wanted:
+    shape = _checked(flex, q, k, v, causal, pattern, scale)
+    if not shapes.gradients_wanted(q, k, v):
         q, k, v = q.detach(), k.detach(), v.detach()  # else the CPU refuses, even under no_grad
     run = _flex_compiled() if q.device.type == "cuda" else _flex_unfused
     mask = block_mask(pattern, shape, causal=causal, device=q.device)
@@ -168,9 +166,7 @@ def _flex_unfused(*inputs, **options) -> Tensor:
 
 
 def _sdpa(method, q, k, v, causal, pattern, scale) -> Tensor:
-    shapes.tensors(q, k, v)
-    wanted = shapes.gradients_wanted(q, k, v)
-    shape = _checked(method, q, k, v, causal, pattern, scale, backward=wanted)
+    shape = _checked(method, q, k, v, causal, pattern, scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     backend, can_run = SDPA[method.__name__]
     grouped = shape.group > 1
@@ -206,7 +202,7 @@ def _why_not(run) -> str:
     return "; ".join(reasons) or refusal
 
 
-def _checked(method, q, k, v, causal, pattern, scale, *, backward: bool) -> shapes.Shape:
+def _checked(method, q, k, v, causal, pattern, scale) -> shapes.Shape:
     shape = shapes.check(q, k, v, pattern=pattern, scale=scale)
     reason = method.unsupported(
         shape,
@@ -215,7 +211,7 @@ def _checked(method, q, k, v, causal, pattern, scale, *, backward: bool) -> shap
         causal=causal,
         pattern=pattern,
         scale=scale,
-        backward=backward,
+        backward=shapes.gradients_wanted(q, k, v),
     )
     if reason:
         raise ValueError(reason)

@@ -149,7 +149,7 @@ def _check_alone(pattern: Pattern, at: tuple[Tensor, ...], whole: Tensor) -> Non
     hide what the other does. Not under a compiler or a graph's capture, where no value is known.
     """
     seen = _ALONE.setdefault(pattern, set())
-    if torch.compiler.is_compiling() or type(whole) is not Tensor or _captured(whole):
+    if torch.compiler.is_compiling() or type(whole) is not Tensor or captured(whole.device):
         return
     if whole.numel() < 2 or whole.shape in seen:
         return
@@ -179,13 +179,6 @@ def _one(index: Tensor, pair: tuple[int, ...]) -> Tensor:
     for dim, place in zip(range(-index.dim(), 0), pair[len(pair) - index.dim() :], strict=True):
         index = index.narrow(dim, min(place, index.shape[dim] - 1), 1)
     return index
-
-
-def _captured(x: Tensor) -> bool:
-    if not x.is_cuda:
-        return False
-    with torch.cuda.device(x.device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def rows(pattern: Pattern, Tq: int, Tk: int, device) -> tuple[Tensor, Tensor]:
@@ -236,6 +229,14 @@ def ideal_speedup(sparsity: float) -> float:
 def chunk_of(device) -> int:
     """How many pairs to look at in one go there."""
     return CHUNK_CPU if torch.device(device).type == "cpu" else CHUNK
+
+
+def captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured there."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def at_least(least: int, **values) -> None:

@@ -22,8 +22,8 @@ from blockshock.kernels.flash_walk import (
     hidden_transposed,
     interval,
     kept_factor,
-    key_runs,
     listed,
+    of_queries,
     own,
 )
 
@@ -100,15 +100,59 @@ def _query_tiles(
     return dk, dv
 
 
+@triton.jit
+def _head(
+    dk, dv, key_tile, value_tile, q, do, level, delta, turns, others, masks, b, head, row, plane,
+    tiles, turn, tile, keys, low, high, bits, Tq, scale_2, seed, threshold, factor,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr, LISTED: tl.constexpr,
+    CONSECUTIVE: tl.constexpr,
+):
+    """dK, dV of a tile of keys after all its tiles of queries of one head."""
+    if LISTED:
+        _, first, last, full, end, _ = listed(turns, plane, tiles, turn)
+    else:
+        end = tile * 0 + tl.cdiv(Tq, M)
+        last = end
+        full = tile * 0
+        first = full
+        if KEEP == "causal":
+            first = tl.minimum(tile * N // M, end)
+            full = tl.minimum(tl.cdiv((tile + 1) * N - 1, M), end)
+    if LISTED and not CONSECUTIVE:
+        dk, dv = _query_tiles(
+            dk, dv, key_tile, value_tile, q, do, level, delta, others, masks, first,
+            last, b, head, row, keys, low, high, bits, scale_2, seed, threshold, factor,
+            M, N, D, PRECISION, STAGES, KEEP, DROP, True, "some",
+        )
+    else:
+        if LISTED or KEEP == "causal":
+            dk, dv = _query_tiles(
+                dk, dv, key_tile, value_tile, q, do, level, delta, others, masks,
+                first, full, b, head, row, keys, low, high, bits, scale_2, seed, threshold,
+                factor, M, N, D, PRECISION, STAGES, KEEP, DROP, False, "all",
+            )
+        dk, dv = _query_tiles(
+            dk, dv, key_tile, value_tile, q, do, level, delta, others, masks, full,
+            end, b, head, row, keys, low, high, bits, scale_2, seed, threshold, factor,
+            M, N, D, PRECISION, STAGES, KEEP, DROP, False, "none",
+        )
+        if LISTED:
+            dk, dv = _query_tiles(
+                dk, dv, key_tile, value_tile, q, do, level, delta, others, masks,
+                end, last, b, head, row, keys, low, high, bits, scale_2, seed,
+                threshold, factor, M, N, D, PRECISION, STAGES, KEEP, DROP, False, "all",
+            )
+    return dk, dv
+
+
 @triton.jit(do_not_specialize=ANY)
 def gradients_of_keys(
     q, k, v, do, dk, dv, level, delta, key_parts, value_parts, turns, others, masks, low, high,
     bits, batch_stride, head_stride, heads, tiles, slots, Tq, Tk, scale_2, scale, seed, threshold,
-    factor,
-    GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    factor, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr,
-    LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr,
-    OWN_IN_REGISTERS: tl.constexpr,
+    LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr, OWN_IN_REGISTERS: tl.constexpr,
 ):
     """Grid: a program for each of `tiles` tiles of keys, or turns, of each head of k and v.
 
@@ -131,42 +175,12 @@ def gradients_of_keys(
     value_sum = tl.zeros((N, D), tl.float32)
     for member in range(GROUP):
         head = group * GROUP + member
-        row = b * heads + head
-        if LISTED:
-            plane = b * batch_stride + head * head_stride
-            _, first, last, full, end, _ = listed(turns, plane, tiles, turn)
-        else:
-            end = tile * 0 + tl.cdiv(Tq, M)
-            last = end
-            full = tile * 0
-            first = full
-            if KEEP == "causal":
-                first = tl.minimum(tile * N // M, end)
-                full = tl.minimum(tl.cdiv((tile + 1) * N - 1, M), end)
-        if LISTED and not CONSECUTIVE:
-            key_sum, value_sum = _query_tiles(
-                key_sum, value_sum, key_tile, value_tile, q, do, level, delta, others, masks, first,
-                last, b, head, row, keys, low, high, bits, scale_2, seed, threshold, factor,
-                M, N, D, PRECISION, STAGES, KEEP, DROP, True, "some",
-            )
-        else:
-            if LISTED or KEEP == "causal":
-                key_sum, value_sum = _query_tiles(
-                    key_sum, value_sum, key_tile, value_tile, q, do, level, delta, others, masks,
-                    first, full, b, head, row, keys, low, high, bits, scale_2, seed, threshold,
-                    factor, M, N, D, PRECISION, STAGES, KEEP, DROP, False, "all",
-                )
-            key_sum, value_sum = _query_tiles(
-                key_sum, value_sum, key_tile, value_tile, q, do, level, delta, others, masks, full,
-                end, b, head, row, keys, low, high, bits, scale_2, seed, threshold, factor,
-                M, N, D, PRECISION, STAGES, KEEP, DROP, False, "none",
-            )
-            if LISTED:
-                key_sum, value_sum = _query_tiles(
-                    key_sum, value_sum, key_tile, value_tile, q, do, level, delta, others, masks,
-                    end, last, b, head, row, keys, low, high, bits, scale_2, seed,
-                    threshold, factor, M, N, D, PRECISION, STAGES, KEEP, DROP, False, "all",
-                )
+        key_sum, value_sum = _head(
+            key_sum, value_sum, key_tile, value_tile, q, do, level, delta, turns, others, masks, b,
+            head, b * heads + head, b * batch_stride + head * head_stride, tiles, turn, tile, keys,
+            low, high, bits, Tq, scale_2, seed, threshold, factor, M, N, D, PRECISION, STAGES, KEEP,
+            DROP, LISTED, CONSECUTIVE,
+        )
     if slot >= 0:
         at = ((b * groups + group).to(tl.int64) * slots + slot) * N + tl.arange(0, N)
         at = at[:, None] * D + tl.arange(0, D)[None, :]
@@ -225,22 +239,14 @@ def gradients_of_queries(
     head_stride, heads, tiles, slots, Tq, Tk, scale_2, scale, seed, threshold, factor,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr,
-    LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr,
-    OWN_IN_REGISTERS: tl.constexpr,
+    LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr, OWN_IN_REGISTERS: tl.constexpr,
 ):
     """Grid: a program for each of `tiles` tiles of queries, or turns, of each head, the longest
     first. parts [B * H * slots, M, D], float32, of slots.
     """
-    row = tl.program_id(0) // tiles
-    b, head = row // heads, row % heads
-    turn = tl.program_id(0) % tiles
-    if LISTED:
-        plane = b * batch_stride + head * head_stride
-        tile, first, last, full, end, slot = listed(turns, plane, tiles, turn)
-    else:
-        tile, first, last, end = key_runs(tiles, turn, Tq, Tk, M, N, KEEP)
-        full = first
-        slot = -1
+    row, b, head, tile, first, last, full, end, slot = of_queries(
+        turns, batch_stride, head_stride, heads, tiles, Tq, Tk, M, N, KEEP, LISTED
+    )
     queries = tile * M + tl.arange(0, M)
     levels = level.load([row, tile * M]).reshape(M)
     deltas = delta.load([row, tile * M]).reshape(M)

@@ -17,8 +17,7 @@ from blockshock.kernels.flash_walk import (
     hidden,
     interval,
     kept_factor,
-    key_runs,
-    listed,
+    of_queries,
     own,
 )
 
@@ -95,16 +94,9 @@ def forward(
     first. parts [B * H * slots, M, D] and levels [B * H * slots, M], float32, of slots: out, and
     lse to base 2.
     """
-    row = tl.program_id(0) // tiles
-    b, head = row // heads, row % heads
-    turn = tl.program_id(0) % tiles
-    if LISTED:
-        plane = b * batch_stride + head * head_stride
-        tile, first, last, full, end, slot = listed(turns, plane, tiles, turn)
-    else:
-        tile, first, last, end = key_runs(tiles, turn, Tq, Tk, M, N, KEEP)
-        full = first
-        slot = -1
+    row, b, head, tile, first, last, full, end, slot = of_queries(
+        turns, batch_stride, head_stride, heads, tiles, Tq, Tk, M, N, KEEP, LISTED
+    )
     queries = tile * M + tl.arange(0, M)
     from_key, to_key = interval(queries, low, high, Tq, Tk, KEEP)
     query_tile = own(q.load([b, head, tile * M, 0]).reshape(M, D), OWN_IN_REGISTERS)

@@ -34,19 +34,30 @@ def listed(turns, plane, tiles, turn):
 
 
 @triton.jit
-def key_runs(tiles, turn, Tq, Tk, M: tl.constexpr, N: tl.constexpr, KEEP: tl.constexpr):
-    """Without lists, of a program that owns queries: its tile, from and to of what it walks, and
-    to of the full ones, which come first.
-    """
-    if KEEP == "causal":  # the longest first
-        tile = tiles - 1 - turn
-        end = tl.minimum(tile * M + 1, Tk) // N
-        last = tl.cdiv(tl.minimum(tl.minimum((tile + 1) * M, Tq), Tk), N)
-    else:
-        tile = turn
-        end = tile * 0 + Tk // N
-        last = tile * 0 + tl.cdiv(Tk, N)
-    return tile, tile * 0, last, end
+def of_queries(
+    turns, batch_stride, head_stride, heads, tiles, Tq, Tk, M: tl.constexpr, N: tl.constexpr,
+    KEEP: tl.constexpr, LISTED: tl.constexpr,
+):
+    """Of a program that owns queries: its row among B * H, b and head, then what `listed` tells."""
+    row = tl.program_id(0) // tiles
+    b, head = row // heads, row % heads
+    turn = tl.program_id(0) % tiles
+    if LISTED:
+        plane = b * batch_stride + head * head_stride
+        tile, first, last, full, end, slot = listed(turns, plane, tiles, turn)
+    else:  # the full tiles come first
+        if KEEP == "causal":  # the longest first
+            tile = tiles - 1 - turn
+            end = tl.minimum(tile * M + 1, Tk) // N
+            last = tl.cdiv(tl.minimum(tl.minimum((tile + 1) * M, Tq), Tk), N)
+        else:
+            tile = turn
+            end = tile * 0 + Tk // N
+            last = tile * 0 + tl.cdiv(Tk, N)
+        first = tile * 0
+        full = first
+        slot = first - 1
+    return row, b, head, tile, first, last, full, end, slot
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from tools.attention import (
     speed,
 )
 from tools.cases import Result, Results, method_order
-from tools.figures import looks, style
+from tools.figures import looks, style, ticks
 from tools.figures.style import Absent, Drawing
 from tools.stats import THRESHOLD, Interval, judge
 
@@ -215,11 +215,4 @@ def _map(axes: Axes, cells: dict) -> None:
             if "tflops" in ours.rates:
                 small = f"{ours.rates['tflops']:.3g}"
                 axes.text(j + 0.5, i + 0.26, small, color=colour, fontsize=8, **middle)
-    axes.set_xticks(np.arange(len(keys)) + 0.5, [str(k) for k in keys])
-    axes.set_yticks(np.arange(len(queries)) + 0.5, [str(q) for q in queries])
-    axes.set_xlabel("keys")
-    axes.set_ylabel("queries")
-    axes.grid(False)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    ticks.of_a_map(axes, ("keys", keys), ("queries", queries))

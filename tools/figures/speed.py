@@ -195,14 +195,7 @@ def _map(axes: Axes, finding, sizes: list[int], batches: list[int]) -> None:
                 fontweight="bold",
             )
     axes.set_title(f"{finding.method}\n{finding.setting}")
-    axes.set_xticks(np.arange(len(batches)) + 0.5, [str(b) for b in batches])
-    axes.set_yticks(np.arange(len(sizes)) + 0.5, [str(n) for n in sizes])
-    axes.set_xlabel("B (tokens)")
-    axes.set_ylabel("N")
-    axes.grid(False)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    ticks.of_a_map(axes, ("B (tokens)", batches), ("N", sizes))
 
 
 def _hide_unused(canvas: style.Canvas, used: int, columns: int, each: int) -> None:

@@ -1,7 +1,7 @@
 """Axes of sizes, times and ratios: logarithmic, with plain numbers at places worth a number."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
@@ -95,3 +95,15 @@ def chosen_ticks(low: float, high: float) -> list[float]:
         ):
             ticks.append(tick)
     return sorted(ticks)
+
+
+def of_a_map(axes: Axes, x: tuple[str, Sequence], y: tuple[str, Sequence]) -> None:
+    """Names each cell's column and row: (label, sizes)."""
+    axes.set_xticks([i + 0.5 for i in range(len(x[1]))], [str(size) for size in x[1]])
+    axes.set_yticks([i + 0.5 for i in range(len(y[1]))], [str(size) for size in y[1]])
+    axes.set_xlabel(x[0])
+    axes.set_ylabel(y[0])
+    axes.grid(False)
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
