@@ -17,7 +17,7 @@ what is then the same in two of them is measured once.
 from itertools import product
 
 from blockshock.attention import METHODS
-from blockshock.phases.attention_case import PHASES, SIZES, AttentionCase
+from blockshock.phases.attention.case import PHASES, SIZES, AttentionCase
 
 __all__ = ["AXES", "PHASES", "expand"]
 

@@ -5,7 +5,7 @@ backward to q, k and v (`bench_attention_forward_backward`). The methods of a po
 turn, round by round, each after it has passed its check. For one rank: `--ranks 1`.
 """
 
-from blockshock.phases.attention_case import AttentionCase
+from blockshock.phases.attention.case import AttentionCase
 
 
 def bench_attention_forward(

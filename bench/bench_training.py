@@ -5,7 +5,7 @@ on the slowest rank. The methods of a point are measured in turn, round by round
 passed its check.
 """
 
-from blockshock.phases.case import Case
+from blockshock.phases.linear.case import Case
 
 
 def bench_training(method, N, B, dtype, mask, options, record):

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import yaml
 
 from bench import attention_sweep
-from blockshock.phases.case import FAMILIES, PHASES, Case, choices
+from blockshock.phases.linear.case import FAMILIES, PHASES, Case, choices
 
 FOLDER = Path(__file__).parent / "sweeps"
 AXES = {
@@ -72,9 +72,11 @@ class Kind(NamedTuple):
 
 def load(name: str) -> dict:
     """The sweep called `name` in bench/sweeps, or the YAML file at that path."""
-    file = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    file = Path(name)
+    if not name.endswith((".yaml", ".yml")):
+        file = next(FOLDER.glob(f"*/{name}.yaml"), FOLDER / f"{name}.yaml")
     if not file.exists():
-        known = ", ".join(sorted(f.stem for f in FOLDER.glob("*.yaml")))
+        known = ", ".join(sorted(f.stem for f in FOLDER.glob("*/*.yaml")))
         raise SweepError(f"there is no sweep {name!r}; known: {known}, or give a path to a .yaml")
     try:
         sweep = yaml.safe_load(file.read_text())

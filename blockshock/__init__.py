@@ -12,7 +12,7 @@ __all__ = ["convert", "revert"]
 def __getattr__(name: str):
     # Imported on first use: `python -m blockshock` explains a torch that cannot be imported.
     if name in __all__:
-        from blockshock import conversion
+        from blockshock.linear import convert as conversion
 
         return getattr(conversion, name)
     raise AttributeError(f"module 'blockshock' has no attribute {name!r}")

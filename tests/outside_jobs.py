@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import blockshock
-from blockshock import checkpoint, sources
+from blockshock import sources
 from blockshock.distributed.ranks import device
-from blockshock.linear import METHODS
+from blockshock.linear import METHODS, checkpoint
 from blockshock.measure.clock import capture
 from blockshock.measure.errors import relative_error
 

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blockshock.attention import METHODS, patterns, peers, rules
 from blockshock.attention.reference import reference
 from blockshock.distributed import Ranks
-from blockshock.phases import attention_problem, engine, session
-from blockshock.phases.attention_case import BUILDERS, AttentionCase, parse_pattern
-from blockshock.phases.attention_problem import AttentionProblem
-from blockshock.phases.attention_steps import figures, forward_backward
+from blockshock.phases import engine, session
+from blockshock.phases.attention import problem as attention_problem
+from blockshock.phases.attention.case import BUILDERS, AttentionCase, parse_pattern
+from blockshock.phases.attention.problem import AttentionProblem
+from blockshock.phases.attention.steps import figures, forward_backward
 from blockshock.phases.engine import Options
 from blockshock.phases.session import CaseFailed, Laboratory
 from tests.attention_checks import DEVICE

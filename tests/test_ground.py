@@ -30,7 +30,7 @@ HOUSE = [
     {"packed"},
     {"distributed", "measure"},
     {"linear", "attention", "data_parallel", "block_sparse"},
-    {"conversion", "checkpoint", "tune"},
+    {"tune"},
     {"transformer"},
     {"lm"},
     {"phases"},

@@ -13,9 +13,9 @@ from blockshock.distributed import Ranks
 from blockshock.linear import METHODS
 from blockshock.measure import clock
 from blockshock.phases import engine, session
-from blockshock.phases.case import Case
 from blockshock.phases.engine import Options
-from blockshock.phases.problem import Problem
+from blockshock.phases.linear.case import Case
+from blockshock.phases.linear.problem import Problem
 from blockshock.phases.session import CaseFailed, Laboratory
 from tests import faulty
 

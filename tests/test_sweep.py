@@ -7,7 +7,7 @@ import pytest
 from bench import attention_sweep
 from bench import sweep as sweeps
 from blockshock.linear import METHODS
-from blockshock.phases.case import PHASES, Case
+from blockshock.phases.linear.case import PHASES, Case
 
 SMALL = "family: attention\ncpu: {batch: 1, heads: 1, D: 16"
 
@@ -42,7 +42,7 @@ def expand(text, phase="forward", device="cpu", settings=(), tmp=None):
     return sweeps.cases(sweep, phase, device, 2, given)
 
 
-SHIPPED = {file.stem: sweeps.load(file.stem) for file in sweeps.FOLDER.glob("*.yaml")}
+SHIPPED = {file.stem: sweeps.load(file.stem) for file in sweeps.FOLDER.glob("*/*.yaml")}
 LINEAR = [name for name, sweep in SHIPPED.items() if sweeps.family(sweep) == "linear"]
 ATTENTION = [name for name, sweep in SHIPPED.items() if sweeps.family(sweep) == "attention"]
 

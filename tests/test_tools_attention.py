@@ -8,11 +8,20 @@ import pytest
 from tests import synthetic_attention as made
 from tests import synthetic_results as linear
 from tools import compare, plot, report, summary, verdict
-from tools.attention import attention, best_dense, by_point, dense_share, ideal, point_of, speed
-from tools.attention_tables import readme_tables
-from tools.figures import ATTENTION_FIGURES, FIGURES, draw_all, looks
-from tools.figures.attention_scaling import _comparable
-from tools.figures.attention_sparsity import _pushed
+from tools.families.attention.points import (
+    attention,
+    best_dense,
+    by_point,
+    dense_share,
+    ideal,
+    point_of,
+    speed,
+)
+from tools.families.attention.scaling import _comparable
+from tools.families.attention.sparsity import _pushed
+from tools.families.attention.tables import readme_tables
+from tools.families.figures import ATTENTION_FIGURES, FIGURES, draw_all
+from tools.families.linear import looks
 from tools.files import ToolError
 from tools.results import load, load_all
 from tools.stats import ratio

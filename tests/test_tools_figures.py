@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 
 from tests import synthetic_results as synthetic
 from tools.cases import over
-from tools.figures import FIGURES, draw_all, looks, steps, style, ticks
+from tools.drawing import style, ticks
+from tools.families.figures import FIGURES, draw_all
+from tools.families.linear import looks, steps
 from tools.results import load
 
 LABELS = len(synthetic.VARIANTS)

@@ -9,9 +9,10 @@ import pytest
 from tests import synthetic_results as synthetic
 from tools import plot, report, summary
 from tools.cases import interleaved
-from tools.figures import FIGURES, MAIN, draw_all, steps
+from tools.families.figures import FIGURES, MAIN, draw_all
+from tools.families.linear import steps
+from tools.families.linear.hypotheses import judge_all
 from tools.files import ToolError
-from tools.hypotheses import judge_all
 from tools.results import load
 from tools.tables import milliseconds
 

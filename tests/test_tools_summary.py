@@ -8,7 +8,7 @@ from tests import synthetic_results as synthetic
 from tests.test_tools_variants import DENSE, grid, read
 from tools import summary
 from tools.cases import over
-from tools.summary_tables import forward_table, training_table
+from tools.families.linear.readme_tables import forward_table, training_table
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,14 +7,14 @@ import re
 import pytest
 
 from blockshock.linear import METHODS
-from blockshock.phases.case import Case, choices, usual
+from blockshock.phases.linear.case import Case, choices, usual
 from tests import synthetic_results as synthetic
 from tools import compare, summary
 from tools.cases import VARIANTS, interleaved, over, setting
-from tools.hypotheses import judge_all
-from tools.opponents import BETTER, SAME_REDUCE
+from tools.families.linear.hypotheses import judge_all
+from tools.families.linear.opponents import BETTER, SAME_REDUCE
+from tools.families.linear.readme_tables import forward_table
 from tools.results import load, load_all, load_by_device
-from tools.summary_tables import forward_table
 
 NEW_FIELDS = ("kernel", "reduce")
 

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from tests import synthetic_results as synthetic
 from tools import verdict
-from tools.hypotheses import judge_all
+from tools.families.linear.hypotheses import judge_all
+from tools.families.linear.rules import corner
 from tools.results import load, load_all
-from tools.rules import corner
 
 GRID = [(n, b) for n in (4096, 8192, 16384) for b in (64, 1024, 4096)]
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from tools.cases import CPU_CAVEAT
-from tools.figures import draw_all
+from tools.families.figures import draw_all
 from tools.files import ToolError, run, save
 from tools.results import load_all
 

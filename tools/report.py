@@ -12,14 +12,15 @@ import json
 import re
 from pathlib import Path
 
-from tools import attention_report
 from tools import verdict as words
-from tools.attention import FAMILY, has_attention, only_attention
-from tools.case_table import phase_table
 from tools.cases import CPU_CAVEAT, PHASES, Results
-from tools.figures import ATTENTION_FIGURES, FIGURES, MAIN, Drawing, draw_all, style
+from tools.drawing import style
+from tools.families.attention import section as attention_report
+from tools.families.attention.points import FAMILY, has_attention, only_attention
+from tools.families.figures import ATTENTION_FIGURES, FIGURES, MAIN, Drawing, draw_all
+from tools.families.linear.case_table import phase_table
+from tools.families.linear.hypotheses import Verdict, judge_all
 from tools.files import read_text, run, save
-from tools.hypotheses import Verdict, judge_all
 from tools.results import load_all
 from tools.tables import as_html
 

@@ -13,13 +13,13 @@ nothing and exits with 1 where the README is not what these results give.
 import argparse
 from collections.abc import Iterator
 
-from tools.attention import has_attention, only_attention
-from tools.attention_tables import readme_tables
 from tools.cases import CPU_CAVEAT, Results
+from tools.families.attention.points import has_attention, only_attention
+from tools.families.attention.tables import readme_tables
+from tools.families.linear.hypotheses import judge_all
+from tools.families.linear.readme_tables import REFERENCE, forward_table, training_table
 from tools.files import ToolError, read_text, run, save
-from tools.hypotheses import judge_all
 from tools.results import load_by_device
-from tools.summary_tables import REFERENCE, forward_table, training_table
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 ATTENTION = ("<!-- attention:begin -->", "<!-- attention:end -->")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from tools.cases import CPU_CAVEAT, Results
 from tools.compare import percentage
+from tools.families.linear.hypotheses import SMALL_UPKEEP, Finding, Verdict, judge_all
 from tools.files import run, save
-from tools.hypotheses import SMALL_UPKEEP, Finding, Verdict, judge_all
 from tools.results import load_all
 from tools.stats import THRESHOLD
 from tools.tables import Column, as_markdown, as_text, number, percent

@@ -23,9 +23,10 @@ from blockshock.distributed import collectives, note
 from blockshock.distributed.ranks import device as rank_device
 from blockshock.measure import ceilings, clock, errors
 from blockshock.measure.regions import Recorder, recording
-from blockshock.phases import memory, profiling, steps
-from blockshock.phases.case import DTYPES, Case
+from blockshock.phases import memory, profiling
+from blockshock.phases.experiment import Experiment
 from blockshock.phases.families import family
+from blockshock.phases.linear.case import DTYPES, Case
 
 REGION_PASSES = 20
 MIN_ROUNDS = 10
@@ -57,7 +58,7 @@ class Prepared:
 
     case: Case
     layer: object  # or whatever the family builds
-    experiment: steps.Experiment
+    experiment: Experiment
     outcome: dict
     run: object = None
     calls: int = 1

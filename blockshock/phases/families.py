@@ -9,16 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from blockshock.phases import (
-    attention_case,
-    attention_problem,
-    attention_steps,
-    case,
-    linear_figures,
-    problem,
-    steps,
-    training,
-)
+from blockshock.phases.attention import case as attention_case
+from blockshock.phases.attention import problem as attention_problem
+from blockshock.phases.attention import steps as attention_steps
+from blockshock.phases.linear import case, problem, steps, training
+from blockshock.phases.linear import figures as linear_figures
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from dataclasses import replace
 from blockshock.distributed import RankFailure
 from blockshock.measure import clock, environment
 from blockshock.phases import engine
-from blockshock.phases.case import Case
 from blockshock.phases.engine import Options
 from blockshock.phases.families import family
+from blockshock.phases.linear.case import Case
 
 SCHEMA = 1
 OF_SOME = ("drift", "pattern", "work", "profile")  # what not every family, phase or run has

@@ -2,11 +2,18 @@
 
 from collections.abc import Callable, Sequence
 
-from tools.attention import FLEX, PHASES, SPARSE, attention, by_point, point_of
-from tools.attention_tables import PLACE, RATIOS, interval, pattern_cells, place, ratio_rows
-from tools.case_table import folded_table
 from tools.cases import Result, Results
-from tools.figures import ATTENTION_FIGURES, Drawing
+from tools.families.attention.points import FLEX, PHASES, SPARSE, attention, by_point, point_of
+from tools.families.attention.tables import (
+    PLACE,
+    RATIOS,
+    interval,
+    pattern_cells,
+    place,
+    ratio_rows,
+)
+from tools.families.figures import ATTENTION_FIGURES, Drawing
+from tools.families.linear.case_table import folded_table
 from tools.stats import Interval, combine
 from tools.tables import Column, count, figure, milliseconds, number, percent, seconds, size
 

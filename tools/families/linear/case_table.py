@@ -3,8 +3,8 @@
 import html
 from collections.abc import Sequence
 
-from tools.attention import FAMILY
 from tools.cases import Result, Results
+from tools.families.attention.points import FAMILY
 from tools.tables import (
     Column,
     as_html,

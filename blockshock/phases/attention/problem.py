@@ -20,7 +20,7 @@ from torch import Tensor
 from blockshock.attention import patterns, shapes, work
 from blockshock.attention.reference import reference
 from blockshock.measure.errors import relative_error
-from blockshock.phases.attention_case import AttentionCase
+from blockshock.phases.attention.case import AttentionCase
 from blockshock.sources import generator
 
 SCORES = 2**25  # of a part; several float64 tensors of so many entries are held

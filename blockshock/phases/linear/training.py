@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from blockshock import sources, workloads
 from blockshock.measure.errors import figure, relative_error
 from blockshock.measure.regions import region
-from blockshock.phases.case import Case
-from blockshock.phases.problem import Problem
-from blockshock.phases.steps import Experiment, backward, weight_figure
+from blockshock.phases.experiment import Experiment
+from blockshock.phases.linear.case import Case
+from blockshock.phases.linear.problem import Problem
+from blockshock.phases.linear.steps import backward, weight_figure
 
 STEPS = 10
 

@@ -7,7 +7,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 
-from tools.attention import (
+from tools.cases import Result, Results, method_order
+from tools.drawing import style, ticks
+from tools.drawing.style import Absent, Drawing
+from tools.families.attention.points import (
     OURS,
     PEERS,
     PHASES,
@@ -20,9 +23,7 @@ from tools.attention import (
     point_of,
     speed,
 )
-from tools.cases import Result, Results, method_order
-from tools.figures import looks, style, ticks
-from tools.figures.style import Absent, Drawing
+from tools.families.linear import looks
 from tools.stats import THRESHOLD, Interval, judge
 
 MOST_OF_A_TIER, MOST_WITHOUT_TIERS = 3, 8

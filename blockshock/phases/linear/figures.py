@@ -6,8 +6,8 @@ floor of a step = its products at the layer's cost: `measure.floor`
 from blockshock.distributed import symmetric
 from blockshock.measure.floor import step_floor
 from blockshock.phases import memory
-from blockshock.phases.case import Case, usual
-from blockshock.phases.problem import Problem, check_data
+from blockshock.phases.linear.case import Case, usual
+from blockshock.phases.linear.problem import Problem, check_data
 
 
 def build(case: Case, problem: Problem):

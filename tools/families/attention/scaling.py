@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 
-from tools.attention import PHASES, point_of
 from tools.cases import Result, Results
-from tools.figures import looks, style, ticks
-from tools.figures.attention import dense, drawing, groups_of, panels_of
-from tools.figures.style import Absent, Drawing
+from tools.drawing import style, ticks
+from tools.drawing.style import Absent, Drawing
+from tools.families.attention.points import PHASES, point_of
+from tools.families.attention.speed import dense, drawing, groups_of, panels_of
+from tools.families.linear import looks
 from tools.tables import seconds
 
 ENOUGH = 4  # lengths of a line

@@ -1,8 +1,9 @@
 """Where the forward's time goes: all of it, the reduce, and copies made for a collective's sake."""
 
 from tools.cases import Result, Results
-from tools.figures import looks, style, ticks
-from tools.figures.style import Absent, Drawing
+from tools.drawing import style, ticks
+from tools.drawing.style import Absent, Drawing
+from tools.families.linear import looks
 from tools.tables import seconds
 
 MOST = 4

@@ -8,10 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 
 from tools.cases import Result, Results, over
-from tools.figures import looks, style, ticks
-from tools.figures.style import Absent, Drawing
-from tools.hypotheses import SHOCKS, beats_dense
-from tools.opponents import BETTER, DENSE
+from tools.drawing import style, ticks
+from tools.drawing.style import Absent, Drawing
+from tools.families.linear import looks
+from tools.families.linear.hypotheses import SHOCKS, beats_dense
+from tools.families.linear.opponents import BETTER, DENSE
 from tools.stats import THRESHOLD
 
 REFERENCE = DENSE[0]

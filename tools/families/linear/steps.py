@@ -3,9 +3,10 @@
 from matplotlib.axes import Axes
 
 from tools.cases import Result, Results
-from tools.figures import looks, style
-from tools.figures.style import Drawing
-from tools.opponents import way
+from tools.drawing import style
+from tools.drawing.style import Drawing
+from tools.families.linear import looks
+from tools.families.linear.opponents import way
 
 SEGMENTS = {
     "forward": "#0072b2",

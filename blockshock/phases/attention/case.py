@@ -10,7 +10,7 @@ import torch
 
 from blockshock import attention
 from blockshock.attention import METHODS, patterns
-from blockshock.phases.case import DTYPES
+from blockshock.phases.linear.case import DTYPES
 
 PHASES = ("forward", "forward_backward")
 BUILDERS = {  # what a pattern's text may name

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from tools.cases import METHODS, Result, Results, method_order, over, setting_text
-from tools.opponents import DENSE
+from tools.families.linear.opponents import DENSE
 from tools.stats import Interval
 from tools.tables import Column, as_markdown, milliseconds, number
 

@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tools.cases import Result, Results, order, setting_text
-from tools.figures.looks import PAPER
+from tools.families.linear.looks import PAPER
 
 INK, MUTED, GRID = "#1b1f24", "#59636e", "#dce1e6"
 FLOOR = "#8a939c"

@@ -8,7 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
 
-from tools.attention import (
+from tools.cases import Result, Results
+from tools.drawing import style, ticks
+from tools.drawing.style import Absent, Drawing
+from tools.families.attention.points import (
     FLEX,
     PHASES,
     SPARSE,
@@ -19,10 +22,8 @@ from tools.attention import (
     point_of,
     speed,
 )
-from tools.cases import Result, Results
-from tools.figures import looks, style, ticks
-from tools.figures.attention import drawing, groups_of
-from tools.figures.style import Absent, Drawing
+from tools.families.attention.speed import drawing, groups_of
+from tools.families.linear import looks
 
 MOST_PANELS = 4
 SERIES = 3  # patterns that make a line

@@ -17,9 +17,9 @@ import torch
 from blockshock.attention import blocks, patterns, shapes, work
 from blockshock.measure.errors import Figure, figure
 from blockshock.measure.regions import region
-from blockshock.phases.attention_case import AttentionCase
-from blockshock.phases.attention_problem import AttentionProblem
-from blockshock.phases.steps import Experiment
+from blockshock.phases.attention.case import AttentionCase
+from blockshock.phases.attention.problem import AttentionProblem
+from blockshock.phases.experiment import Experiment
 
 BOUND = 1.5  # times the yardstick's error
 FLOAT32_ERROR = 1e-5

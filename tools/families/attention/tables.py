@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from tools.attention import (
+from tools.cases import Result, Results, method_order
+from tools.families.attention.points import (
     FLEX,
     OURS,
     PHASES,
@@ -23,7 +24,6 @@ from tools.attention import (
     point_of,
     speed,
 )
-from tools.cases import Result, Results, method_order
 from tools.stats import Interval
 from tools.tables import (
     Column,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blockshock import sources, workloads
 from blockshock.measure.errors import relative_error
-from blockshock.phases.case import Case
+from blockshock.phases.linear.case import Case
 
 FLOAT64_ENTRIES = 2**29
 

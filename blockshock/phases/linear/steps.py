@@ -9,36 +9,15 @@
 `Experiment`; `FAMILIES` in `families` lists them.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from blockshock.measure.errors import Figure, figure, relative_error
 from blockshock.measure.regions import region
-from blockshock.phases.case import Case
-from blockshock.phases.problem import Problem
-
-
-@dataclass
-class Experiment:
-    """A phase, ready to run: one step, and one check.
-
-    step: one timed call. check: the error figures by name, from a fresh run.
-    products: the phase whose floor applies. trained_bytes: parameters an optimizer updates.
-    extra: more for the result file, filled by the check. replicated: by name, the results that
-    every rank must hold in the same bits.
-    """
-
-    step: Callable[[], None]
-    check: Callable[[], dict[str, Figure]]
-    products: str
-    trained_bytes: int = 0
-    steps: int = 1
-    extra: dict = field(default_factory=dict)
-    replicated: dict[str, Tensor] = field(default_factory=dict)
+from blockshock.phases.experiment import Experiment
+from blockshock.phases.linear.case import Case
+from blockshock.phases.linear.problem import Problem
 
 
 def forward(case: Case, layer, problem: Problem) -> Experiment:

@@ -9,31 +9,31 @@ from collections.abc import Callable
 
 import matplotlib
 
-from tools.attention import PHASES as ATTENTION_PHASES
-from tools.attention import has_attention, only_attention
 from tools.cases import Results
-from tools.figures.attention import speed_by_tier, speed_map
-from tools.figures.attention_scaling import (
+from tools.drawing.style import RC, Absent, Drawing
+from tools.families.attention.points import PHASES as ATTENTION_PHASES
+from tools.families.attention.points import has_attention, only_attention
+from tools.families.attention.scaling import (
     matrix_share,
     memory_vs_tokens,
     time_vs_tokens,
 )
-from tools.figures.attention_sparsity import speedup_vs_sparsity
-from tools.figures.costs import (
+from tools.families.attention.sparsity import speedup_vs_sparsity
+from tools.families.attention.speed import speed_by_tier, speed_map
+from tools.families.linear.costs import (
     errors_vs_size,
     memory_vs_size,
     quality_speed_vs_size,
     time_per_weight_byte_vs_size,
 )
-from tools.figures.limits import floor_share_vs_size, over_floor
-from tools.figures.regions import less_layout_fix_vs_size, regions_vs_size
-from tools.figures.speed import (
+from tools.families.linear.limits import floor_share_vs_size, over_floor
+from tools.families.linear.regions import less_layout_fix_vs_size, regions_vs_size
+from tools.families.linear.speed import (
     phase_vs_batch,
     phase_vs_size,
     speedup_map,
 )
-from tools.figures.steps import drift_by_step, step_breakdown
-from tools.figures.style import RC, Absent, Drawing
+from tools.families.linear.steps import drift_by_step, step_breakdown
 
 MAIN = "forward_vs_N"
 

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from tools.cases import Result, Results
-from tools.figures import looks, style, ticks
-from tools.figures.style import Absent, Drawing
+from tools.drawing import style, ticks
+from tools.drawing.style import Absent, Drawing
+from tools.families.linear import looks
 
 SMALL_BATCH = 64
 WORDS = {"forward": "Forward", "training": "Training step"}

@@ -3,9 +3,10 @@
 from matplotlib.axes import Axes
 
 from tools.cases import Result, Results
-from tools.figures import looks, style, ticks
-from tools.figures.style import Absent, Drawing
-from tools.opponents import way
+from tools.drawing import style, ticks
+from tools.drawing.style import Absent, Drawing
+from tools.families.linear import looks
+from tools.families.linear.opponents import way
 
 MEASURES = {
     "relative": "relative error\n(Frobenius)",

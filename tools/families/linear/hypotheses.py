@@ -31,10 +31,19 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tools.attention import only_attention
 from tools.cases import Result, Results, interleaved, order, over, setting, setting_text
-from tools.opponents import BETTER, DENSE, better, forward_place, opponents, place, same_terms, way
-from tools.rules import (
+from tools.families.attention.points import only_attention
+from tools.families.linear.opponents import (
+    BETTER,
+    DENSE,
+    better,
+    forward_place,
+    opponents,
+    place,
+    same_terms,
+    way,
+)
+from tools.families.linear.rules import (
     FAILS,
     HOLDS,
     UNDECIDED,

@@ -1,0 +1,1 @@
+"""The laboratory of linear layers: case, problem, steps, training, figures."""
