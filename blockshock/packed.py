@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blockshock import masks
-from blockshock.kernels import columns, kept_product, pack, products, sparse24, thin24
+from blockshock.kernels import columns, cusparselt, kept_product, pack, products, sparse24, thin24
 
-BLOCK = sparse24.BLOCK
+BLOCK = cusparselt.BLOCK
 
 
 class Packed24:
@@ -43,7 +43,7 @@ class Packed24:
         """Room for a matrix [rows, columns]; `write_rows` must fill every row."""
         check_shape(rows, columns)
         device = torch.device(device)
-        reason = sparse24.unsupported(dtype, device.type)
+        reason = cusparselt.unsupported(dtype, device.type)
         if reason:
             raise ValueError(reason)
         codes = torch.empty(rows, columns // 4, dtype=torch.uint8, device=device)
@@ -91,14 +91,14 @@ class Packed24:
         The mask is checked for two of four.
         """
         check_shape(*weight.shape)
-        if start % sparse24.ROWS_MULTIPLE:
+        if start % cusparselt.ROWS_MULTIPLE:
             raise ValueError(f"start = {start}: rows are written in blocks that begin at 64·n")
         stop = start + weight.shape[0]
         masks.check(mask)
         self.codes[start:stop] = masks.encode(mask)
         pack.gather_kept(weight, self.codes[start:stop], out=self.values[start:stop])
         if self.compressed is not None:
-            sparse24.write_metadata(self.compressed, mask, start)
+            cusparselt.write_metadata(self.compressed, mask, start)
 
     def unpack(self) -> Tensor:
         """The dense matrix [N, K], zeros where nothing is kept."""
@@ -252,7 +252,7 @@ class Packed24:
         for start in range(0, self.shape[0], BLOCK):
             masks.check(masks.decode(self.codes[start : start + BLOCK]))
         if self.compressed is not None:
-            sparse24.write_all_metadata(self.compressed, self.codes)
+            cusparselt.write_all_metadata(self.compressed, self.codes)
         self._library_places = False
 
 
@@ -265,8 +265,8 @@ def estimated_bytes(rows: int, columns: int, itemsize: int) -> int:
 def check_shape(rows: int, columns: int) -> None:
     """Raises ValueError unless both sizes are multiples of 64, which the 2:4 kernels need."""
     for name, size in (("N", rows), ("K", columns)):
-        if size <= 0 or size % sparse24.ROWS_MULTIPLE:
+        if size <= 0 or size % cusparselt.ROWS_MULTIPLE:
             raise ValueError(
-                f"{name} = {size} is not a multiple of {sparse24.ROWS_MULTIPLE}, which 2:4 needs; "
+                f"{name} = {size} is not a multiple of {cusparselt.ROWS_MULTIPLE}, as 2:4 needs; "
                 f"pad the weight to {-(-max(size, 1) // 64) * 64} or use a dense method"
             )

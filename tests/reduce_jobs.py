@@ -23,7 +23,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Call(NamedTuple):
     """A sum of [B, N] in a way, or (how "gather") such parts side by side.
 
-    chunks: of an exchange, or None for what `reduce.plan` says.
+    chunks: of an exchange, or None for all that `reduce.plans` says, by the number of the call.
     """
 
     how: str
@@ -41,15 +41,17 @@ def part(rank, number, call):
     return made.to(DTYPES[call.dtype])
 
 
-def begin(call, x, product):
+def begin(call, x, product, number=0):
     """Starts the call; product takes some rows of x."""
     ranks = dist.get_world_size()
     if call.how == "gather":
-        gather = joins.Gather("exchange", ranks * call.N, call.N, joins.side_by_side)
-        return gather.begin(product, x, hide=call.hide)
+        gather = joins.Gather("exchange", ranks * call.N, joins.side_by_side)
+        return gather.begin(product, x, Plan("exchange", 1), hide=call.hide)
     if call.chunks is None:
-        return joins.Sum(call.how, call.N, call.N).begin(product, x, hide=call.hide)
-    chunks = min(call.chunks, max(1, call.B // ranks))  # as `reduce.plan` has it
+        join = joins.Sum(call.how, call.N)
+        plans = join.plans(call.B, x.dtype, x.device, hide=call.hide)
+        return join.begin(product, x, plans[number % len(plans)], hide=call.hide)
+    chunks = min(call.chunks, max(1, call.B // ranks))
     return reduce.begin_sum(product, x, Plan(call.how, chunks), hide=call.hide)
 
 
@@ -100,7 +102,7 @@ def storm(calls, repeat=1, cycles=0):
         poison = [torch.full_like(x, torch.nan) for _ in range(3)]
         del poison  # partials and results come from this memory
         lag(cycles, number)
-        pending = begin(call, x, partial(product, number=number))
+        pending = begin(call, x, partial(product, number=number), number)
         if call.hide:
             lag(cycles, number + 1)
             x.new_full((64, 64), 1) @ x.new_full((64, 64), 1)
@@ -147,25 +149,11 @@ def replay(calls, replays):
 
 
 def plans(asked):
-    """The plan for each (how, rows, columns, dtype), and as text."""
-    found = []
-    for how, rows, width, dtype in asked:
-        chosen = reduce.plan(how, rows, width, width, DTYPES[dtype], device())
-        found.append(((chosen.how, chosen.chunks, chosen.reason), str(chosen)))
-    return found
-
-
-def refused_in_a_capture(rows, width):
-    """The text of the error that planning an unknown shape raises inside a capture."""
-    graph, text = torch.cuda.CUDAGraph(), None
-    x = torch.zeros(4, device=device())
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        x.clone()  # an empty graph would be warned of
-        try:
-            reduce.plan("auto", rows, width, width, torch.bfloat16, device())
-        except RuntimeError as error:
-            text = str(error)
-    return text
+    """The plans for each (how, rows, columns, dtype), as text."""
+    return [
+        [str(plan) for plan in reduce.plans(how, rows, width, DTYPES[dtype], device())]
+        for how, rows, width, dtype in asked
+    ]
 
 
 def gathered(place, how, B, hide, dtype="fp32"):
@@ -185,14 +173,17 @@ def gathered(place, how, B, hide, dtype="fp32"):
         both = (places, columns.others(places))
         own = [columns.take_reference(shards[r // 2], both[r % 2]) for r in range(ranks)]
         put = partial(parts.place_pairs, places=places)
-    gather = joins.Gather(how, truth.shape[1], 8, put)
+    gather = joins.Gather(how, truth.shape[1], put)
     turned = own[rank].t().contiguous().t()  # a product need not be contiguous
+    plans = gather.plans(B, DTYPES[dtype], device(), hide=hide)
     results = [
-        gather.begin(lambda x: x, given, hide=hide).wait().clone() for given in (own[rank], turned)
+        gather.begin(lambda x: x, given, plan, hide=hide).wait().clone()
+        for given in (own[rank], turned)
+        for plan in plans
     ]
     right = all(torch.equal(result, truth) for result in results)
     same = all(collectives.same_on_all_ranks(result) for result in results)
-    return right and same, str(gather.plan(B, DTYPES[dtype], device()))
+    return right and same
 
 
 def storm_with_a_lost_part(calls):

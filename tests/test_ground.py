@@ -25,10 +25,12 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # The house of the design, from the ground up; what stands in one row may use one another.
 HOUSE = [
-    {"masks", "sources", "workloads", "choices"},
+    {"masks", "sources", "workloads", "cache"},
     {"kernels"},
     {"packed"},
-    {"distributed", "measure"},
+    {"measure"},
+    {"distributed"},
+    {"tuning"},
     {"linear", "attention", "data_parallel", "block_sparse"},
     {"tune"},
     {"transformer"},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blockshock import masks
-from blockshock.kernels import algorithms, sparse24
+from blockshock.kernels import algorithms, cusparselt
 from blockshock.measure.clock import capture
 from blockshock.packed import Packed24
 
@@ -40,7 +40,7 @@ def random_form(N, K, dtype=torch.bfloat16, pattern="random"):
 
 
 @on_gpu
-@pytest.mark.parametrize("dtype", sparse24.DTYPES)
+@pytest.mark.parametrize("dtype", cusparselt.DTYPES)
 @pytest.mark.parametrize(("N", "K"), [(64, 64), (192, 320), (1024, 4096)])
 def test_the_compressed_buffer_is_values_then_metadata_of_the_mask(N, K, dtype):
     weight, mask, form = random_form(N, K, dtype)
@@ -73,7 +73,7 @@ def test_the_product_matches_dense(shared_cache, batch, dtype, bias):
 def test_a_wrong_algorithm_is_never_chosen(cache, monkeypatch):
     _, _, form = random_form(256, 256)
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
-    right = sparse24.run
+    right = cusparselt.run
 
     def wrong(x, compressed, bias, algorithm):
         y = right(x, compressed, bias, algorithm)
@@ -81,17 +81,17 @@ def test_a_wrong_algorithm_is_never_chosen(cache, monkeypatch):
             y[0, 0] += 1  # one element of one tile
         return y
 
-    monkeypatch.setattr(sparse24, "run", wrong)
-    assert algorithms.choose(x, form.compressed, form.values, form.codes) == 2
+    monkeypatch.setattr(cusparselt, "run", wrong)
+    assert algorithms.choose(len(x), form.codes, x.dtype) == 2
 
 
 @on_gpu
 def test_no_right_algorithm_is_an_error(cache, monkeypatch):
     _, _, form = random_form(256, 256)
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
-    monkeypatch.setattr(sparse24, "run", lambda x, *_: torch.zeros(64, 256, device="cuda").to(x))
+    monkeypatch.setattr(cusparselt, "run", lambda x, *_: torch.zeros(64, 256, device="cuda").to(x))
     with pytest.raises(algorithms.AlgorithmError, match="256x256 B64"):
-        algorithms.choose(x, form.compressed, form.values, form.codes)
+        algorithms.choose(len(x), form.codes, x.dtype)
 
 
 @on_gpu
@@ -99,9 +99,39 @@ def test_the_choice_is_kept_on_disk_and_a_damaged_file_is_replaced(cache):
     _, _, form = random_form(256, 256)
     x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
     algorithms.cache_file().write_text('{"256x256 B64 bf')  # truncated
-    chosen = algorithms.choose(x, form.compressed, form.values, form.codes)
-    assert json.loads(algorithms.cache_file().read_text()) == {"256x256 B64 bfloat16": chosen}
+    chosen = algorithms.choose(len(x), form.codes, x.dtype)
+    kept = json.loads(algorithms.cache_file().read_text())["256x256 B64 bfloat16"]
+    assert kept[0] == chosen
+    assert 1 < len(set(kept)) == len(kept) <= algorithms.FEW
     assert list(cache.iterdir()) == [algorithms.cache_file()]
+
+
+@on_gpu
+def test_another_batch_tries_the_best_few_of_the_first_one(cache, monkeypatch):
+    _, _, form = random_form(256, 256)
+    first = algorithms.choose(64, form.codes, torch.bfloat16)
+    table = algorithms._table()
+    tried = []
+    agrees = algorithms._Trial.agrees
+    monkeypatch.setattr(
+        algorithms._Trial, "agrees", lambda self, n: tried.append(n) or agrees(self, n)
+    )
+    chosen = algorithms.choose(512, form.codes, torch.bfloat16)
+    assert tried == table["256x256 B64 bfloat16"]
+    assert chosen in tried
+    assert first == tried[0]
+    tried.clear()
+    algorithms.choose(520, form.codes, torch.bfloat16)
+    assert len(tried) > algorithms.FEW  # more than 8 times as large
+
+
+@on_gpu
+def test_fp16_takes_a_correct_one_of_the_few_that_are_fastest_in_bf16(cache):
+    _, _, form = random_form(256, 512, torch.float16, "tile")
+    chosen = algorithms.choose(64, form.codes, torch.float16)
+    table = algorithms._table()
+    assert table["256x512 B64 float16"] == [chosen]
+    assert chosen in table["256x512 B64 bfloat16"]
 
 
 @on_gpu
@@ -128,5 +158,5 @@ def test_a_replayed_graph_follows_values_written_in_place(cache):
 
 
 def test_what_the_kernels_do_not_take_is_named():
-    assert "bf16 or fp16" in sparse24.unsupported(torch.float32, "cuda")
-    assert sparse24.unsupported(torch.float32, "cpu") is None
+    assert "bf16 or fp16" in cusparselt.unsupported(torch.float32, "cuda")
+    assert cusparselt.unsupported(torch.float32, "cpu") is None

@@ -19,6 +19,8 @@ another pass over Y.
 """
 
 import threading
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -26,11 +28,41 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from blockshock.distributed import collectives
+from blockshock.distributed.exchange import Pending
 from blockshock.distributed.joins import Gather, Sum
+from blockshock.distributed.reduce import Plan
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a product and its join are done. kernel: None where the layer has no choice."""
+
+    kernel: str | None
+    plan: Plan
+
+    def __str__(self) -> str:
+        return f"{self.kernel}; {self.plan}" if self.kernel else str(self.plan)
+
+    @property
+    def asked(self) -> dict[str, str]:
+        """The keyword for a layer's products."""
+        return {"kernel": self.kernel} if self.kernel else {}
+
+
+class Ways(Protocol):
+    """Who chooses, for an input of these rows."""
+
+    def forward(self, layer: "Layer", x: Tensor) -> Way:
+        """x: [B, K]."""
+
+    def backward(self, layer: "Layer", dy: Tensor, local: Tensor | None) -> Way:
+        """local: the local input, if dW is computed as well, behind which the join is hidden."""
 
 
 class Layer(Protocol):
-    """What `apply` asks of a layer; B rows."""
+    """What `apply` asks of a layer; B rows. A layer with kernels takes `kernel=` in the first
+    three.
+    """
 
     ranks: int
     weight: nn.Parameter
@@ -52,7 +84,7 @@ class Layer(Protocol):
 
 
 @torch.compiler.disable  # kernels, streams and collectives of its own: a break in a compiled graph
-def apply(layer: Layer, x: Tensor) -> Tensor:
+def apply(layer: Layer, x: Tensor, ways: Ways) -> Tensor:
     """Y [B, N] of x [B, K], which has the products' dtype and device.
 
     Raises RuntimeError where the layer's ranks are not there: a part alone gives a part of Y.
@@ -64,7 +96,20 @@ def apply(layer: Layer, x: Tensor) -> Tensor:
             "process group it was built in, or `revert` it there first"
         )
     with torch.autocast(x.device.type, enabled=False):  # it computes in x's dtype
-        return _Apply.apply(x, layer.weight, layer.bias, layer)
+        return _Apply.apply(x, layer.weight, layer.bias, layer, ways)
+
+
+def begin_forward(layer: Layer, x: Tensor, way: Way) -> tuple[Tensor, Pending]:
+    """(the local input, Y on its way)."""
+    local = layer.local_input(x, **way.asked)
+    product = partial(layer.product, **way.asked)
+    return local, layer.output.begin(product, local, way.plan)
+
+
+def begin_backward(layer: Layer, dy: Tensor, way: Way, *, hide: bool) -> Pending:
+    """dX on its way; hide: behind dW, which the caller computes before it waits."""
+    product = partial(layer.input_gradient, **way.asked)
+    return layer.input.begin(product, dy, way.plan, hide=hide)
 
 
 def bias_of_first(layer: Layer) -> Tensor | None:
@@ -84,13 +129,13 @@ def _start_cuda(like: Tensor) -> None:
 
 class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, layer):
+    def forward(ctx, x, weight, bias, layer, ways):
         _start_cuda(x)
-        local = layer.local_input(x)
+        local, pending = begin_forward(layer, x, ways.forward(layer, x))
         # Saving the weight makes autograd refuse a backward after the weight was overwritten.
         ctx.save_for_backward(local if weight.requires_grad else None, weight)
-        ctx.layer = layer
-        return layer.output.begin(layer.product, local).wait()
+        ctx.layer, ctx.ways = layer, ways
+        return pending.wait()
 
     @staticmethod
     @once_differentiable  # a second derivative would not see the sums over ranks
@@ -102,10 +147,12 @@ class _Apply(torch.autograd.Function):
     def gradients(ctx, dy):
         _start_cuda(dy)  # before tensors are unpacked: a checkpoint then runs the forward here
         local, _ = ctx.saved_tensors
-        layer, (need_x, need_weight, need_bias, _) = ctx.layer, ctx.needs_input_grad
-        pending = dx = dw = None
+        layer, (need_x, need_weight, need_bias, *_) = ctx.layer, ctx.needs_input_grad
+        local, pending = local if need_weight else None, None
+        dx = dw = None
         if need_x:
-            pending = layer.input.begin(layer.input_gradient, dy, hide=need_weight)
+            way = ctx.ways.backward(layer, dy, local)
+            pending = begin_backward(layer, dy, way, hide=need_weight)
         try:
             if need_weight:
                 dw = layer.weight_gradient(dy, local)
@@ -113,4 +160,4 @@ class _Apply(torch.autograd.Function):
         finally:  # whatever happens: other streams use memory that this one would take back
             if pending is not None:
                 dx = pending.wait()
-        return dx, dw, db, None
+        return dx, dw, db, None, None

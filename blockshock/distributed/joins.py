@@ -5,7 +5,7 @@ rank holds in the same bits. In between the caller may do other work (`hide`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,59 +20,45 @@ Product = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sum:
-    """Partials [B, columns] are added.
-
-    how: a name in `reduce.SUMS`. depth: how many products each entry of a partial sums.
-    """
+    """Partials [B, columns] are added. how: a name in `reduce.SUMS`."""
 
     how: str
     columns: int
-    depth: int
     group: object = None
 
-    def plan(
+    def plans(
         self, batch: int, dtype: torch.dtype, device: torch.device, *, hide: bool = False
-    ) -> Plan:
-        """What is done for a batch of rows; hide: behind other work, so in one piece."""
-        like = batch, self.columns, self.depth, dtype, device
-        chosen = reduce.plan(self.how, *like, self.group)
-        if not hide or chosen.chunks < 2:
-            return chosen
-        return replace(chosen, chunks=1 if chosen.how == "exchange" else 0)
+    ) -> list[Plan]:
+        """What can be done for a batch of rows, the first by rule; hide: behind other work."""
+        return reduce.plans(self.how, batch, self.columns, dtype, device, self.group, hide=hide)
 
-    def begin(self, product: Product, x: Tensor, *, hide: bool = False) -> Pending:
+    def begin(self, product: Product, x: Tensor, plan: Plan, *, hide: bool = False) -> Pending:
         """Starts Σ_r product(x)."""
-        chosen = self.plan(len(x), x.dtype, x.device, hide=hide)
-        return reduce.begin_sum(product, x, chosen, self.group, hide=hide)
+        return reduce.begin_sum(product, x, plan, self.group, hide=hide)
 
 
 @dataclass(frozen=True)
 class Gather:
     """Parts are sent to all ranks; `place(parts, out)` writes them into [B, columns].
 
-    By the backend's all_gather, or through the mailboxes: where an exchange is asked for, and under
-    "auto" where the sum over ranks would be one of several messages; below that the backend's are
-    faster.
+    By the backend's all_gather, or through the mailboxes, always in one piece.
     """
 
     how: str
     columns: int
-    depth: int
     place: Callable[[list[Tensor], Tensor], None]
     group: object = None
 
-    def plan(
+    def plans(
         self, batch: int, dtype: torch.dtype, device: torch.device, *, hide: bool = False
-    ) -> Plan:
-        """What is done for a batch of rows; always in one piece."""
-        like = batch, self.columns, self.depth, dtype, device
-        chosen = reduce.plan(self.how, *like, self.group)
-        if chosen.how == "exchange" and (chosen.chunks > 1 or self.how == "exchange"):
-            return Plan("exchange", 1)
-        reason = "a gather has no two shots" if chosen.how == "two_shot" else chosen.reason
-        return Plan("collective", reason=reason)
+    ) -> list[Plan]:
+        """What can be done for a batch of rows, the first by rule."""
+        sums = reduce.plans(self.how, batch, self.columns, dtype, device, self.group, hide=True)
+        if self.how == "two_shot" and sums[0].how == "two_shot":
+            return [Plan("collective", reason="a gather has no two shots")]
+        return [p for p in sums if p.how == "collective" or p == Plan("exchange", 1)]
 
-    def begin(self, product: Product, x: Tensor, *, hide: bool = False) -> Pending:
+    def begin(self, product: Product, x: Tensor, plan: Plan, *, hide: bool = False) -> Pending:
         """Starts gathering product(x)."""
         part, ranks = product(x), collectives.group_size(self.group)
         out = part.new_empty(len(part), self.columns)
@@ -80,7 +66,7 @@ class Gather:
             self._write([part] * ranks, out)
             return Pending(out)
         part = collectives.fix_layout(part)
-        if self.plan(len(x), x.dtype, x.device).how == "exchange":
+        if plan.how == "exchange":
             return self._exchange(part, out)
         if not hide:
             self._write(list(collectives.all_gather(part, self.group)), out)

@@ -9,9 +9,10 @@
                  while the next one is multiplied
 
 With two ranks the partials of a chunk cross and both add them. With R > 2 each rank sums an R-th of
-a chunk's rows, in the order of the ranks in float32, and sends the sum to all others. "auto" takes
-what was fastest in a measured table (`choices`). Where the ranks cannot write each other's memory
-the sum is `collective`, and the plan says why.
+a chunk's rows, in the order of the ranks in float32, and sends the sum to all others. `plans` says
+what there is to choose from under "auto", and of the chunks of an exchange; who chooses measures
+(`tuning`). Where the ranks cannot write each other's memory the sum is `collective`, and the plan
+says why.
 """
 
 from collections.abc import Callable
@@ -21,13 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from blockshock import choices
 from blockshock.distributed import collectives, exchange, symmetric
 from blockshock.distributed.exchange import Pending
 from blockshock.measure.regions import region
 
 SUMS = ("auto", "collective", "two_shot", "exchange")
-MAX_CHUNKS = 8
+CHUNKS = (4, 2, 8, 3, 6)  # into which rows may be cut, the likeliest first
+FEWEST_ROWS = 128  # of a chunk; less does not fill the tiles of a product
 
 
 @dataclass(frozen=True)
@@ -63,56 +64,34 @@ def unsupported(how: str, dtype: torch.dtype, device_type: str) -> str | None:
     return None
 
 
-def plan(how: str, rows: int, columns: int, depth: int, dtype, device, group=None) -> Plan:
-    """The way for partials [rows, columns] whose products sum over `depth` columns of X.
+def plans(
+    how: str, rows: int, columns: int, dtype: torch.dtype, device, group=None, *, hide: bool = False
+) -> list[Plan]:
+    """What can be done for partials [rows, columns] where `how` is asked for; the first by rule.
 
-    A collective on first use; alike on all ranks, as the table is read by the group's first one.
+    hide: behind other work of the caller, so in one piece. A collective of the group on first use,
+    and alike on all its ranks.
     """
     ranks = collectives.group_size(group)
-    if group is None and ranks > 1:
-        group = dist.group.WORLD  # another one after the process group was made anew
     if ranks == 1 or how == "collective" or rows == 0:
-        return Plan("collective")
+        return [Plan("collective")]
     if device.type != "cuda":
-        return Plan("collective", reason="the ranks have no GPUs")
-    key = (how, rows, columns, depth, dtype, group)
-    if key not in _plans:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"no sum over ranks is planned yet for {rows} x {columns} and a graph is being "
-                "captured; run this shape once before the capture"
-            )
-        agreed = [_plan(how, rows, columns, depth, dtype, ranks, group)]
-        dist.broadcast_object_list(agreed, group=group, group_src=0)
-        _plans[key] = agreed[0]
-    return _plans[key]
-
-
-_plans: dict[tuple, Plan] = {}
-
-
-def _plan(how: str, rows: int, columns: int, depth: int, dtype, ranks: int, group) -> Plan:
+        return [Plan("collective", reason="the ranks have no GPUs")]
     if problem := symmetric.why_not(group):
-        return Plan("collective", reason=f"no {how}: {problem}")
-    size = rows * columns * dtype.itemsize
-    vectors = columns * dtype.itemsize % 16 == 0  # what the one kernel moves
+        return [Plan("collective", reason=f"no {how}: {problem}")]
     if how == "two_shot":
-        return Plan("two_shot")
-    found = choices.fastest_sum(ranks=ranks, N=columns, K=depth, B=rows, dtype=dtype)
-    if how == "auto" and (found is None or found["how"] != "exchange"):
-        reason = "" if found else f"no sum of {dtype} over {ranks} ranks was measured on this GPU"
-        if not found and dtype.itemsize == 2:
-            reason += f": python -m blockshock.tune --ranks {ranks}"
-        name = found["how"] if found else "collective"
-        if unsupported(name, dtype, "cuda"):
-            return Plan("collective", reason=f"{name} was faster in another dtype")
-        chunks = min(found["chunks"], rows // 128) if found else 0
-        return Plan(name, chunks if chunks > 1 else 0, reason)
-    # A chunk of less than 512 rows does not fill the processors.
-    chunks = found["chunks"] if found and found["how"] == "exchange" else min(4, rows // 512)
-    if size > symmetric.PUSH_BYTES or not vectors:
-        chunks = max(chunks, 1)
-    return Plan("exchange", min(chunks, MAX_CHUNKS, max(1, rows // ranks)))
+        return [Plan("two_shot")]
+    cuts = [chunks for chunks in CHUNKS if not hide and chunks * FEWEST_ROWS <= rows]
+    exchanges = [Plan("exchange", chunks) for chunks in (1, *cuts)]
+    row = columns * dtype.itemsize
+    if rows * row <= symmetric.PUSH_BYTES and row % 16 == 0:  # what the one kernel moves
+        exchanges.insert(0, Plan("exchange"))
+    if how == "exchange":
+        return exchanges
+    found = [Plan("collective"), *exchanges]
+    if unsupported("two_shot", dtype, "cuda") is None:
+        found.append(Plan("two_shot"))
+    return found + [Plan("collective", chunks) for chunks in cuts if chunks in (2, 4)]
 
 
 def begin_sum(

@@ -1,5 +1,5 @@
 """Device code behind plain functions, each beside its plain-PyTorch reference.
 
 pack      values <-> dense rows <-> transposed values of a 2:4 matrix
-sparse24  the 2:4 product of cuSPARSELt, its metadata and the search for its algorithm
+sparse24  the 2:4 product of cuSPARSELt (`cusparselt`: its calls; `algorithms`: the search)
 """

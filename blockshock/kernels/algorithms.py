@@ -3,27 +3,30 @@
 cuSPARSELt has about twenty algorithms a shape; the default one is no faster than a dense product,
 the best up to 1.65 times (H200, bf16), and some have returned wrong results on some devices
 (pytorch#155333). So each is run, its product compared with the dense one, with a bias and without,
-and the fastest of the correct ones is kept in `$BLOCKSHOCK_CACHE` (default `~/.cache/blockshock`),
-a JSON file a device.
+and the fastest of the correct ones is kept in `cache_file`.
 
-In fp16 the library (0.8.0, H200) compiles its kernel anew at every call: 0.19 s of host time, where
-bf16 takes 0.4 ms. Replayed in a CUDA graph neither costs any.
+A search tries all of them, unless a batch of at most `SPAN` times the size, or a `SPAN`th, was
+searched for the same matrix: then its best few are tried at this size. In fp16 the library (0.8.0,
+H200) compiles its kernel anew at every call: 0.19 s of host time, where bf16 takes 0.4 ms, and all
+algorithms would take 35 s. So fp16 takes the first of bf16's best few that is correct. (Replayed in
+a CUDA graph neither costs any host time.)
 """
 
-import fcntl
-import json
-import os
-import tempfile
+import logging
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blockshock import choices
-from blockshock.kernels import pack
+from blockshock import cache
+from blockshock.kernels import cusparselt, pack
 
+log = logging.getLogger("blockshock.tuning")
+
+SPAN, FEW = 8, 5
 _REPLAYS, _ROUNDS = 4, 3  # replays timed together, and how often; the median counts
 
 # Numbers from here on are not tried. The library refuses what it does not have (bf16 has 21), but
@@ -38,17 +41,18 @@ class AlgorithmError(RuntimeError):
 def cache_file() -> Path:
     """The file of this device's choices; its name carries the device and the library's version."""
     version = torch.backends.cusparselt.version()
-    return choices.folder() / f"cusparselt-{version}-{choices.device_name()}.json"
+    return cache.folder() / f"cusparselt-{version}-{cache.device_name()}.json"
 
 
-def choose(x: Tensor, compressed: Tensor, values: Tensor, codes: Tensor) -> int:
-    """The algorithm for X Wᵀ with x [B, K] and W [N, K]; searched when the cache has none.
+def choose(batch: int, codes: Tensor, dtype: torch.dtype) -> int:
+    """The algorithm for X Wᵀ, x [B, K], codes [N, K/4] of W; searched when the cache has none.
+
+    B is a multiple of 8.
 
     Raises RuntimeError inside a CUDA graph capture when the shape was never searched: the search
-    launches and synchronises, so run the shape once before capturing. Raises AlgorithmError when
-    no algorithm is correct.
+    runs and compares products, which a capture forbids.
     """
-    key = _key(x.shape[0], compressed.shape[0], x.shape[1], x.dtype)
+    key = _key(batch, *codes.shape, dtype)
     table = _table()
     if key not in table:
         if torch.cuda.is_current_stream_capturing():
@@ -57,103 +61,121 @@ def choose(x: Tensor, compressed: Tensor, values: Tensor, codes: Tensor) -> int:
                 "run this shape once before the capture"
             )
         with torch.no_grad():
-            found = _search(key, x.shape, compressed, values.detach(), codes)
-        table.update(_store({key: found}))
-    return table[key]
+            found = _search(batch, codes, dtype)
+        table.update(_checked(cache.add(cache_file(), {key: found})))
+    return table[key][0]
 
 
 def known(batch: int, rows: int, columns: int, dtype: torch.dtype) -> int | None:
     """The algorithm already chosen for a shape, or None; never searches."""
-    return _table().get(_key(-(-batch // 8) * 8, rows, columns, dtype))
+    return next(iter(_table().get(_key(-(-batch // 8) * 8, rows, columns // 4, dtype), ())), None)
 
 
-def _key(batch: int, rows: int, columns: int, dtype: torch.dtype) -> str:
-    return f"{rows}x{columns} B{batch} {str(dtype).removeprefix('torch.')}"
+def _key(batch: int, rows: int, groups: int, dtype: torch.dtype) -> str:
+    return f"{rows}x{4 * groups} B{batch} {str(dtype).removeprefix('torch.')}"
 
 
 @lru_cache(maxsize=1)
-def _table() -> dict[str, int]:
-    return _read(cache_file())
+def _table() -> dict[str, list[int]]:
+    """The algorithms of each shape, best first: several where all were tried, else one."""
+    return _checked(cache.read(cache_file()))
 
 
-def _read(file: Path) -> dict[str, int]:
-    try:
-        table = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}  # absent or damaged: a cache only saves time, the search makes it again
-    return {k: v for k, v in table.items() if isinstance(v, int)} if isinstance(table, dict) else {}
+def _checked(table: dict) -> dict[str, list[int]]:
+    def is_choice(found) -> bool:
+        return isinstance(found, list) and bool(found) and all(type(n) is int for n in found)
+
+    return {key: found for key, found in table.items() if is_choice(found)}
 
 
-def _store(found: dict[str, int]) -> dict[str, int]:
-    """Adds to the file and returns what it holds now: of ranks that search at once, the first one's
-    choice stands, so that the next run repeats this one's sums to the bit."""
-    file, written, folder = cache_file(), None, None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        folder = os.open(file.parent, os.O_RDONLY)
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        merged = found | _read(file)
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as out:
-            written = Path(out.name)
-            json.dump(merged, out, indent=1, sort_keys=True)
-        written.replace(file)
-    except OSError:
-        # A read-only or full disk costs a search next time, nothing else.
-        if written is not None:
-            written.unlink(missing_ok=True)
-        return found
-    finally:
-        if folder is not None:
-            os.close(folder)
-    return merged
+def _search(batch: int, codes: Tensor, dtype: torch.dtype) -> list[int]:
+    """The algorithms of a shape, best first; one where only a few were tried."""
+    few = _best_nearby(batch, *codes.shape)
+    if dtype == torch.float16:
+        best = choose(batch, codes, torch.bfloat16)
+        few = [best, *(number for number in few or () if number != best)]
+        log.info("in fp16 the library compiles an algorithm at each call, about 0.2 s")
+    trial = _Trial(batch, codes, dtype)
+    for numbers in (few, trial.numbers()):
+        right = (number for number in numbers or () if trial.agrees(number))
+        if dtype == torch.float16:
+            found = list(islice(right, 1))
+        else:
+            found = sorted(right, key=trial.seconds)[: 1 if numbers is few else FEW]
+        if found:
+            return found
+    raise AlgorithmError(
+        f"no cuSPARSELt algorithm multiplies {_key(batch, *codes.shape, dtype)} correctly on "
+        f"{torch.cuda.get_device_name()}; use method block_shock_folded or a dense method"
+    ) from trial.refusal
 
 
-def _search(key: str, shape, compressed: Tensor, values: Tensor, codes: Tensor) -> int:
-    from blockshock.kernels import sparse24
+def _best_nearby(batch: int, rows: int, groups: int) -> list[int] | None:
+    """bf16's best few of the batch that is nearest by ratio, where all were tried."""
+    near = {}
+    for key, found in _table().items():
+        shape, _, rest = key.partition(" B")
+        other, _, dtype = rest.partition(" ")
+        if len(found) > 1 and dtype == "bfloat16" and shape == f"{rows}x{4 * groups}":
+            ratio = max(int(other) / batch, batch / int(other))
+            if ratio <= SPAN:
+                near[ratio] = found
+    return near[min(near)] if near else None
 
-    random = torch.Generator(values.device).manual_seed(shape[0] * 7919 + shape[1])
-    # Random values in place of the weight's, in which zeros could not tell right from wrong, and
-    # which the library may have given places of its own.
-    values = torch.empty_like(values).normal_(generator=random)
-    x, bias = (
-        values.new_empty(size).normal_(generator=random) for size in (shape, values.shape[:1])
-    )
-    compressed = torch.empty_like(compressed)
-    compressed.view(-1)[: values.numel()] = values.view(-1)
-    sparse24.write_all_metadata(compressed, codes)
-    dense = pack.expand(values, codes)
-    truths = [(b, F.linear(x, dense, b)) for b in (None, bias)]
-    timed, refusal = [], None
-    for algorithm in range(_UNTRIED[values.dtype]):
+
+class _Trial:
+    """Products of a shape by each algorithm, held against the dense one."""
+
+    def __init__(self, batch: int, codes: Tensor, dtype: torch.dtype):
+        N, kept = codes.shape[0], codes.shape[1] * 2
+        self.refusal = None
+        random = torch.Generator(codes.device).manual_seed(batch * 7919 + 2 * kept)
+        # Random values in place of the weight's, in which zeros could not tell right from wrong,
+        # and which the library may have given places of its own.
+        like = torch.empty(0, dtype=dtype, device=codes.device)
+        x, values, bias = (
+            like.new_empty(size).normal_(generator=random)
+            for size in ((batch, 2 * kept), (N, kept), (N,))
+        )
+        self.x, self.compressed = x, like.new_empty(N, kept * 9 // 8)
+        self.compressed.view(-1)[: values.numel()] = values.view(-1)
+        cusparselt.write_all_metadata(self.compressed, codes)
+        dense = pack.expand(values, codes)
+        self.truths = [(b, F.linear(x, dense, b)) for b in (None, bias)]
+        self.ended, self.last = False, _UNTRIED[dtype]
+
+    def numbers(self):
+        """Those that the library may have."""
+        for number in range(self.last):
+            if self.ended:
+                return
+            yield number
+
+    def agrees(self, number: int) -> bool:
+        """Whether its products are right, with a bias and without."""
         try:
-            right = all(
-                _agrees(_poisoned_run(sparse24.run, x, compressed, b, algorithm), truth)
-                for b, truth in truths
+            return all(
+                _agrees(_poisoned_run(self.x, self.compressed, bias, number), truth)
+                for bias, truth in self.truths
             )
-            if right:
-                seconds = _time(lambda a=algorithm: sparse24.run(x, compressed, None, a))
-                timed.append((seconds, algorithm))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            if "AlgSetAttribute" in str(error):
-                break  # the library has no algorithm of this number, nor of any higher one
-            refusal = error
-    if not timed:
-        raise AlgorithmError(
-            f"no cuSPARSELt algorithm multiplies {key} correctly on "
-            f"{torch.cuda.get_device_name()}; use method block_shock_folded or a dense method"
-        ) from refusal
-    return min(timed)[1]
+            # The library has no algorithm of this number, nor of any higher one.
+            self.ended = self.ended or "AlgSetAttribute" in str(error)
+            self.refusal = error
+            return False
+
+    def seconds(self, number: int) -> float:
+        """Median device milliseconds of a product."""
+        return _time(lambda: cusparselt.run(self.x, self.compressed, None, number))
 
 
-def _poisoned_run(
-    run, x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: int
-) -> Tensor:
+def _poisoned_run(x: Tensor, compressed: Tensor, bias: Tensor | None, algorithm: int) -> Tensor:
     """One product whose buffer the allocator takes from a block just filled with NaN."""
     poison = x.new_full((x.shape[0], compressed.shape[0]), torch.nan)
     del poison
-    return run(x, compressed, bias, algorithm)
+    return cusparselt.run(x, compressed, bias, algorithm)
 
 
 def _agrees(result: Tensor, truth: Tensor) -> bool:

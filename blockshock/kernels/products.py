@@ -5,19 +5,17 @@
     folded      for a mask that keeps whole columns: the dense product of those columns of X
     plain       on the CPU: the matrix is expanded, then multiplied densely
 
-"auto" takes what was fastest for the size in a measured table (`choices`), and where the GPU has
-none: folded where it can, thin up to 64 rows, else cusparselt.
+Under "auto" `candidates` says which of them can be had; who chooses measures (`tuning`). Where
+nothing can be measured the rule is: folded where it can, thin up to 64 rows, else cusparselt.
 """
-
-from functools import lru_cache
 
 import torch
 
-from blockshock import choices
-from blockshock.kernels import algorithms, kept_product, sparse24, thin24
+from blockshock.kernels import algorithms, cusparselt, kept_product, thin24
 
 KERNELS = ("auto", "cusparselt", "thin", "folded")
-UNTUNED_THIN = 64
+RULE_ROWS = 64  # up to so many rows `thin` is the rule
+THIN_ROWS = 512  # beyond it the thin kernel reads the weight too often to be a candidate
 
 
 def kind(period: tuple[int, int, int, int] | None) -> str:
@@ -35,22 +33,21 @@ def unsupported(kernel: str, dtype: torch.dtype, device_type: str) -> str | None
         return thin24.unsupported(dtype, device_type)
     if kernel == "cusparselt" and device_type != "cuda":
         return "kernel 'cusparselt' runs on NVIDIA GPUs, and the layer is on the CPU; use 'auto'"
-    return sparse24.unsupported(dtype, device_type)
+    return cusparselt.unsupported(dtype, device_type)
 
 
-@lru_cache(maxsize=4096)
-def choose(kernel: str, mask: str, rows: int, shape: tuple[int, int], dtype, device) -> str:
-    """The kernel for x [rows, K], W of this shape (N, K) and a mask of this kind."""
+def candidates(kernel: str, mask: str, rows: int, dtype, device) -> tuple[str, ...]:
+    """What can multiply rows of x where `kernel` is asked for, under a mask of this kind; the first
+    by rule.
+    """
     if device.type != "cuda":
-        return "folded" if mask == "columns" and kernel in ("auto", "folded") else "plain"
+        return ("folded" if mask == "columns" and kernel in ("auto", "folded") else "plain",)
     if kernel != "auto":
-        return kernel
-    N, K = shape
-    found = choices.fastest_product(mask=mask, N=N, K=K, B=max(rows, 1), dtype=dtype)
-    if found is None:
-        thin = rows <= UNTUNED_THIN and not thin24.unsupported(dtype, device.type)
-        found = "folded" if mask == "columns" else "thin" if thin else "cusparselt"
-    return found
+        return (kernel,)
+    found = ["folded"] if mask == "columns" else []
+    thin = rows <= THIN_ROWS and thin24.unsupported(dtype, device.type) is None
+    both = ["thin", "cusparselt"] if rows <= RULE_ROWS else ["cusparselt", "thin"]
+    return tuple(found + [name for name in both if thin or name != "thin"])
 
 
 def describe(kernel: str, packed, rows: tuple[int, ...]) -> str:

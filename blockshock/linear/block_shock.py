@@ -19,6 +19,7 @@ is asked for.
 With 2S ranks, K is cut in S column shards and a pair of ranks holds the two terms of each.
 """
 
+import copy
 from functools import partial
 from itertools import pairwise
 from typing import ClassVar
@@ -29,9 +30,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from blockshock import masks as masks24
 from blockshock.distributed import collectives, exchange, functions
+from blockshock.distributed.functions import Way
 from blockshock.distributed.joins import Gather, Sum
-from blockshock.kernels import columns, pack, products, sparse24
-from blockshock.linear import parts
+from blockshock.kernels import columns, cusparselt, pack, products
+from blockshock.linear import parts, ways
 from blockshock.linear.masters import MASTERS
 from blockshock.measure.floor import Cost, all_reduce_wire
 from blockshock.measure.regions import region
@@ -87,7 +89,7 @@ class BlockShock(nn.Module):
         """Why this method cannot run, or None when it can."""
         reason = (
             parts.term_unsupported(K, ranks, multiple=64)
-            or sparse24.unsupported(dtype, device_type)
+            or cusparselt.unsupported(dtype, device_type)
             or products.unsupported(kernel or "auto", dtype, device_type)
             or parts.reduce_unsupported(reduce, dtype, device_type)
         )
@@ -153,39 +155,49 @@ class BlockShock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
         self._follow_parameters()
-        y = functions.apply(self, parts.flatten(x, self.K, self.packed.values))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return parts.apply(self, x, self.packed.values)
 
-    def local_input(self, x: Tensor) -> Tensor:
+    def candidates(self, rows: int, *, backward: bool) -> tuple[str | None, ...]:
+        """What can multiply so many rows, in `product` or in `input_gradient`."""
+        if backward and (self.folds or not self.packed.has_transpose):
+            return (None,)  # dense products
+        packed = self.packed.transposed if backward else self.packed
+        kernel = "cusparselt" if self._by_library else self.kernel
+        kind, like = products.kind(packed.mask_period()), packed.values
+        return products.candidates(kernel, kind, rows, like.dtype, like.device)
+
+    def local_input(self, x: Tensor, kernel: str) -> Tensor:
         """The shard's columns, [B, K/S], or the kept ones of them, where the product is folded."""
         own = x[:, self.term.columns]
-        folded = self._kernel(self.packed, len(x)) == "folded"
-        return self.packed.kept_input(own) if folded else own
+        return self.packed.kept_input(own) if kernel == "folded" else own
 
-    def product(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor, kernel: str) -> Tensor:
         """X W(g)ᵀ of rows of the local input -> [rows, N]."""
-        kept = x.shape[1] != self.term.width
-        kernel = "folded" if kept else self._kernel(self.packed, len(x))
         return self.packed.product(x, functions.bias_of_first(self), kernel)
 
-    def input_gradient(self, dy: Tensor) -> Tensor:
+    def input_gradient(self, dy: Tensor, kernel: str | None = None) -> Tensor:
         """dY W(g): dy [B, N] -> [B, K/S], or only the kept columns, where the layer folds."""
         if self.folds:
             return dy @ self.packed.values
         if self.packed.has_transpose:
-            back = self.packed.transposed
-            return back.product(dy, None, self._kernel(back, len(dy)))
+            return self.packed.transposed.product(dy, None, kernel)
         return dy @ MASTERS[self.master].term(self.weight, self.packed)
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """(dYᵀ X) ∘ M(g) in the form of the parameter: dy [B, N], x the local input."""
         return MASTERS[self.master].like(self.packed.kept_gradient(dy, x), self.codes)
 
-    def _kernel(self, packed: Packed24, rows: int) -> str:
-        mask = products.kind(packed.mask_period())
-        kernel = "cusparselt" if self._by_library else self.kernel
-        like = packed.values.dtype, packed.values.device
-        return products.choose(kernel, mask, rows, packed.shape, *like)
+    @property
+    def kind(self) -> str:
+        """What decides the time of its products, besides their sizes."""
+        library = ", compressed by the library" if self._by_library else ""
+        return f"BlockShock ({products.kind(self.packed.mask_period())} mask{library})"
+
+    def in_dtype(self, dtype: torch.dtype) -> "BlockShock":
+        """A copy of the layer that multiplies in another dtype."""
+        twin = copy.deepcopy(self).to(dtype)
+        twin._follow_parameters()
+        return twin
 
     def upkeep(self) -> None:
         """Brings the compressed forms into step after the weight was written; see `masters`.
@@ -229,25 +241,24 @@ class BlockShock(nn.Module):
 
     def paths(self, batch: int) -> dict[str, str]:
         """What computes the products and the sum of a batch of rows, once they have run."""
-        forward_plan, backward_plan = parts.join_plans(self, batch, self.packed.values)
-        forward = self._describe(self.packed, forward_plan, batch)
+        (ahead, _), (back, _) = ways.used(self, batch)
+        forward = self._describe(self.packed, ahead, batch)
         if self.folds:
             backward = "dense product with the kept columns, gathered"
         elif self.packed.has_transpose:
-            backward = self._describe(self.packed.transposed, backward_plan, batch)
+            backward = self._describe(self.packed.transposed, back, batch)
         else:
             backward = "dense product with the expanded term: the mask is not transposable"
         kind = products.kind(self.packed.mask_period())
         gradient = products.describe_gradient(kind, batch, self.packed.values)
         own = {"forward": forward, "backward": backward, "weight_gradient": gradient}
-        return own | parts.join_paths(self, batch, self.packed.values)
+        return own | ways.paths(self, batch)
 
-    def _describe(self, packed: Packed24, plan, batch: int) -> str:
-        """The kernel of one chunk's product; a folded one takes its columns of the whole batch."""
-        bounds, kernel = exchange.cut(batch, max(1, plan.chunks)), self._kernel(packed, batch)
+    def _describe(self, packed: Packed24, way: Way, batch: int) -> str:
+        """The kernel of the largest chunk's product."""
+        bounds = exchange.cut(batch, max(1, way.plan.chunks))
         sizes = sorted({stop - start for start, stop in pairwise(bounds)}, reverse=True)
-        kernel = kernel if kernel == "folded" else self._kernel(packed, sizes[0])
-        return products.describe(kernel, packed, (*sizes, batch))
+        return products.describe(way.kernel, packed, (*sizes, batch))
 
     def weight_bytes(self) -> tuple[int, int]:
         """(estimated, actual) bytes of the weight in all its forms on this rank.
@@ -293,17 +304,16 @@ class BlockShock(nn.Module):
         self.output, self.input = self._joins()
 
     def _joins(self):
-        N, width = self.packed.shape
-        output = Sum(self.how, N, width // 2, self.group)
+        N, _ = self.packed.shape
+        output = Sum(self.how, N, self.group)
         if self.folds:
             places = masks24.places(self.packed.mask_period()[0])
             own = places if self.term.index == 0 else columns.others(places)
             place = partial(parts.place_pairs, places=own)
-            return output, Gather(self.how, self.K, N, place, self.group)
-        depth = N // 2 if self.packed.has_transpose else N
+            return output, Gather(self.how, self.K, place, self.group)
         if self.ranks == 2:
-            return output, Sum(self.how, self.K, depth, self.group)
-        return output, Gather(self.how, self.K, depth, parts.add_pairs, self.group)
+            return output, Sum(self.how, self.K, self.group)
+        return output, Gather(self.how, self.K, parts.add_pairs, self.group)
 
     def _note_in_step(self) -> None:
         self.weight.packed_writes = 0

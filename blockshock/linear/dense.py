@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from blockshock import sources
 from blockshock.distributed import collectives, functions, joins
 from blockshock.distributed.joins import Gather, Sum
-from blockshock.linear import parts
+from blockshock.linear import parts, ways
 from blockshock.measure.floor import Cost, all_gather_wire, all_reduce_wire, product_cost
 
 REDUCES = ("collective", "auto", "two_shot", "exchange")  # the first is what users run today
@@ -80,8 +80,8 @@ class DenseTPRow(nn.Module):
         self.group, self.ranks = group, collectives.group_size(group)
         N, width = weight.shape
         self.K, self.start = width * self.ranks, width * collectives.group_rank(group)
-        self.output = Sum(how, N, width, group)
-        self.input = Gather(how, self.K, N, joins.side_by_side, group)
+        self.output = Sum(how, N, group)
+        self.input = Gather(how, self.K, joins.side_by_side, group)
 
     @staticmethod
     def unsupported(
@@ -105,8 +105,7 @@ class DenseTPRow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
-        y = functions.apply(self, parts.flatten(x, self.K, self.weight))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return parts.apply(self, x)
 
     def local_input(self, x: Tensor) -> Tensor:
         """This rank's columns x_k [B, K/R]."""
@@ -139,7 +138,7 @@ class DenseTPRow(nn.Module):
 
     def paths(self, batch: int) -> dict[str, str]:
         """How the results of the ranks are joined."""
-        return parts.join_paths(self, batch)
+        return ways.paths(self, batch)
 
     def cost(self, batch: int) -> Cost:
         """Per rank, one forward product."""
@@ -161,8 +160,8 @@ class DenseTPColumn(nn.Module):
         height, K = weight.shape
         self.N, start = height * self.ranks, height * collectives.group_rank(group)
         self.rows = slice(start, start + height)
-        self.output = Gather(how, self.N, K, joins.side_by_side, group)
-        self.input = Sum(how, K, height, group)
+        self.output = Gather(how, self.N, joins.side_by_side, group)
+        self.input = Sum(how, K, group)
 
     @staticmethod
     def unsupported(
@@ -186,8 +185,7 @@ class DenseTPColumn(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
-        y = functions.apply(self, parts.flatten(x, self.weight.shape[1], self.weight))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return parts.apply(self, x)
 
     def local_input(self, x: Tensor) -> Tensor:
         """All of x [B, K]."""
@@ -217,7 +215,7 @@ class DenseTPColumn(nn.Module):
 
     def paths(self, batch: int) -> dict[str, str]:
         """How the results of the ranks are joined."""
-        return parts.join_paths(self, batch)
+        return ways.paths(self, batch)
 
     def cost(self, batch: int) -> Cost:
         """Per rank, one forward product."""

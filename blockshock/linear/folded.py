@@ -20,7 +20,7 @@ from blockshock import masks as masks24
 from blockshock.distributed import collectives, functions
 from blockshock.distributed.joins import Gather, Sum
 from blockshock.kernels import columns as kept_columns
-from blockshock.linear import parts
+from blockshock.linear import parts, ways
 from blockshock.measure.floor import Cost
 
 
@@ -39,8 +39,8 @@ class BlockShockFolded(nn.Module):
         self.ranks, N = collectives.group_size(group), weight.shape[0]
         first = tuple(place for place in range(4) if mask[place] == "1")
         self.places = first if term.index == 0 else kept_columns.others(first)
-        self.output = Sum(how, N, weight.shape[1], group)
-        self.input = Gather(how, K, N, partial(parts.place_pairs, places=first), group)
+        self.output = Sum(how, N, group)
+        self.input = Gather(how, K, partial(parts.place_pairs, places=first), group)
 
     @staticmethod
     def unsupported(N, K, *, dtype, device_type, ranks, mask=None, reduce="auto") -> str | None:
@@ -72,8 +72,7 @@ class BlockShockFolded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
-        y = functions.apply(self, parts.flatten(x, self.K, self.weight))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return parts.apply(self, x)
 
     def local_input(self, x: Tensor) -> Tensor:
         """The kept columns of the shard, [B, K/R]."""
@@ -108,7 +107,7 @@ class BlockShockFolded(nn.Module):
         """What computes the products, and how the results of the ranks are joined."""
         products = {"forward": "dense product of the kept columns"}
         products["backward"] = "dense product with the kept columns, gathered"
-        return products | parts.join_paths(self, batch)
+        return products | ways.paths(self, batch)
 
     def cost(self, batch: int) -> Cost:
         """Per rank, one forward product."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from blockshock.distributed import collectives, functions
 from blockshock.distributed.joins import Gather, Sum
-from blockshock.linear import parts
+from blockshock.linear import parts, ways
 from blockshock.measure.floor import Cost, all_reduce_wire, product_cost
 
 
@@ -34,10 +34,10 @@ class MaskedSplit(nn.Module):
         self.bias = parts.bias_parameter(bias)
         self.term, self.K, self.group = term, K, group
         self.ranks, N = collectives.group_size(group), weight.shape[0]
-        self.output = Sum(how, N, term.width, group)
-        self.input = Sum(how, K, N, group)
+        self.output = Sum(how, N, group)
+        self.input = Sum(how, K, group)
         if self.ranks > 2:
-            self.input = Gather(how, K, N, parts.add_pairs, group)
+            self.input = Gather(how, K, parts.add_pairs, group)
 
     @staticmethod
     def unsupported(N, K, *, dtype, device_type, ranks, mask=None, reduce="auto") -> str | None:
@@ -71,8 +71,7 @@ class MaskedSplit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
-        y = functions.apply(self, parts.flatten(x, self.K, self.weight))
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return parts.apply(self, x)
 
     def local_input(self, x: Tensor) -> Tensor:
         """The shard's columns, [B, K/S]."""
@@ -92,7 +91,7 @@ class MaskedSplit(nn.Module):
 
     def paths(self, batch: int) -> dict[str, str]:
         """How the results of the ranks are joined."""
-        return parts.join_paths(self, batch)
+        return ways.paths(self, batch)
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank: the sum of all terms."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from blockshock import masks, sources
-from blockshock.distributed import collectives
+from blockshock.distributed import collectives, functions
 from blockshock.distributed import reduce as sums
 from blockshock.kernels import columns
+from blockshock.linear import ways
 from blockshock.measure.floor import Cost, all_gather_wire, all_reduce_wire, product_cost
 
 REDUCES = sums.SUMS  # of the superposed methods; the first is the usual one
@@ -115,20 +116,11 @@ def row_cost(layer, batch: int, width: int, like: Tensor | None = None) -> Cost:
     )
 
 
-def join_plans(layer, batch: int, like: Tensor | None = None) -> tuple[sums.Plan, sums.Plan]:
-    """How a batch of rows is joined, forward and backward; behind dW, where there is one.
-
-    like: as in `row_cost`.
-    """
-    like = layer.weight if like is None else like
-    rows = batch, like.dtype, like.device
-    return layer.output.plan(*rows), layer.input.plan(*rows, hide=layer.weight.requires_grad)
-
-
-def join_paths(layer, batch: int, like: Tensor | None = None) -> dict[str, str]:
-    """For a method's `paths`."""
-    forward, backward = join_plans(layer, batch, like)
-    return {"reduce": str(forward), "reduce_backward": str(backward)}
+def apply(layer, x: Tensor, like: Tensor | None = None) -> Tensor:
+    """Y [..., N] of x [..., K], by the fastest way (`ways`); like: as in `row_cost`."""
+    flat = flatten(x, layer.input.columns, layer.weight if like is None else like)
+    y = functions.apply(layer, flat, ways)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def even_unsupported(name: str, size: int, ranks: int) -> str | None:

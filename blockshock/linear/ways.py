@@ -1,0 +1,163 @@
+"""Which kernel multiplies and how the ranks' results are joined: chosen together, end to end.
+
+    forward             local input, product, join
+    backward            product, join
+    backward, hidden    the join of dX behind dW
+
+For an input of given rows every kernel the layer may take is combined with every plan its join may
+take, and what was fastest in `tuning` is taken. One candidate alone is taken as it is.
+"""
+
+import torch
+from torch import Tensor
+
+from blockshock import tuning
+from blockshock.distributed import functions
+from blockshock.distributed.functions import Way
+from blockshock.distributed.reduce import Plan
+
+FORWARD, BACKWARD, HIDDEN = "forward", "backward", "backward, hidden"
+
+
+def forward(layer, x: Tensor) -> Way:
+    """The way to Y of x [B, K]."""
+
+    def step(way: Way):
+        return lambda: functions.begin_forward(layer, x, way)[1].wait()
+
+    def stand_in(twin):
+        forward(twin, x.to(torch.bfloat16))
+
+    return _chosen(layer, FORWARD, x, step, stand_in)
+
+
+def backward(layer, dy: Tensor, local: Tensor | None) -> Way:
+    """The way to dX of dy [B, N]; local: the local input, where dW is computed as well."""
+
+    def step(way: Way):
+        def run():
+            pending = functions.begin_backward(layer, dy, way, hide=local is not None)
+            try:
+                if local is not None:
+                    layer.weight_gradient(dy, local)
+            finally:
+                pending.wait()
+
+        return run
+
+    def stand_in(twin):
+        backward(twin, dy.bfloat16(), None if local is None else local.bfloat16())
+
+    return _chosen(layer, BACKWARD if local is None else HIDDEN, dy, step, stand_in)
+
+
+def candidates(layer, side: str, like: Tensor) -> list[Way]:
+    """All ways for `like`, the input of that side; the first by rule."""
+    hide, rows = side == HIDDEN, (len(like), like.dtype, like.device)
+    join = layer.output if side == FORWARD else layer.input
+    plans = join.plans(*rows, hide=hide)
+    return [Way(kernel, plan) for kernel in _kernels(layer, side, len(like)) for plan in plans]
+
+
+def paths(layer, batch: int) -> dict[str, str]:
+    """For a method's `paths`: how results of so many rows were joined, and who chose it so."""
+    forward, backward = used(layer, batch)
+    return {"reduce": _told(*forward), "reduce_backward": _told(*backward)}
+
+
+def used(layer, batch: int) -> tuple[tuple[Way, str], tuple[Way, str]]:
+    """(way, who chose it) forward and backward, for so many rows."""
+    like = layer.weight.new_empty(0, dtype=_dtype(layer)).expand(batch, 0)
+    side = HIDDEN if layer.weight.requires_grad else BACKWARD
+    return _known(layer, FORWARD, like), _known(layer, side, like)
+
+
+def answers(layer, batch: int) -> dict[str, dict]:
+    """For a result: what was asked of `tuning` for so many rows, and what it answered."""
+    like = layer.weight.new_empty(0, dtype=_dtype(layer)).expand(batch, 0)
+    found = {}
+    for side in (FORWARD, BACKWARD, HIDDEN):
+        question = _question(layer, side, like)
+        answer = tuning.known(question, _group(layer))
+        if answer is not None:
+            found[side] = {"question": question, "way": answer.name, "source": answer.source}
+            found[side] |= {"seconds": answer.seconds, "took": answer.took}
+    return found
+
+
+def _chosen(layer, side: str, like: Tensor, step, stand_in) -> Way:
+    question, group = _question(layer, side, like), _group(layer)
+    by_name, answer = _ways.get((question, group)), tuning.known(question, group)
+    if by_name is not None and (answer is not None or len(by_name) == 1):
+        return by_name[answer.name if answer else next(iter(by_name))]
+    if like.is_cuda and torch.cuda.is_current_stream_capturing():
+        return _by_rule(layer, side, like)
+    by_name = {str(way): way for way in candidates(layer, side, like)}
+    while len(_ways) >= tuning.MOST:
+        del _ways[next(iter(_ways))]
+    _ways[question, group] = by_name
+    if len(by_name) == 1:
+        return next(iter(by_name.values()))
+    if like.dtype == torch.float16 and any(way.kernel == "cusparselt" for way in by_name.values()):
+        # The library compiles each fp16 product anew, so bf16, of the same bytes, stands for it.
+        with torch.no_grad():
+            stand_in(layer.in_dtype(torch.bfloat16))
+        other = tuning.known(question.replace("float16", "bfloat16"), group)
+        return by_name[tuning.remember(question, other.of(by_name), group).name]
+    by_kernel: dict = {}
+    for name, way in by_name.items():
+        by_kernel.setdefault(str(way.kernel), {})[name] = step(way)
+    return by_name[tuning.pick(question, by_kernel, like.device, group).name]
+
+
+_ways: dict[tuple, dict[str, Way]] = {}  # by question and group, then by name
+
+
+def _by_rule(layer, side: str, like: Tensor) -> Way:
+    """Inside a capture, where nothing can be measured and no rank can be asked."""
+    join = layer.output if side == FORWARD else layer.input
+    if layer.ranks > 1 and join.how not in ("auto", "collective"):
+        raise RuntimeError(
+            f"the sum {join.how!r} of {len(like)} rows was not used yet and a graph is being "
+            "captured; run this shape once before the capture"
+        )
+    reason = "by rule: a graph was being captured" if join.how == "auto" else ""
+    return Way(_kernels(layer, side, len(like))[0], Plan("collective", reason=reason))
+
+
+def _known(layer, side: str, like: Tensor) -> tuple[Way, str]:
+    question = _question(layer, side, like)
+    answer = tuning.known(question, _group(layer))
+    if answer is None:
+        return candidates(layer, side, like)[0], ""
+    return _ways[question, _group(layer)][answer.name], answer.source
+
+
+def _told(way: Way, source: str) -> str:
+    return str(way.plan) + (f" ({source})" if source.startswith("by rule") else "")
+
+
+def _kernels(layer, side: str, rows: int) -> tuple[str | None, ...]:
+    kernels = getattr(layer, "candidates", None)
+    return kernels(rows, backward=side != FORWARD) if kernels else (None,)
+
+
+def _question(layer, side: str, like: Tensor) -> str:
+    join = layer.output if side == FORWARD else layer.input
+    asked = f", kernel={layer.kernel}" if hasattr(layer, "kernel") else ""
+    return (
+        f"{getattr(layer, 'kind', type(layer).__name__)} {side}: N={layer.output.columns} "
+        f"K={layer.input.columns} B={len(like)} {str(like.dtype).removeprefix('torch.')} "
+        f"ranks={layer.ranks}{asked}, reduce={join.how}"
+    )
+
+
+def _dtype(layer) -> torch.dtype:
+    return getattr(layer, "products_like", layer.weight).dtype
+
+
+def _group(layer):
+    """Never None, which would name another group after the process group was made anew."""
+    if layer.group is None and torch.distributed.is_initialized():
+        return torch.distributed.group.WORLD
+    return layer.group

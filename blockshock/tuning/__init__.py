@@ -1,0 +1,184 @@
+"""What is fastest here: measured where it is asked for, and kept on disk.
+
+A question is a text that names all that the answer depends on: method, direction, sizes, dtype,
+ranks, what was asked for. `pick` answers it with one of the candidates: the fastest of all that
+can be had, each measured end to end at these very sizes, with every rank of the group (`race`).
+
+An answer holds for the GPU, driver and libraries it was measured with: `cache_file` names them.
+Nothing is taken from a neighbouring size. `BLOCKSHOCK_TUNE=0` switches measuring off: what is on
+disk still counts, and where nothing is, a rule decides: the first candidate of the first kind.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from blockshock import cache
+from blockshock.measure import environment, nvidia_smi
+from blockshock.tuning.race import Race, Step
+
+log = logging.getLogger("blockshock.tuning")
+
+MOST = 4096  # answers in memory; beyond it the oldest are asked of the disk again
+KINDS, RIVALS = 1.3, 1.15  # how far behind the first looks a kind, then a candidate, may be
+CLEARLY = 0.02, 0.9  # `learn`: so much faster, and so in this share of the rounds
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One candidate by name. source: "measured", "kept" on disk, or why a rule decided.
+
+    seconds: of a call, by candidate, as far as they were measured; the runner-up is among them.
+    took: seconds that measuring took just now.
+    """
+
+    name: str
+    source: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    took: float = 0.0
+
+    def of(self, names: Iterable[str]) -> "Answer":
+        """The fastest of these by the same times; the first one where a rule decided."""
+        names = list(names)
+        timed = [name for name in self.seconds if name in names]
+        return replace(self, name=min(timed, key=self.seconds.get, default=names[0]))
+
+
+_answers: dict[tuple, Answer] = {}
+_told: set[str] = set()
+
+
+def known(question: str, group=None) -> Answer | None:
+    """The answer in memory."""
+    return _answers.get((question, group))
+
+
+def pick(
+    question: str,
+    candidates: dict[str, dict[str, Step]],
+    device: torch.device,
+    group=None,
+) -> Answer:
+    """The fastest candidate. A collective of the group, at the first call for a question.
+
+    candidates: by kind, and in it by name, functions without arguments that do the work once. A
+    kind far behind with its first candidate does not enter the others. Not inside a capture.
+    """
+    if found := known(question, group):
+        return found
+    names = [name for of_kind in candidates.values() for name in of_kind]
+    found, may_measure = _of_first(_looked_up(question) if _first(group) else None, group)
+    if found is None or found.name not in names:
+        if may_measure:
+            found = _measured(question, candidates, device, group)
+        else:
+            found = Answer(names[0], "by rule: BLOCKSHOCK_TUNE=0")
+    return remember(question, found, group)
+
+
+def remember(question: str, answer: Answer, group=None) -> Answer:
+    """Keeps an answer in memory."""
+    while len(_answers) >= MOST:
+        del _answers[next(iter(_answers))]
+    _answers[question, group] = answer
+    return answer
+
+
+def learn(question: str, name: str, seconds: float) -> None:
+    """Takes another candidate from now on: the laboratory found it clearly faster (`CLEARLY`)."""
+    for (asked, group), answer in list(_answers.items()):
+        if asked == question:
+            times = answer.seconds | {name: seconds}
+            _answers[asked, group] = Answer(name, "measured", times)
+            if _first(group):
+                _store(question, _answers[asked, group], replace=True)
+
+
+def forget() -> None:
+    """Asks the disk again."""
+    _answers.clear()
+    cache_file.cache_clear()
+
+
+def _looked_up(question: str) -> tuple[Answer | None, bool]:
+    """(what the disk says, whether measuring is allowed), on the rank that speaks for all."""
+    allowed = os.environ.get("BLOCKSHOCK_TUNE", "1") != "0"
+    entry = cache.read(cache_file()).get(question)
+    try:
+        times = {str(name): float(value) for name, value in entry["seconds"].items()}
+        return Answer(str(entry["way"]), "kept", times), allowed
+    except (TypeError, KeyError, ValueError, AttributeError):  # absent, or not of this form
+        return None, allowed
+
+
+def _measured(question: str, kinds: dict, device: torch.device, group) -> Answer:
+    _tell(question, group)
+    race = Race(device, group)
+    race.enter(next(iter(of_kind.items())) for of_kind in kinds.values())
+    near = set(race.near(KINDS))
+    for of_kind in kinds.values():
+        first, *others = of_kind.items()
+        if first[0] in near:
+            race.enter(others)
+    race.run(race.near(RIVALS))
+    (took,) = race._agreed([race.elapsed])
+    best = min(race.seconds, key=race.seconds.get)
+    answer = Answer(best, "measured", race.seconds, took)
+    log.info("%s: %s, measured in %.1f s", question, best, took)
+    if _first(group):
+        _store(question, answer)
+    return answer
+
+
+def _store(question: str, answer: Answer, *, replace: bool = False) -> None:
+    times = {name: float(f"{seconds:.4g}") for name, seconds in answer.seconds.items()}
+    entry = {"way": answer.name, "seconds": dict(sorted(times.items(), key=lambda t: t[1]))}
+    cache.add(cache_file(), {question: entry, "holds for": holds_for()}, replace=replace)
+
+
+def _tell(question: str, group) -> None:
+    if not _told and _first(group):
+        log.warning(
+            "measuring what is fastest here for %s, a second or two at the first use of a size; "
+            "kept in %s; BLOCKSHOCK_TUNE=0 switches it off",
+            question,
+            cache_file(),
+        )
+    _told.add(question)
+
+
+def holds_for() -> dict[str, str | None]:
+    """What an answer depends on besides its question."""
+    names = ("version", "torch", "cuda", "nccl", "cusparselt", "triton")
+    versions = environment.versions()
+    rows, _ = nvidia_smi.visible_gpus("driver_version")
+    driver = rows[0]["driver_version"] if rows else None
+    return {"device": cache.device_name(), "driver": driver} | {n: versions[n] for n in names}
+
+
+@lru_cache(maxsize=1)
+def cache_file() -> Path:
+    """The file of this device, driver and libraries."""
+    text = repr(sorted(holds_for().items()))
+    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+    return cache.folder() / f"ways-{cache.device_name()}-{digest}.json"
+
+
+def _first(group) -> bool:
+    return not dist.is_initialized() or dist.get_rank(group) == 0
+
+
+def _of_first(value, group):
+    """The value of the group's first rank, on all of them."""
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared, group=group, group_src=0)
+    return shared[0]

@@ -1,0 +1,206 @@
+"""What was fastest at a size is taken at that size, kept for this machine, and agreed on."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from blockshock import cache, tuning
+from tests import tuning_jobs as jobs
+from tests.tuning_jobs import GivenTimes
+
+CPU = torch.device("cpu")
+TIMES = {
+    "folded; collective": 3.0,
+    "folded; exchange, 4 chunks": 2.0,
+    "folded; exchange, 8 chunks": 2.1,
+    "thin; collective": 5.0,
+    "thin; exchange, 4 chunks": 1.0,  # would win, but its first is far behind
+    "cusparselt; collective": 3.5,
+    "cusparselt; exchange, 4 chunks": 2.9,
+}
+
+
+def steps(times=TIMES):
+    kinds = {}
+    for name in times:
+        kinds.setdefault(name.partition(";")[0], {})[name] = lambda: None
+    return kinds
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """tuned(times) -> the answer for one question; files are in `tmp_path`."""
+
+    def ask(times=TIMES, question="layer forward: B=64"):
+        jobs.stand_ins(monkeypatch, tmp_path, times)
+        return tuning.pick(question, steps(times), CPU)
+
+    yield ask
+    tuning.forget()
+
+
+def kept_file(folder):
+    (file,) = folder.glob("ways-*.json")
+    return file
+
+
+def test_the_fastest_is_taken_and_kinds_far_behind_do_not_enter(tuned):
+    answer = tuned()
+    assert (answer.name, answer.source) == ("folded; exchange, 4 chunks", "measured")
+    assert "thin; exchange, 4 chunks" not in GivenTimes.last.entered
+    assert GivenTimes.last.entered[:3] == [name for name in TIMES if "collective" in name]
+    assert GivenTimes.last.ran == ["folded; exchange, 4 chunks", "folded; exchange, 8 chunks"]
+    assert tuning.known("layer forward: B=64") is answer
+
+
+def test_an_answer_is_kept_on_disk_with_its_runners_up(tuned, tmp_path):
+    tuned()
+    again = tuned({name: 1 / seconds for name, seconds in TIMES.items()})  # would be another
+    assert (again.name, again.source) == ("folded; exchange, 4 chunks", "kept")
+    assert again.seconds["folded; exchange, 8 chunks"] == 2.1
+    content = json.loads(kept_file(tmp_path).read_text())
+    assert content["holds for"]["torch"] == torch.__version__
+    assert content["holds for"]["device"] == "Some-GPU"
+
+
+def test_nothing_is_taken_from_a_neighbouring_size(tuned):
+    tuned()
+    other = {name: 1 / seconds for name, seconds in TIMES.items()}
+    answer = tuned(other, question="layer forward: B=65")
+    assert (answer.name, answer.source) == ("thin; collective", "measured")
+
+
+def test_another_driver_or_library_measures_anew(tuned, tmp_path, monkeypatch):
+    tuned()
+    monkeypatch.setattr(torch, "__version__", "9.9.9")
+    other = {name: 1 / seconds for name, seconds in TIMES.items()}
+    assert tuned(other).source == "measured"
+    assert len(list(tmp_path.glob("ways-*.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[1]", "null", '"x"', "\x00", '{"layer forward: B=64": 3}']
+    + [f'{{"layer forward: B=64": {entry}}}' for entry in ('{"way": "x"}', '{"seconds": {}}')]
+    + ['{"layer forward: B=64": {"way": "gone; by now", "seconds": {"gone; by now": 1}}}'],
+)
+def test_a_torn_or_foreign_file_costs_a_measurement_and_is_mended(tuned, tmp_path, text):
+    tuned()
+    kept_file(tmp_path).write_text(text)
+    assert tuned().source == "measured"
+    assert json.loads(kept_file(tmp_path).read_text())["holds for"]
+
+
+def test_without_measuring_the_first_candidate_is_the_rule_and_says_so(tuned, monkeypatch):
+    monkeypatch.setenv("BLOCKSHOCK_TUNE", "0")
+    answer = tuned()
+    assert answer.name == "folded; collective"
+    assert answer.source == "by rule: BLOCKSHOCK_TUNE=0"
+    monkeypatch.delenv("BLOCKSHOCK_TUNE")
+    tuned()
+    monkeypatch.setenv("BLOCKSHOCK_TUNE", "0")
+    assert tuned().source == "kept"  # what is on disk still counts
+
+
+def test_a_full_disk_costs_nothing_but_the_next_measurement(tuned, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache.tempfile, "NamedTemporaryFile", full)
+    assert tuned().source == "measured"
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_files_are_whole_and_what_two_jobs_add_is_all_there(tmp_path):
+    file = tmp_path / "deep" / "x.json"
+    assert cache.add(file, {"a": 1}) == {"a": 1}
+    assert cache.add(file, {"a": 2, "b": 2}) == {"a": 1, "b": 2}  # the first one stays
+    assert cache.add(file, {"a": 3}, replace=True) == {"a": 3, "b": 2}
+    assert cache.read(file) == {"a": 3, "b": 2}
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_clearly_faster_one_is_learned_in_memory_and_on_disk(tuned):
+    question = "layer forward: B=64"
+    tuned()
+    tuning.learn(question, "folded; exchange, 8 chunks", 1.5)
+    assert tuning.known(question).name == "folded; exchange, 8 chunks"
+    again = tuned()
+    assert (again.name, again.source) == ("folded; exchange, 8 chunks", "kept")
+    assert again.seconds["folded; exchange, 8 chunks"] == 1.5
+
+
+def test_what_nobody_asked_is_not_learned(tuned, tmp_path):
+    tuned()
+    before = kept_file(tmp_path).read_text()
+    tuning.learn("another question", "folded; exchange, 8 chunks", 1.5)
+    assert kept_file(tmp_path).read_text() == before
+
+
+def test_the_first_use_that_measures_is_told_once(tuned, caplog):
+    with caplog.at_level(logging.INFO, "blockshock.tuning"):
+        tuned()
+        tuning.pick("another", steps(), CPU)
+    warned = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == 1
+    assert "BLOCKSHOCK_TUNE=0" in warned[0].getMessage()
+    assert sum("measured in" in record.getMessage() for record in caplog.records) == 2
+
+
+def test_memory_is_bounded(tuned, monkeypatch):
+    tuned()
+    monkeypatch.setattr(tuning, "MOST", 3)
+    for number in range(10):
+        tuning.pick(f"question {number}", steps(), CPU)
+    assert len(tuning._answers) == 3
+    assert tuning.known("question 9")
+
+
+def test_ranks_take_the_first_ones_answer_whatever_their_own_files_say(ranks, tmp_path):
+    times = {"kernel; collective": 2.0, "kernel; exchange, 4 chunks": 1.0}
+    questions = ["a", "b", "a"]
+    answers = ranks.run(jobs.asked_in_turn, str(tmp_path), questions, times)
+    assert answers == [[("kernel; exchange, 4 chunks", "measured")] * 3] * ranks.size
+    assert list((tmp_path / "0").glob("ways-*.json"))
+    assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("mask", ["tile", "1100"])
+def test_a_size_first_used_inside_a_capture_goes_by_rule_and_says_so(ranks, mask):
+    for error, path, answers in ranks.run(
+        jobs.captured_before_its_first_use, "block_shock", 1024, 64, mask=mask, kernel="thin"
+    ):
+        assert error < 1.5 * torch.finfo(torch.bfloat16).eps
+        assert path == "collective" or "by rule" in path
+        assert not answers  # nothing was settled: a later eager call measures
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize(
+    ("method", "B", "dtype", "options"),
+    [
+        ("block_shock", 1536, "bf16", {"mask": "tile"}),
+        ("block_shock", 63, "bf16", {"mask": "1100"}),
+        ("block_shock", 333, "fp16", {"mask": "tile"}),
+        ("block_shock", 8, "bf16", {"mask": "random", "master": "dense"}),
+        ("dense_tp_row", 1536, "bf16", {}),
+        ("dense_tp_column", 63, "fp16", {}),
+        ("masked_split", 512, "bf16", {"mask": "tile"}),
+    ],
+)
+def test_all_ranks_measure_once_and_take_the_same_way(ranks, method, B, dtype, options):
+    found = ranks.run(jobs.first_use, method, 1152, B, dtype, **options, timeout=120)
+    first = found[0][0]
+    assert set(first) == {"forward", "backward, hidden"} or method == "dense_tp_column"
+    for answers, paths, same, _ in found:
+        assert same  # the second call, which measured nothing, repeats the first to the bit
+        assert {side: a["way"] for side, a in answers.items()} == {
+            side: a["way"] for side, a in first.items()
+        }
+        for answer in answers.values():
+            assert answer["way"] == min(answer["seconds"], key=answer["seconds"].get)
+            assert answer["took"] < 10
+        assert "by rule" not in paths["reduce"]
