@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -120,6 +121,15 @@ def test_files_are_whole_and_what_two_jobs_add_is_all_there(tmp_path):
     assert cache.add(file, {"a": 3}, replace=True) == {"a": 3, "b": 2}
     assert cache.read(file) == {"a": 3, "b": 2}
     assert list(file.parent.iterdir()) == [file]
+
+
+def test_jobs_that_write_at_once_lose_nothing_of_each_others(tmp_path):
+    file = tmp_path / "x.json"
+    file.write_text("{")  # and a torn file before them
+    with ThreadPoolExecutor(8) as jobs_:  # a lock on a file of its own holds threads apart as well
+        list(jobs_.map(lambda number: cache.add(file, {str(number): number}), range(100)))
+    assert cache.read(file) == {str(number): number for number in range(100)}
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_clearly_faster_one_is_learned_in_memory_and_on_disk(tuned):
