@@ -1,5 +1,6 @@
 """Clock, regions, error figures and floor: the instruments, on inputs whose answer is known."""
 
+import gc
 import math
 import time
 from types import SimpleNamespace
@@ -185,3 +186,24 @@ def test_wire_bytes_are_those_of_the_best_algorithms():
     assert floor.all_reduce_wire(100, 4) == 150
     assert floor.all_gather_wire(100, 4) == 75
     assert floor.all_reduce_wire(100, 1) == 0
+
+
+@pytest.mark.gpus(1)
+def test_no_graph_is_destroyed_by_a_collection_during_a_capture():
+    def forgotten():
+        cycle = [clock.capture(lambda: torch.zeros(8, device="cuda").add_(1))]
+        cycle.append(cycle)
+
+    forgotten()
+    enabled, seen = gc.isenabled(), []
+
+    def step():
+        seen.append(gc.isenabled())
+        cycles = [[] for _ in range(2000)]  # more than enough for a collection, were it allowed
+        for cycle in cycles:
+            cycle.append(cycle)
+        torch.zeros(8, device="cuda").add_(1)
+
+    clock.capture(step).replay()
+    assert seen == [True, False]  # the warm-up, and the capture
+    assert gc.isenabled() == enabled

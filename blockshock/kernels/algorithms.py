@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blockshock import cache
-from blockshock.kernels import cusparselt, pack
+from blockshock.kernels import cusparselt, graphs, pack
 
 log = logging.getLogger("blockshock.tuning")
 
@@ -107,7 +107,8 @@ def _search(batch: int, codes: Tensor, dtype: torch.dtype) -> list[int]:
     raise AlgorithmError(
         f"no cuSPARSELt algorithm multiplies {_key(batch, *codes.shape, dtype)} correctly on "
         f"{torch.cuda.get_device_name()}; use method block_shock_folded or a dense method"
-    ) from trial.refusal
+        + (f" (its last refusal: {trial.refusal})" if trial.refusal else "")
+    )
 
 
 def _best_nearby(batch: int, rows: int, groups: int) -> list[int] | None:
@@ -163,7 +164,7 @@ class _Trial:
         except RuntimeError as error:
             # The library has no algorithm of this number, nor of any higher one.
             self.ended = self.ended or "AlgSetAttribute" in str(error)
-            self.refusal = error
+            self.refusal = str(error)  # not the error, whose frames would be kept alive
             return False
 
     def seconds(self, number: int) -> float:
@@ -197,8 +198,7 @@ def _time(call) -> float:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     graph = torch.cuda.CUDAGraph()
-    # thread_local: NCCL's watchdog thread may query its events while this thread captures.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    with graphs.capturing(graph, stream):
         call()
     graph.replay()
     times = []

@@ -24,6 +24,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from blockshock.kernels import graphs
+
 MODES = ("graph", "events", "sync", "host")
 CACHES = ("warm", "cold")
 MAX_CALLS = 20
@@ -154,9 +156,9 @@ def capture(step: Callable[[], None], around=contextlib.nullcontext) -> torch.cu
         step()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()  # what the warm-up left cannot be used by the graph
     graph = torch.cuda.CUDAGraph()
-    # thread_local: NCCL's watchdog thread may query its events while this thread captures.
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"), around():
+    with graphs.capturing(graph, stream), around():
         step()
     return graph
 

@@ -13,6 +13,8 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
+from blockshock.kernels import graphs
+
 LOOKS, ROUNDS = 2, 7  # samples of a first look, and of those that are left
 SAMPLE_SECONDS, MOST_CALLS = 3e-4, 16  # a graph has so many calls that it takes about so long
 SECONDS = 1.0  # once a race has lasted so long, no further candidate enters it
@@ -87,14 +89,9 @@ class Race:
 
     def _look(self, name: str, step: Step) -> None:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self.stream):
-            # thread_local: NCCL's watchdog thread may query its events while this thread captures.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                for _ in range(self.calls):
-                    step()
-            finally:
-                graph.capture_end()
+        with graphs.capturing(graph, self.stream, self.pool):
+            for _ in range(self.calls):
+                step()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         self.graphs[name] = graph, self.calls
         looks = [self._sample(name) for _ in range(1 + LOOKS)]
