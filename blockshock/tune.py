@@ -69,14 +69,15 @@ def main(argv: list[str]) -> int:
     with open_ranks(options.ranks, "cuda") as ranks:
         for layer in wanted:
             for answer in ranks.run(measure, *layer, timeout=600)[0].values():
-                print(line(answer), flush=True)
+                if answer["seconds"]:  # there was something to choose from
+                    print(line(answer), flush=True)
     print(f"kept in {cache.folder()}")
     return 0
 
 
 def line(answer: dict) -> str:
     """What was asked, what was fastest, and how far behind the next three are."""
-    best, *others = sorted(answer["seconds"].items(), key=lambda item: item[1]) or [("", 0.0)]
+    best, *others = sorted(answer["seconds"].items(), key=lambda item: item[1])
     beside = ", ".join(f"{name} {seconds / best[1]:.2f}x" for name, seconds in others[:3])
     took = f" (measured in {answer['took']:.1f} s)" if answer["took"] else f" ({answer['source']})"
     told = f"{answer['question']}: {answer['way']} {best[1] * 1e3:.4f} ms"

@@ -3,11 +3,14 @@
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from blockshock import cache, tuning
+from blockshock.phases.linear.case import Case
+from blockshock.phases.linear.lessons import lessons
 from tests import tuning_jobs as jobs
 from tests.tuning_jobs import GivenTimes
 
@@ -214,3 +217,37 @@ def test_all_ranks_measure_once_and_take_the_same_way(ranks, method, B, dtype, o
             assert answer["way"] == min(answer["seconds"], key=answer["seconds"].get)
             assert answer["took"] < 10
         assert "by rule" not in paths["reduce"]
+
+
+def measured(kernel, reduce, way, samples, seconds=None):
+    """A case of the laboratory with its result."""
+    case = Case("forward", "block_shock", 512, 64, mask="tile", kernel=kernel, reduce=reduce)
+    info = {"question": "the question", "way": way, "seconds": seconds or {}}
+    return case, samples, {"ways": {"forward": info}}
+
+
+AUTO = measured("auto", "auto", "a", [1.0] * 20, {"a": 1.0, "b": 1.1})
+
+
+@pytest.mark.parametrize(
+    ("rival", "learned"),
+    [
+        (measured("thin", "exchange", "b", [0.9] * 20), [("the question", "b", 0.9)]),
+        (measured("thin", "auto", "b", [0.9] * 20), [("the question", "b", 0.9)]),
+        (measured("thin", "exchange", "b", [0.99] * 20), []),  # within 2 %
+        (measured("thin", "exchange", "b", [0.9] * 17 + [1.1] * 3), []),  # not in nine of ten
+        (measured("thin", "exchange", "a", [0.9] * 20), []),  # the same way
+        (measured("thin", "exchange", "c", [0.9] * 20), []),  # no candidate of the question
+    ],
+)
+def test_the_laboratory_teaches_what_was_clearly_faster_beside_auto(rival, learned):
+    assert lessons([AUTO, rival]) == lessons([rival, AUTO]) == learned
+
+
+def test_another_layer_or_phase_teaches_nothing():
+    rival = measured("thin", "exchange", "b", [0.9] * 20)
+    for change in ({"mask": "1100"}, {"phase": "backward"}, {"method": "block_shock_folded"}):
+        fields = {"kernel": None} if "method" in change else {}
+        fields |= {"mask": "1100"} if "method" in change else {}
+        case = replace(rival[0], **change | fields)
+        assert lessons([AUTO, (case, *rival[1:])]) == []

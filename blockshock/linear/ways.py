@@ -15,6 +15,7 @@ from blockshock import tuning
 from blockshock.distributed import functions
 from blockshock.distributed.functions import Way
 from blockshock.distributed.reduce import Plan
+from blockshock.tuning import Answer
 
 FORWARD, BACKWARD, HIDDEN = "forward", "backward", "backward, hidden"
 
@@ -73,12 +74,14 @@ def used(layer, batch: int) -> tuple[tuple[Way, str], tuple[Way, str]]:
 
 
 def answers(layer, batch: int) -> dict[str, dict]:
-    """For a result: what was asked of `tuning` for so many rows, and what it answered."""
+    """For a result: the way of each direction that so many rows took, and who chose it."""
     like = layer.weight.new_empty(0, dtype=_dtype(layer)).expand(batch, 0)
     found = {}
     for side in (FORWARD, BACKWARD, HIDDEN):
-        question = _question(layer, side, like)
-        answer = tuning.known(question, _group(layer))
+        question, group = _question(layer, side, like), _group(layer)
+        answer = tuning.known(question, group)
+        if answer is None and len(only := _ways.get((question, group), ())) == 1:
+            answer = Answer(next(iter(only)), "the only way")
         if answer is not None:
             found[side] = {"question": question, "way": answer.name, "source": answer.source}
             found[side] |= {"seconds": answer.seconds, "took": answer.took}

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ log = logging.getLogger("blockshock.tuning")
 
 MOST = 4096  # answers in memory; beyond it the oldest are asked of the disk again
 KINDS, RIVALS = 1.3, 1.15  # how far behind the first looks a kind, then a candidate, may be
-CLEARLY = 0.02, 0.9  # `learn`: so much faster, and so in this share of the rounds
+CLEARLY, OFTEN = 0.98, 0.9  # a clearly faster one takes at most this time, in so many rounds
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,14 @@ def remember(question: str, answer: Answer, group=None) -> Answer:
     return answer
 
 
+def clearly_faster(samples: list[float], than: list[float]) -> bool:
+    """Whether times are clearly below others that were measured in turn with them."""
+    wins = [a < b for a, b in zip(samples, than, strict=True)]
+    return median(samples) <= CLEARLY * median(than) and sum(wins) >= OFTEN * len(wins)
+
+
 def learn(question: str, name: str, seconds: float) -> None:
-    """Takes another candidate from now on: the laboratory found it clearly faster (`CLEARLY`)."""
+    """Takes another candidate from now on, which the laboratory found `clearly_faster`."""
     for (asked, group), answer in list(_answers.items()):
         if asked == question:
             times = answer.seconds | {name: seconds}
