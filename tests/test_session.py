@@ -8,7 +8,7 @@ import pytest
 from blockshock.linear import METHODS
 from blockshock.phases import engine, session
 from blockshock.phases.engine import Options
-from blockshock.phases.linear.case import Case
+from blockshock.phases.linear.case import LinearCase as Case
 from blockshock.phases.session import CaseFailed, Laboratory
 
 
