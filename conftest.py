@@ -128,7 +128,7 @@ def pytest_pycollect_makeitem(collector, name):
 
 
 def pytest_generate_tests(metafunc):
-    """Gives every bench function its cases, with identifiers such as block_shock-N4096-B64-bf16."""
+    """Gives every bench function its cases, named by the method and the point."""
     if "record" not in metafunc.fixturenames:
         return
     family = asked.family_of(metafunc.definition.path)

@@ -63,7 +63,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """block_shock-N4096-B64-bf16: unique within a phase."""
+        """METHOD-N4096-B64-bf16, or whatever the family shows: unique within a phase."""
         return f"{self.label}-{self.point_label}"
 
     @property
@@ -73,7 +73,7 @@ class Case:
 
     @property
     def id(self) -> str:
-        """forward/block_shock-N4096-B64-bf16: the same in every run; `tools.compare` matches it."""
+        """forward/METHOD-N4096-B64-bf16: the same in every run; `tools.compare` matches it."""
         return f"{self.group}/{self.name}"
 
     def as_dict(self) -> dict:
