@@ -13,6 +13,12 @@ WHOLE_ENTRIES = 2**30  # of a weight; what compares whole weights in float32 nee
 CHOSEN = ("mask", "kernel", "reduce")  # what a method has choices of; None becomes its usual one
 
 
+def _names(attribute: str) -> str:
+    """What the methods have under that name, in words."""
+    found = dict.fromkeys(name for cls in METHODS.values() for name in getattr(cls, attribute, ()))
+    return ", ".join(f"`{name}`" for name in found)
+
+
 @dataclass(frozen=True)
 class LinearCase(Case):
     """One measurement: a method in a phase, with sizes, dtype and options."""
@@ -31,21 +37,22 @@ class LinearCase(Case):
         per_method=True,
     )
     kernel: str | None = about(
-        "what multiplies: `auto` (the method chooses; `paths` says what), or a name; null where "
-        "the method has no choice",
+        f"what multiplies: {_names('kernels')} (auto: the method chooses, `paths` says what); null "
+        "where it has no choice",
         None,
         axis=["usual"],
         per_method=True,
     )
     reduce: str | None = about(
-        "what sums partial products over the ranks: `collective` (NCCL, gloo), `auto` (the method "
-        "chooses), or a name; null where nothing is chosen",
+        f"what sums partial products over the ranks: {_names('reduces')} (collective: NCCL, gloo; "
+        "auto: the method chooses); null where nothing is chosen",
         None,
         axis=["usual"],
         per_method=True,
     )
     policy: str | None = about(
-        "how the weight is kept while it is trained; `frozen`: the bias alone is trained",
+        f"how the weight is kept while it is trained: {_names('policies')} (the bias alone is "
+        "trained when frozen)",
         None,
         axis=["all"],
         only="training",
