@@ -93,7 +93,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
         (["--set", "method=blockshock"], "*unknown method 'blockshock'; known: dense_single*"),
         (["--set", "N=0"], "*N = 0 must be a whole number*"),
         (["--set", "dtype=float8"], "*unknown dtype 'float8'; use one of bf16, fp16, fp32*"),
-        (["--sweep", "huge"], "*no sweep 'huge'; known: *quick*"),
+        (["--sweep", "huge"], "*no sweep 'huge' of linear; known: *quick*"),
         (["--set", "mask=0110"], "*unknown mask '0110'; known: 1001, 1010, 1100, all,*"),
         (["--set", "policy=packed"], "*unknown policy 'packed'; known: all, dense_master*"),
         (["--set", "N=64,64"], "*lists *dense_single-N64-B16-bf16 twice*"),
