@@ -148,6 +148,35 @@ def test_a_sweep_of_attention_that_says_something_impossible_is_refused(tmp_path
         expand(text, tmp=tmp_path)
 
 
+def test_points_of_linear_layers_replace_axes_too(tmp_path):
+    text = """
+common: {N: [64], B: [8, 16]}
+cpu:
+  points:
+    - {mask: {block_shock: ["1100"]}}
+    - {N: 128, B: 8, K: 64}
+"""
+    cases = expand(text, tmp=tmp_path)
+    assert {(c.N, c.K, c.B) for c in cases} == {(64, 64, 8), (64, 64, 16), (128, 64, 8)}
+    masks = {(c.N, c.mask) for c in cases if c.method == "block_shock"}
+    assert masks == {(64, "1100"), (128, "tile")}
+    same = expand(text, settings=["N=64", "B=8", "K=64", "method=dense_single"], tmp=tmp_path)
+    assert [c.name for c in same] == ["dense_single-N64-B8-bf16"]
+
+
+def test_a_file_in_a_familys_folder_is_of_that_family_and_another_says_it(tmp_path):
+    path = sweeps.FOLDER / "attention/quick.yaml"
+    assert set(sweeps.load(str(path), list(FAMILIES))) == {"attention"}
+    (tmp_path / "own.yaml").write_text("cpu: {N: [64]}")
+    assert set(sweeps.load(str(tmp_path / "own.yaml"), list(FAMILIES))) == {"linear"}
+    assert sweeps.load(str(tmp_path / "own.yaml"), ["attention"]) == {}
+
+
+def test_text_that_set_gives_stays_text_and_null_leaves_it_out():
+    given = sweeps.parse_set(["mask=0110", "weight=null", "N=64", "input=mlp:a=["], "linear")
+    assert given == {"mask": ["0110"], "weight": [None], "N": [64], "input": ["mlp:a=["]}
+
+
 def test_points_are_no_axis_that_set_replaces():
     with pytest.raises(sweeps.SweepError, match="unknown key 'points'; known: D, Tk"):
         sweeps.parse_set(["points=3"], "attention")
