@@ -122,8 +122,11 @@ def pytest_report_header(config):
 def pytest_pycollect_makeitem(collector, name):
     """No item, where the sweep has no case of what a bench function asks."""
     family, phase = asked.family_of(collector.path), name.removeprefix("bench_")
-    if not name.startswith("bench_") or family not in FAMILIES:
+    if not name.startswith("bench_") or not collector.path.stem.startswith("bench_"):
         return None
+    wrong = asked.wrong_name(family, phase)
+    if wrong:
+        raise pytest.UsageError(f"{collector.path}, {name}: {wrong}")
     return None if collector.config.stash[PLAN].cases.get((family, phase)) else []
 
 

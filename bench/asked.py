@@ -77,6 +77,14 @@ def family_of(path: Path) -> str:
     return path.stem.removeprefix("bench_")
 
 
+def wrong_name(family: str, phase: str) -> str | None:
+    """Why bench_<family>.py, bench_<phase> asks nothing, or None."""
+    if family not in FAMILIES:
+        return f"there is no family {family!r}; known: {', '.join(FAMILIES)}"
+    phases = FAMILIES[family].phases
+    return None if phase in phases else f"there is no phase {phase!r}; known: {', '.join(phases)}"
+
+
 def _holds(path: Path, name: str) -> bool:
     if path.name == name:
         return path.is_file()

@@ -111,8 +111,8 @@ def test_a_family_learns_from_what_was_measured_side_by_side(learnt):
     for case in point[:2]:
         lab.result(case, point)
     (told,) = learnt
-    assert [case for case, _ in told] == point[:2]
-    assert [result["samples"] for _, result in told] == [[4.0, 1.0, 2.0, 8.0]] * 2
+    assert [case for case, _, _ in told] == point[:2]
+    assert [samples for _, samples, _ in told] == [[4.0, 1.0, 2.0, 8.0]] * 2
 
 
 def test_rates_are_of_the_true_median():

@@ -22,7 +22,7 @@ class Family:
     expand: (case class, listed axes, phase, ranks) -> cases. changed: of what was built, the
     tensors which steps change, and which must stay finite. usuals: (case) -> more for the result.
     check_all: raises ValueError or ImportError for cases whose data cannot be made. learn: is given
-    the (case, result) of all that was measured side by side, after each point. ranks: the only
+    (case, samples, extra_info) of all that was measured side by side, after each point. ranks: the only
     number of ranks it is measured with, or None.
     """
 
@@ -36,5 +36,5 @@ class Family:
     changed: Callable[[object], Iterable[torch.Tensor]] = lambda built: ()
     usuals: Callable[[Case], dict] = lambda case: {"usual": {}}
     check_all: Callable[[list[Case]], None] = lambda cases: None
-    learn: Callable[[list[tuple[Case, dict]]], None] | None = None
+    learn: Callable[[list[tuple[Case, list[float], dict]]], None] | None = None
     ranks: int | None = None

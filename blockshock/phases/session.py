@@ -95,7 +95,7 @@ class Laboratory:
                     done = _merge(case, per_rank, self.ranks.device, clocks)
                     self._done[case.id] = done
                     if not isinstance(done, Exception):
-                        measured.append((case, done))
+                        measured.append((case, done["samples"], done["extra_info"]))
             learn = family(waiting[0]).learn
             if learn and measured:
                 learn(measured)
