@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections import defaultdict
 from dataclasses import MISSING, fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,13 @@ if not torch.cuda.is_available():
     # imports below may do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from bench import sweep as sweeps
+from bench import asked
 from bench.reporting import Progress, SafeResults
 from blockshock.distributed import RankFailure, open_ranks
 from blockshock.measure import environment
 from blockshock.measure.clock import CACHES, MODES, ReplayClock
 from blockshock.phases.engine import Options
-from blockshock.phases.families import FAMILIES, questions
+from blockshock.phases.families import FAMILIES
 from blockshock.phases.session import CaseFailed, Laboratory
 
 pytest_plugins = ["pytester"]  # runs of the benchmarks inside the tests
@@ -48,8 +49,8 @@ def pytest_addoption(parser):
     add(
         "--ranks",
         type=int,
-        default=int(os.environ.get("WORLD_SIZE", 2)),
-        help="processes that share a layer (default 2; under torchrun, all it started)",
+        help="processes that measure together (default 2, or 1 where what is asked takes one; "
+        "under torchrun, all it started)",
     )
     add(
         "--device",
@@ -74,6 +75,9 @@ def pytest_addoption(parser):
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpus(n): needs n GPUs; skipped, or failed by --require-gpu")
+    families = asked.families(config.args, config.invocation_params.dir)
+    if config.option.ranks is None:
+        config.option.ranks = int(os.environ.get("WORLD_SIZE", asked.ranks(families)))
     if config.option.ranks < 1:
         raise pytest.UsageError(f"--ranks {config.option.ranks}: at least one rank is needed")
     given = int(os.environ.get("WORLD_SIZE", config.option.ranks))
@@ -94,7 +98,7 @@ def pytest_configure(config):
         )
     if config.option.l2 == "cold" and host:
         raise pytest.UsageError("--l2 cold on cpu: only a GPU's L2 can be emptied; leave it out")
-    config.stash[CASES] = _cases(config)
+    config.stash[PLAN] = _plan(config, families)
     if int(os.environ.get("RANK", 0)):
         # Under torchrun every rank runs the suite; the first one reports and saves.
         config.option.results, config.option.verbose = None, -2
@@ -104,40 +108,49 @@ def pytest_configure(config):
     config.pluginmanager.register(SafeResults(config), "block-shock-results")
 
 
-CASES = pytest.StashKey()
 DEVICE = pytest.StashKey()
 LABORATORY = pytest.StashKey()
+PLAN = pytest.StashKey()
 
 
 def pytest_report_header(config):
     facts = environment.describe(kind=config.stash[DEVICE], ranks=config.option.ranks)
-    return f"block-shock {facts['version']}: {facts['device']}, torch {facts['torch']}"
+    first = f"block-shock {facts['version']}: {facts['device']}, torch {facts['torch']}"
+    return [first, *config.stash[PLAN].left_out]
 
 
 def pytest_pycollect_makeitem(collector, name):
     """No item, where the sweep has no case of what a bench function asks."""
-    cases = collector.config.stash[CASES].get(name.removeprefix("bench_"))
-    return [] if name.startswith("bench_") and cases == [] else None
+    family, phase = asked.family_of(collector.path), name.removeprefix("bench_")
+    if not name.startswith("bench_") or not collector.path.stem.startswith("bench_"):
+        return None
+    wrong = asked.wrong_name(family, phase)
+    if wrong:
+        raise pytest.UsageError(f"{collector.path}, {name}: {wrong}")
+    return None if collector.config.stash[PLAN].cases.get((family, phase)) else []
 
 
 def pytest_generate_tests(metafunc):
-    """Gives every bench function its cases, with identifiers such as block_shock-N4096-B64-bf16."""
+    """Gives every bench function its cases, named by the method and the point."""
     if "record" not in metafunc.fixturenames:
         return
-    asked = metafunc.function.__name__.removeprefix("bench_")
-    cases = metafunc.config.stash[CASES][asked]
-    names = questions()[asked][0].case.parameters
-    values = [(*(getattr(case, name) for name in names), _options(case)) for case in cases]
+    family = asked.family_of(metafunc.definition.path)
+    cases = metafunc.config.stash[PLAN].cases[
+        family, metafunc.function.__name__.removeprefix("bench_")
+    ]
+    known = {field.name for field in fields(FAMILIES[family].case)}
+    names = [name for name in signature(metafunc.function).parameters if name in known]
+    values = [(*(getattr(case, name) for name in names), _options(case, names)) for case in cases]
     metafunc.parametrize((*names, "options"), values, ids=[case.name for case in cases])
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if "record" in item.fixturenames:
-            point = case_of(item).point_label
+            case = case_of(item)
             # One marker with both: pytest-benchmark reads only the closest one.
-            asked = item.originalname.removeprefix("bench_")
-            item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=f"{asked} {point}"))
+            group = f"{case.group} {case.point_label}"
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=group))
 
 
 def pytest_runtest_setup(item):
@@ -222,38 +235,23 @@ def case_of(item):
     """The case of a bench item."""
     params = dict(item.callspec.params)
     options = params.pop("options")
-    asked, phase = questions()[item.originalname.removeprefix("bench_")]
-    return asked.case(phase=phase, **params, **options)
+    made = FAMILIES[asked.family_of(item.path)].case
+    return made(phase=item.originalname.removeprefix("bench_"), **params, **options)
 
 
-def _cases(config) -> dict[str, list]:
-    """The cases of every question, by the sweep and what overrides it: those of its family."""
-    option, device = config.option, config.stash[DEVICE]
-    cases = {asked: [] for asked in questions()}
+def _plan(config, families: list[str]):
+    option = config.option
     try:
-        sweep = sweeps.load(option.sweep)
-        name = sweeps.family(sweep)
-        settings = sweeps.parse_set(option.set, name)
-        for asked, (of, phase) in questions().items():
-            if of is FAMILIES[name]:
-                cases[asked] = sweeps.cases(sweep, phase, device, option.ranks, settings)
-        FAMILIES[name].check_all([case for listed in cases.values() for case in listed])
-        alone = FAMILIES[name].ranks
-        if alone and any(cases.values()) and option.ranks != alone:
-            raise ValueError(
-                f"--ranks {option.ranks}: the sweep {option.sweep} is of {name}, which is measured "
-                f"on {alone} rank; add --ranks {alone}"
-            )
+        return asked.plan(families, option.sweep, option.set, config.stash[DEVICE], option.ranks)
     except (ValueError, ImportError) as error:  # a SweepError, or what a file is not
         raise pytest.UsageError(str(error)) from None
-    return cases
 
 
-def _options(case) -> dict:
+def _options(case, shown: list[str]) -> dict:
     """What of a case is neither in the parameters of a bench function nor a default."""
     needed = [field.name for field in fields(case) if field.default is MISSING]
     default = type(case)(**{name: getattr(case, name) for name in needed}).as_dict()
-    shown = ("phase", *case.parameters)
+    shown = ("phase", *shown)
     return {k: v for k, v in case.as_dict().items() if k not in shown and v != default[k]}
 
 

@@ -4,14 +4,14 @@ convert(model, method) and revert(model) put a method in place of a model's line
 it out again; `blockshock.linear.METHODS` are the layers themselves.
 """
 
-__version__ = "0.1.0"
+from blockshock.version import __version__
 
-__all__ = ["convert", "revert"]
+__all__ = ["__version__", "convert", "revert"]
 
 
 def __getattr__(name: str):
     # Imported on first use: `python -m blockshock` explains a torch that cannot be imported.
-    if name in __all__:
+    if name in ("convert", "revert"):
         from blockshock.linear import convert as conversion
 
         return getattr(conversion, name)

@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,9 @@ from blockshock.distributed import Ranks
 from blockshock.phases import engine, session
 from blockshock.phases.attention import problem as attention_problem
 from blockshock.phases.attention.case import BUILDERS, AttentionCase, parse_pattern
+from blockshock.phases.attention.figures import figures
 from blockshock.phases.attention.problem import AttentionProblem
-from blockshock.phases.attention.steps import figures, forward_backward
+from blockshock.phases.attention.steps import forward_backward
 from blockshock.phases.engine import Options
 from blockshock.phases.session import CaseFailed, Laboratory
 from tests.attention_checks import DEVICE
@@ -296,7 +296,6 @@ def test_names_tell_cases_apart():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"phase": "backward"}, "unknown phase 'backward'; use one of forward, forward_backward"),
         ({"method": "flash"}, "unknown method 'flash'; use one of reference"),
         ({"dtype": "float8"}, "unknown dtype 'float8'"),
         ({"family": "linear"}, "unknown family 'linear'"),
@@ -343,37 +342,66 @@ def test_every_builder_that_takes_numbers_can_be_named():
 
 @pytest.fixture
 def bench(pytester):
-    """Runs `pytest bench` on one CPU rank, inside this process."""
-    return partial(
-        pytester.runpytest_inprocess, "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}",
-        "-p", "no:cacheprovider", "--device=cpu", "--rounds=3", ROOT / "bench",
-    )  # fmt: skip
+    """Runs `pytest bench/bench_attention.py` on the CPU, inside this process."""
+
+    def run(*args, path="bench/bench_attention.py"):
+        return pytester.runpytest_inprocess(
+            "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}", "-p", "no:cacheprovider",
+            "--device=cpu", "--rounds=3", ROOT / path, *args,
+        )  # fmt: skip
+
+    return run
 
 
-def test_a_sweep_of_attention_is_measured_and_recorded(bench, tmp_path):
+def test_the_bench_file_alone_is_measured_on_one_rank_and_recorded(bench, tmp_path):
     chosen = ("--set", "method=reference,flash_torch", "--set", "Tq=16", "--set", "Tk=16")
-    args = ("--sweep", "attention_quick", *chosen, "--ranks=1", "--results", tmp_path / "r.json")
-    out = bench(*args)
+    out = bench(*chosen, "--results", tmp_path / "r.json")
     out.assert_outcomes(passed=14, skipped=2)
     out.stdout.fnmatch_lines(["*flash_torch-*band(16)*skipped: pattern band(16)*"])
     saved = json.loads((tmp_path / "r.json").read_text())
     assert "UNSERIALIZABLE" not in json.dumps(saved)
     for entry in saved["benchmarks"]:
         assert entry["extra_info"]["case"]["family"] == "attention"
+        assert entry["extra_info"]["case"]["ranks"] == 1
         assert entry["extra_info"]["case"]["tier"] is None
         assert entry["group"].startswith("attention_forward")
 
 
-def test_a_sweep_asks_of_its_own_family_only(bench):
-    attention = bench("--sweep", "attention", "--collect-only", "-q", "--ranks=1")
-    assert "bench_attention_forward_backward[" in attention.stdout.str()
-    assert "bench_forward[" not in attention.stdout.str()
-    linear = bench("--sweep", "quick", "--collect-only", "-q")
-    assert "bench_forward[" in linear.stdout.str()
-    assert "attention" not in linear.stdout.str()
+def test_each_family_that_is_asked_has_its_own_sweep_of_that_name(bench):
+    both = bench("--collect-only", "-q", "--ranks=1", path="bench").stdout.str()
+    assert "bench_attention.py::bench_forward_backward[reference-B1-H1-T64-D32-fp32]" in both
+    assert "bench_linear.py::bench_forward[dense_single-N256-B16-bf16]" in both
 
 
-def test_attention_on_two_ranks_is_refused_with_the_fix(bench):
-    out = bench("--sweep", "attention_quick", "--set", "method=reference", "-k", "causal")
-    out.stderr.fnmatch_lines(["*--ranks 2: the sweep attention_quick is of attention, *--ranks 1"])
+def test_a_family_that_cannot_be_measured_is_left_out_and_said(bench):
+    out = bench("--collect-only", path="bench")
+    out.stdout.fnmatch_lines(
+        ["attention is left out: it is measured on 1 rank, and 2 run; use pytest *bench_attention*"]
+    )
+    assert "bench_attention.py>" not in out.stdout.str()
+    out = bench("--collect-only", "--ranks=1", "--sweep=patterns", path="bench")
+    out.stdout.fnmatch_lines(["linear is left out: no sweep patterns is of this family"])
+    assert out.ret == 0
+
+
+def test_settings_choose_the_families_that_know_them(bench):
+    out = bench("--collect-only", "--ranks=1", "--set", "N=64", path="bench")
+    out.stdout.fnmatch_lines(["attention is left out: --set N=64: unknown key 'N'; known: D, *"])
+    assert out.ret == 0
+    out = bench("--collect-only", "--ranks=1", "--set", "method=flex", path="bench")
+    out.stdout.fnmatch_lines(["linear is left out: unknown method 'flex'; known: dense_single, *"])
+    wrong = bench("--collect-only", "--ranks=1", "--set", "n=64", path="bench")
+    wrong.stderr.fnmatch_lines(["*linear is left out: --set n=64: unknown key 'n'*"])
+    assert wrong.ret == pytest.ExitCode.USAGE_ERROR
+
+
+def test_a_family_that_is_asked_alone_and_cannot_be_measured_is_refused_with_the_fix(bench):
+    out = bench("--ranks=2", "-k", "causal")
+    out.stderr.fnmatch_lines(["*attention *measured on 1 rank, and 2 run; *--ranks 1"])
     assert out.ret == pytest.ExitCode.USAGE_ERROR
+
+
+def test_a_phase_that_the_family_does_not_have_is_refused_before_it_is_measured(lab):
+    case = make("backward")
+    with pytest.raises(CaseFailed, match="unknown phase 'backward'; use one of forward, forward_b"):
+        lab.result(case, [case])

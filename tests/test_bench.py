@@ -17,6 +17,7 @@ from bench import reporting
 from blockshock.phases import session
 
 ROOT = Path(__file__).parents[1]
+FORWARD = "bench/bench_linear.py::bench_forward"
 SMALL = ("--set", "N=64", "--set", "B=8", "--set", "optimizer=sgd", "--set", "steps=3")
 
 
@@ -25,7 +26,7 @@ def bench(pytester):
     """Runs `pytest bench` on two CPU ranks, inside this process, with small cases."""
 
     def run(*args, files=("bench",)):
-        paths = [ROOT / file for file in files]
+        paths = [f"{ROOT / file}" for file in files]
         return pytester.runpytest_inprocess(
             "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}", "-p", "no:cacheprovider",
             "--device=cpu", "--rounds=5", *args, *paths, no_reraise_ctrlc=True,
@@ -45,7 +46,7 @@ def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
     saved, by_name = results(tmp_path / "r.json")
     assert "bench_forward[block_shock-N64-B8-bf16]" in by_name
     assert "bench_training[block_shock-packed_master-N64-B8-bf16-sgd]" in by_name
-    out.stdout.fnmatch_lines(["[[]1/38] bench_backward*N64-B8-bf16*ms  (37 left, about*)"])
+    out.stdout.fnmatch_lines(["[[]1/38] bench_correctness*N64-B8-bf16*ms  (37 left, about*)"])
     out.stdout.fnmatch_lines(["[[]38/38]*(done)"])
     facts = saved["machine_info"]["blockshock"]
     assert facts["device"] == "CPU (2 gloo ranks)"
@@ -69,7 +70,7 @@ def test_the_recorded_times_are_the_measured_ones_to_the_last_digit(bench, tmp_p
         return samples, info
 
     monkeypatch.setattr(session.Laboratory, "result", watched)
-    bench(*SMALL, "--results", tmp_path / "r.json", files=["bench/bench_forward.py"])
+    bench(*SMALL, "--results", tmp_path / "r.json", files=[FORWARD])
     saved, _ = results(tmp_path / "r.json")
     assert len(measured) == 6
     for entry in saved["benchmarks"]:
@@ -77,7 +78,7 @@ def test_the_recorded_times_are_the_measured_ones_to_the_last_digit(bench, tmp_p
 
 
 def test_what_cannot_run_is_skipped_with_the_reason(bench):
-    out = bench("--set", "N=100", "--set", "B=8", files=["bench/bench_forward.py"])
+    out = bench("--set", "N=100", "--set", "B=8", files=[FORWARD])
     out.assert_outcomes(passed=5, skipped=1)
     out.stdout.fnmatch_lines(["*block_shock-N100*skipped: K = 100 is not a multiple of 64*"])
     assert not any("%]" in line for line in out.outlines)
@@ -92,7 +93,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
         (["--set", "method=blockshock"], "*unknown method 'blockshock'; known: dense_single*"),
         (["--set", "N=0"], "*N = 0 must be a whole number*"),
         (["--set", "dtype=float8"], "*unknown dtype 'float8'; use one of bf16, fp16, fp32*"),
-        (["--sweep", "huge"], "*no sweep 'huge'; known: *quick*"),
+        (["--sweep", "huge"], "*no sweep 'huge' of linear; known: *quick*"),
         (["--set", "mask=0110"], "*unknown mask '0110'; known: 1001, 1010, 1100, all,*"),
         (["--set", "policy=packed"], "*unknown policy 'packed'; known: all, dense_master*"),
         (["--set", "N=64,64"], "*lists *dense_single-N64-B16-bf16 twice*"),
@@ -107,7 +108,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
         (["--set", "input=mlp:activated=gelu"], "*'mlp:activated=gelu' does not take*activated*"),
         (["--set", "input=mlp:activation=["], "*'mlp:activation=[[]' is not KIND:OPTION=VALUE*"),
         (["--device=cuda", "--ranks=512"], "*--device cuda: 512 GPUs are needed*--device cpu*"),
-        (["--profile", str(ROOT / "bench/bench_forward.py")], "*put --profile last*"),
+        (["--profile", str(ROOT / "bench/bench_linear.py")], "*put --profile last*"),
         (["--profile", str(ROOT / "bench")], "*put --profile last, or write --profile=DIR*"),
         (["--results", "/dev/null"], "*/dev/null is no file*"),
         (["--ranks", "0"], "*--ranks 0: at least one*"),
@@ -115,7 +116,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
     ],
 )
 def test_a_wrong_option_is_one_clear_error(bench, args, message):
-    out = bench(*args, files=["bench/bench_forward.py"])
+    out = bench(*args, files=[FORWARD])
     assert out.ret == pytest.ExitCode.USAGE_ERROR
     everything = [*out.outlines, *out.errlines]
     assert any(fnmatchcase(line, message) for line in everything), everything
@@ -138,7 +139,7 @@ def test_a_file_of_another_shape_is_one_clear_error(bench, tmp_path):
 def test_every_shipped_sweep_can_be_collected(bench, sweep):
     out = bench("--sweep", sweep, "--collect-only", "-q")
     assert out.ret == 0
-    out.stdout.fnmatch_lines(["*bench_forward.py*", "* tests collected*"])
+    out.stdout.fnmatch_lines(["*bench_forward*", "* tests collected*"])
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def interrupted(bench, tmp_path, monkeypatch):
 
         monkeypatch.setattr(session.Laboratory, "result", result)
         args = ("--results", tmp_path / "r.json")
-        return bench(*SMALL, *args, files=["bench/bench_forward.py"])
+        return bench(*SMALL, *args, files=[FORWARD])
 
     return run
 
@@ -235,16 +236,16 @@ def test_a_second_interrupt_while_the_ranks_end_says_that_no_file_was_written(tm
 @pytest.mark.parametrize("args", [("--set", "N=100", "--set", "B=8"), ("-k", "nothing")])
 def test_a_run_that_measured_nothing_says_that_no_file_was_written(bench, tmp_path, args):
     args = (*args, "--set", "method=block_shock", "--results", tmp_path / "r.json")
-    out = bench(*args, files=["bench/bench_forward.py"])
+    out = bench(*args, files=[FORWARD])
     out.stdout.fnmatch_lines(["no case was measured: *r.json was not written"])
     assert files(tmp_path) == []
-    listed = bench(*args, "--collect-only", files=["bench/bench_forward.py"])
+    listed = bench(*args, "--collect-only", files=[FORWARD])
     assert not any("was measured" in line for line in listed.outlines)
 
 
 def test_seeds_are_cases_of_their_own(bench, tmp_path):
     args = ("--set", "seed=0,1", "--set", "method=dense_single", "--results", tmp_path / "r.json")
-    bench(*SMALL, *args, files=["bench/bench_forward.py"]).assert_outcomes(passed=2)
+    bench(*SMALL, *args, files=[FORWARD]).assert_outcomes(passed=2)
     _, by_name = results(tmp_path / "r.json")
     data = [entry["stats"]["data"] for entry in by_name.values()]
     assert set(by_name) == {
@@ -255,10 +256,10 @@ def test_seeds_are_cases_of_their_own(bench, tmp_path):
 
 
 def test_a_missing_gpu_fails_where_one_is_required(bench):
-    out = bench(*SMALL, "--require-gpu", files=["bench/bench_forward.py"])
+    out = bench(*SMALL, "--require-gpu", files=[FORWARD])
     out.assert_outcomes(failed=6)
     out.stdout.fnmatch_lines(["*--require-gpu: 2 GPUs are needed, found*"])
-    out.stdout.fnmatch_lines(["FAILED *bench_forward.py::bench_forward[[]dense_single*"])
+    out.stdout.fnmatch_lines(["FAILED *bench_linear.py::bench_forward[[]dense_single*"])
 
 
 def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, tmp_path):
@@ -269,7 +270,7 @@ def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, t
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # the kernel refuses longer files
     try:
         args = ("--results", target, "--set", "method=dense_single")
-        out = bench(*SMALL, *args, files=["bench/bench_forward.py"])
+        out = bench(*SMALL, *args, files=[FORWARD])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert out.ret == pytest.ExitCode.INTERNAL_ERROR
@@ -279,7 +280,7 @@ def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, t
 
 
 def test_benchmarks_refuse_to_run_where_they_would_not_be_recorded(bench):
-    out = bench(*SMALL, "--benchmark-disable", files=["bench/bench_forward.py"])
+    out = bench(*SMALL, "--benchmark-disable", files=[FORWARD])
     out.assert_outcomes(failed=6)
     out.stdout.fnmatch_lines(["*benchmarks are disabled here*"])
 

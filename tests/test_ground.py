@@ -1,4 +1,4 @@
-"""Pins and dependencies agree, make does what it says, and imports point downwards."""
+"""Pins and dependencies agree, and make does what it says."""
 
 import ast
 import json
@@ -23,20 +23,6 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# The house of the design, from the ground up; what stands in one row may use one another.
-HOUSE = [
-    {"masks", "sources", "workloads", "cache"},
-    {"kernels"},
-    {"packed"},
-    {"measure"},
-    {"distributed"},
-    {"tuning"},
-    {"linear", "attention", "data_parallel", "block_sparse"},
-    {"tune"},
-    {"transformer"},
-    {"lm"},
-    {"phases"},
-]
 
 
 def constraints():
@@ -68,7 +54,7 @@ def test_constraints_name_no_place_to_fetch_from():
 
 
 def test_the_version_is_read_without_importing_the_package():
-    tree = ast.parse((ROOT / "blockshock/__init__.py").read_text())
+    tree = ast.parse((ROOT / "blockshock/version.py").read_text())
     values = [
         node.value.value
         for node in tree.body
@@ -89,41 +75,6 @@ def test_no_source_has_a_fixed_port():
 def test_hooks_fetch_nothing():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     assert [repo["repo"] for repo in hooks["repos"]] == ["local"]
-
-
-def imported(path):
-    """Modules under blockshock that a file imports, anywhere in it: {"blockshock.masks", ...}."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name.startswith("blockshock.")}
-
-
-def test_imports_point_downwards():
-    floor = {part: level for level, parts in enumerate(HOUSE) for part in parts}
-    for path in (ROOT / "blockshock").rglob("*.py"):
-        own = path.relative_to(ROOT / "blockshock").with_suffix("").parts[0]
-        if own in ("__init__", "__main__"):
-            continue
-        assert own in floor, f"{path} has no place in the house"
-        for name in imported(path):
-            used = name.split(".")[1]
-            assert used in floor or used == "__version__", f"{path} imports {name}"
-            assert floor.get(used, 0) <= floor[own], f"{own} stands under {used}, in {path}"
-
-
-def test_the_library_needs_no_tools_and_the_tools_no_torch():
-    for folder, barred in (("blockshock", {"tools", "bench"}), ("tools", {"torch", "blockshock"})):
-        for path in (ROOT / folder).rglob("*.py"):
-            tree = ast.parse(path.read_text())
-            nodes = [
-                node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
-            ]
-            names = [getattr(node, "module", None) or node.names[0].name for node in nodes]
-            assert not {name.split(".")[0] for name in names} & barred, path
 
 
 @pytest.fixture
@@ -184,7 +135,7 @@ def test_make_bench_measures_then_runs_the_tools(checkout):
 
 
 def test_make_bench_reports_what_was_saved_and_fails_when_a_case_failed(checkout):
-    done = checkout("bench", "SWEEP=bench/sweeps/n_sweep.yaml", program=MEASURES % 1)
+    done = checkout("bench", "SWEEP=bench/sweeps/linear/n_sweep.yaml", program=MEASURES % 1)
     assert done.returncode != 0
     assert "-n_sweep.json" in done.stdout
     assert "run: -m tools.report" in done.stdout

@@ -3,12 +3,15 @@
 The ranks are stand-ins that answer at once.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from blockshock.linear import METHODS
 from blockshock.phases import engine, session
 from blockshock.phases.engine import Options
-from blockshock.phases.linear.case import Case
+from blockshock.phases.families import FAMILIES
+from blockshock.phases.linear.case import LinearCase as Case
 from blockshock.phases.session import CaseFailed, Laboratory
 
 
@@ -71,6 +74,52 @@ def test_cases_of_which_none_has_room_are_tried_alone_and_their_reason_told():
     with pytest.raises(CaseFailed, match="no room"):
         lab.result(point[0], point)
     assert pool.asked == [["dense_single", "dense_tp_row"], ["dense_single"], ["dense_tp_row"]]
+
+
+class Measured:
+    """Ranks that measured every case but the last, which was wrong."""
+
+    size, device = 1, "cpu"
+
+    def run(self, function, *args, timeout=None):
+        if function is engine.measure_ceilings:
+            return [{}]
+        *right, _ = args[0]
+        outcome = {
+            "times": [4.0, 1.0, 2.0, 8.0],
+            "timing": {"calls_per_sample": 1},
+            "errors": {},
+            "regions": {"total": {"p50": 1.0}},
+            "memory": {},
+            "floor": {"seconds": 1.5},
+        }
+        return [[dict(outcome) for _ in right] + [{"failed": "wrong"}]]
+
+
+@pytest.fixture
+def learnt(monkeypatch):
+    found = []
+    family = replace(FAMILIES["linear"], learn=lambda done, run: found.append(done))
+    monkeypatch.setitem(FAMILIES, "linear", family)
+    return found
+
+
+def test_a_family_learns_from_what_was_measured_side_by_side(learnt):
+    names = ["dense_single", "dense_tp_row", "block_shock"]
+    point = [Case("forward", name, N=128, B=32, ranks=1) for name in names]
+    lab = Laboratory(Measured(), Options())
+    for case in point[:2]:
+        lab.result(case, point)
+    (told,) = learnt
+    assert [case for case, _, _ in told] == point[:2]
+    assert [samples for _, samples, _ in told] == [[4.0, 1.0, 2.0, 8.0]] * 2
+
+
+def test_rates_are_of_the_true_median():
+    case = Case("forward", "dense_single", N=128, B=32, ranks=1)
+    _, info = Laboratory(Measured(), Options()).result(case, [case, replace(case, B=8)])
+    assert info["rates"]["tokens_per_s"] == 32 / 3.0
+    assert info["rates"]["limit_fraction"] == 0.5
 
 
 class BrokenCeilings:

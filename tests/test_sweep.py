@@ -4,10 +4,10 @@ from typing import ClassVar
 
 import pytest
 
-from bench import attention_sweep
 from bench import sweep as sweeps
 from blockshock.linear import METHODS
-from blockshock.phases.linear.case import PHASES, Case
+from blockshock.phases.families import FAMILIES
+from blockshock.phases.linear.case import LinearCase as Case
 
 SMALL = "family: attention\ncpu: {batch: 1, heads: 1, D: 16"
 
@@ -37,42 +37,45 @@ def chooser(monkeypatch):
 def expand(text, phase="forward", device="cpu", settings=(), tmp=None):
     file = tmp / "own.yaml"
     file.write_text(text)
-    sweep = sweeps.load(str(file))
-    given = sweeps.parse_set(list(settings), sweeps.family(sweep))
-    return sweeps.cases(sweep, phase, device, 2, given)
+    ((family, sweep),) = sweeps.load(str(file), list(FAMILIES)).items()
+    return sweeps.cases(sweep, phase, device, 2, sweeps.parse_set(list(settings), family))
 
 
-SHIPPED = {file.stem: sweeps.load(file.stem) for file in sweeps.FOLDER.glob("*/*.yaml")}
-LINEAR = [name for name, sweep in SHIPPED.items() if sweeps.family(sweep) == "linear"]
-ATTENTION = [name for name, sweep in SHIPPED.items() if sweeps.family(sweep) == "attention"]
+def shipped(family, name):
+    return sweeps.load(name, [family])[family]
 
 
-@pytest.mark.parametrize("name", LINEAR)
+def names(family):
+    return sorted(file.stem for file in (sweeps.FOLDER / family).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", names("linear"))
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_shipped_sweeps_expand_to_distinct_cases(name, device):
-    sweep = sweeps.load(name)
+    sweep = shipped("linear", name)
     assert sweep["about"]
-    for phase in sweep.get("phases") or PHASES:
+    for phase in sweep.get("phases") or FAMILIES["linear"].phases:
         cases = sweeps.cases(sweep, phase, device, 2, {})
         assert {case.method for case in cases} == set(METHODS)
         assert len({case.id for case in cases}) == len(cases)
 
 
-@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize("name", names("attention"))
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("phase", attention_sweep.PHASES)
+@pytest.mark.parametrize("phase", FAMILIES["attention"].phases)
 def test_the_shipped_sweeps_of_attention_expand_to_distinct_cases(name, device, phase):
-    cases = sweeps.cases(SHIPPED[name], phase, device, 1, {})
-    assert SHIPPED[name]["about"]
+    sweep = shipped("attention", name)
+    cases = sweeps.cases(sweep, phase, device, 1, {})
+    assert sweep["about"]
     assert len({case.id for case in cases}) == len(cases)
     points = [case.point for case in cases]
     assert points == sorted(points, key=points.index)
     assert any(case.unsupported(device) is None for case in cases)
 
 
-@pytest.mark.parametrize("phase", attention_sweep.PHASES)
+@pytest.mark.parametrize("phase", FAMILIES["attention"].phases)
 def test_random_blocks_are_measured_over_sparsities_at_one_size_beside_dense(phase):
-    cases = sweeps.cases(SHIPPED["attention_patterns"], phase, "cuda", 1, {})
+    cases = sweeps.cases(shipped("attention", "patterns"), phase, "cuda", 1, {})
     blocks = [c for c in cases if (c.pattern or "").startswith("random_blocks")]
     of_blocks = [c for c in blocks if c.method == "block_sparse"]
     shares = sorted(float(c.pattern[:-1].split(",")[1]) for c in of_blocks)
@@ -83,9 +86,9 @@ def test_random_blocks_are_measured_over_sparsities_at_one_size_beside_dense(pha
     assert sizes < dense
 
 
-@pytest.mark.parametrize("phase", attention_sweep.PHASES)
+@pytest.mark.parametrize("phase", FAMILIES["attention"].phases)
 def test_patterns_are_measured_at_the_length_that_allows_no_mask(phase):
-    cases = sweeps.cases(SHIPPED["attention_patterns"], phase, "cuda", 1, {})
+    cases = sweeps.cases(shipped("attention", "patterns"), phase, "cuda", 1, {})
     found = {(c.pattern, c.method) for c in cases if c.Tq == 131072}
     assert found == {
         (pattern, method)
@@ -143,6 +146,35 @@ cpu:
 def test_a_sweep_of_attention_that_says_something_impossible_is_refused(tmp_path, text, message):
     with pytest.raises(sweeps.SweepError, match=message):
         expand(text, tmp=tmp_path)
+
+
+def test_points_of_linear_layers_replace_axes_too(tmp_path):
+    text = """
+common: {N: [64], B: [8, 16]}
+cpu:
+  points:
+    - {mask: {block_shock: ["1100"]}}
+    - {N: 128, B: 8, K: 64}
+"""
+    cases = expand(text, tmp=tmp_path)
+    assert {(c.N, c.K, c.B) for c in cases} == {(64, 64, 8), (64, 64, 16), (128, 64, 8)}
+    masks = {(c.N, c.mask) for c in cases if c.method == "block_shock"}
+    assert masks == {(64, "1100"), (128, "tile")}
+    same = expand(text, settings=["N=64", "B=8", "K=64", "method=dense_single"], tmp=tmp_path)
+    assert [c.name for c in same] == ["dense_single-N64-B8-bf16"]
+
+
+def test_a_file_in_a_familys_folder_is_of_that_family_and_another_says_it(tmp_path):
+    path = sweeps.FOLDER / "attention/quick.yaml"
+    assert set(sweeps.load(str(path), list(FAMILIES))) == {"attention"}
+    (tmp_path / "own.yaml").write_text("cpu: {N: [64]}")
+    assert set(sweeps.load(str(tmp_path / "own.yaml"), list(FAMILIES))) == {"linear"}
+    assert sweeps.load(str(tmp_path / "own.yaml"), ["attention"]) == {}
+
+
+def test_text_that_set_gives_stays_text_and_null_leaves_it_out():
+    given = sweeps.parse_set(["mask=0110", "weight=null", "N=64", "input=mlp:a=["], "linear")
+    assert given == {"mask": ["0110"], "weight": [None], "N": [64], "input": ["mlp:a=["]}
 
 
 def test_points_are_no_axis_that_set_replaces():
@@ -294,7 +326,7 @@ def test_a_file_that_is_no_text_is_refused(tmp_path):
     for path in (file, tmp_path / "folder.yaml"):
         (tmp_path / "folder.yaml").mkdir(exist_ok=True)
         with pytest.raises(sweeps.SweepError, match="cannot be read"):
-            sweeps.load(str(path))
+            sweeps.load(str(path), ["linear"])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from blockshock.linear import METHODS
-from blockshock.phases.linear.case import Case, choices, usual
+from blockshock.phases.linear.case import LinearCase as Case
+from blockshock.phases.linear.case import choices, usual
 from tests import synthetic_results as synthetic
 from tools import compare, summary
 from tools.cases import VARIANTS, interleaved, over, setting

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blockshock import cache, tuning
-from blockshock.phases.linear.case import Case
+from blockshock.phases.linear.case import LinearCase as Case
 from blockshock.phases.linear.lessons import lessons
 from tests import tuning_jobs as jobs
 from tests.tuning_jobs import GivenTimes

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-import blockshock
 from blockshock.measure import nvidia_smi
+from blockshock.version import __version__
 
 _GPU_FIELDS = "name,memory.total,power.limit,clocks.max.sm,compute_cap,driver_version"
 _CLOCK_FIELDS = {"sm_mhz": "clocks.sm", "power_w": "power.draw", "temperature_c": "temperature.gpu"}
@@ -91,7 +91,7 @@ def gpu_count() -> int:
 def versions() -> dict[str, str | None]:
     """Versions of blockshock, Python, torch and torch's libraries; None for what is missing."""
     return {
-        "version": blockshock.__version__,
+        "version": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,

@@ -13,6 +13,7 @@ the parent asks again, without those that had room). Any other exception ends th
 then measures the remaining cases with fresh ones.
 """
 
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -24,9 +25,9 @@ from blockshock.distributed.ranks import device as rank_device
 from blockshock.measure import ceilings, clock, errors
 from blockshock.measure.regions import Recorder, recording
 from blockshock.phases import memory, profiling
+from blockshock.phases.case import DTYPES, Case
 from blockshock.phases.experiment import Experiment
 from blockshock.phases.families import family
-from blockshock.phases.linear.case import DTYPES, Case
 
 REGION_PASSES = 20
 MIN_ROUNDS = 10
@@ -57,7 +58,7 @@ class Prepared:
     """A case that passed its check and can be timed."""
 
     case: Case
-    layer: object  # or whatever the family builds
+    built: object
     experiment: Experiment
     outcome: dict
     run: object = None
@@ -115,7 +116,7 @@ def _prepare(case: Case, problem, stopwatch, options: Options) -> Prepared:
     device, prepared = problem.device, Prepared(case, None, None, {})
     held = memory.reserved(device)
     before = memory.allocated(device) - problem.held_bytes()  # truths come into being on first use
-    layer, refusal, build_peak = _build(case, problem)
+    built, refusal, build_peak = _build(case, problem)
     if isinstance(refusal, torch.OutOfMemoryError):
         prepared.outcome["crowded"] = True  # it may fit alone
         refusal = f"out of memory while building: {str(refusal).partition('. GPU')[0]}"
@@ -123,41 +124,40 @@ def _prepare(case: Case, problem, stopwatch, options: Options) -> Prepared:
     if clock.agree_largest(float(refusal is not None), device):
         prepared.outcome["refused"] = str(refusal or "another rank could not build it")
         return prepared
-    experiment = family(case).phases[case.phase](case, layer, problem)
+    experiment = family(case).phases[case.phase](case, built, problem)
     figures = experiment.check()
     same = all(collectives.same_on_all_ranks(t) for t in experiment.replicated.values())
     experiment.replicated.clear()
     outcome = prepared.outcome
     outcome["errors"] = {name: figure.as_dict() for name, figure in figures.items()}
-    outcome["same_bits"] = same
     wrong = not same or not all(figure.passes for figure in figures.values())
     if clock.agree_largest(float(wrong), device):
         outcome["failed"] = _wrong(case, figures, same)
         return prepared
     outcome.update(experiment.extra)
     _, peak = memory.peak(experiment.step, device, before + problem.held_bytes())
-    outcome.update(family(case).figures(case, layer, problem, experiment, options.ceilings))
+    outcome.update(family(case).figures(case, built, problem, experiment, options.ceilings))
     peaks = {"peak_bytes": peak, "build_peak_bytes": build_peak}
     outcome["memory"] = {**peaks, **outcome["memory"]}
     outcome["truth"] = str(problem.truth_dtype).removeprefix("torch.")
-    prepared.layer, prepared.experiment = layer, experiment
+    prepared.built, prepared.experiment = built, experiment
     prepared.took = memory.reserved(device) - held  # a capture gives back what is not used
     prepared.run, prepared.calls = stopwatch.prepare(experiment.step)
     return prepared
 
 
 def _build(case: Case, problem):
-    """(layer, None, bytes allocated at most over what was there), or (None, the error, None)."""
+    """(what was built, None, peak bytes over what was there), or (None, the error, None)."""
     device = problem.device
 
     def build():
         return family(case).build(case, problem)
 
     try:
-        layer, peak = memory.peak(build, device, memory.allocated(device))
+        built, peak = memory.peak(build, device, memory.allocated(device))
     except (ValueError, torch.OutOfMemoryError) as error:
         return None, error, None
-    return layer, None, peak
+    return built, None, peak
 
 
 def _measure(ready: list[Prepared], stopwatch, options: Options) -> None:
@@ -180,7 +180,7 @@ def _measure(ready: list[Prepared], stopwatch, options: Options) -> None:
         notes=[lambda p=prepared: note(f"timing {p.case.id}") for prepared in ready],
     )
     for prepared, times in zip(ready, samples, strict=True):
-        changed = family(prepared.case).changed(prepared.layer)
+        changed = family(prepared.case).changed(prepared.built)
         finite = all(torch.isfinite(p).all() for p in changed)
         if clock.agree_largest(float(not finite), stopwatch.device):
             prepared.outcome["failed"] = (
@@ -227,9 +227,8 @@ def _regions(prepared: Prepared, stopwatch) -> dict:
 
 
 def _spread(seconds: list[float]) -> dict[str, float]:
-    ordered = torch.tensor(seconds, dtype=torch.float64)
-    quantiles = ordered.quantile(torch.tensor([0.5, 0.95], dtype=torch.float64)).tolist()
-    return {"avg": ordered.mean().item(), "p50": quantiles[0], "p95": quantiles[1]}
+    p95 = statistics.quantiles(seconds, n=20, method="inclusive")[-1]
+    return {"avg": statistics.fmean(seconds), "p50": statistics.median(seconds), "p95": p95}
 
 
 def _wrong(case: Case, figures: dict, same: bool) -> str:

@@ -42,11 +42,3 @@ def peak(run: Callable, device: torch.device, over: int) -> tuple[object, int | 
     result = run()
     torch.cuda.synchronize(device)
     return result, torch.cuda.max_memory_allocated(device) - over
-
-
-def of_weight(layer) -> tuple[int, int]:
-    """(estimated, actual) bytes of a layer's weight on this rank."""
-    if hasattr(layer, "weight_bytes"):
-        return layer.weight_bytes()
-    estimated = layer.weight.nbytes
-    return estimated, estimated + sum(buffer.nbytes for buffer in layer.buffers())

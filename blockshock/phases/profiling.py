@@ -6,7 +6,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from blockshock.distributed import collectives
-from blockshock.phases.linear.case import Case
+from blockshock.phases.case import Case
 
 STEPS = 3
 

@@ -5,17 +5,17 @@ measured again with fresh ranks. Cases that found no room beside their neighbour
 them, together; what runs out of memory there as well, alone. A result says what it stood beside.
 """
 
+import statistics
 from dataclasses import replace
 
 from blockshock.distributed import RankFailure
 from blockshock.measure import clock, environment
 from blockshock.phases import engine
+from blockshock.phases.case import Case
 from blockshock.phases.engine import Options
 from blockshock.phases.families import family
-from blockshock.phases.linear.case import Case
 
 SCHEMA = 1
-OF_SOME = ("drift", "pattern", "work", "profile")  # what not every family, phase or run has
 POINT_SECONDS = 600.0  # deadline of one point: a hang ends there
 
 
@@ -57,6 +57,10 @@ class Laboratory:
                 f"{case.id} is for {case.ranks} ranks and {self.ranks.size} run; make it with "
                 f"ranks={self.ranks.size}"
             )
+        try:
+            family(case)
+        except ValueError as error:
+            raise CaseFailed(str(error)) from None
         if case.id not in self._done:
             waiting = [c for c in neighbours if c.id not in self._done and c.id != case.id]
             self._measure([case, *waiting])
@@ -83,12 +87,18 @@ class Laboratory:
                 waiting = self._blame(failure, waiting)
                 continue
             clocks = {"before": before, "after": self._clocks()}
-            crowded = []
+            crowded, measured = [], []
             for case, per_rank in zip(waiting, zip(*outcomes, strict=True), strict=True):
                 if len(waiting) > 1 and any("crowded" in outcome for outcome in per_rank):
                     crowded.append(case)
                 else:
-                    self._done[case.id] = _merge(case, per_rank, self.ranks.device, clocks)
+                    done = _merge(case, per_rank, self.ranks.device, clocks)
+                    self._done[case.id] = done
+                    if not isinstance(done, Exception):
+                        measured.append((case, done["samples"], done["extra_info"]))
+            learn = family(waiting[0]).learn
+            if learn and measured:
+                learn(measured, self.ranks.run)
             if crowded == waiting:
                 for case in crowded:
                     self._measure([case])
@@ -137,26 +147,21 @@ def _merge(case: Case, per_rank, device: str, clocks: dict) -> dict | Exception:
         samples = clock.slowest([outcome["times"] for outcome in per_rank], calls)
     except ValueError as error:
         return CaseFailed(f"{case.id}: {error}")
-    median = sorted(samples)[len(samples) // 2]
     info = {
         "schema": SCHEMA,
         "id": case.id,
         **family(case).usuals(case),
         "case": case.as_dict(),
         "device": device,
-        "timing": first["timing"],
+        **{key: value for key, value in first.items() if key != "times"},
         "errors": _worst([outcome["errors"] for outcome in per_rank]),
-        "truth": first["truth"],
         "regions": max(
             (outcome["regions"] for outcome in per_rank), key=lambda found: found["total"]["p50"]
         ),
         "memory": _largest([outcome["memory"] for outcome in per_rank]),
-        "floor": first["floor"],
-        "rates": family(case).rates(case, median, first),
-        "paths": first["paths"],
+        "rates": family(case).rates(case, statistics.median(samples), first),
         "clocks": clocks if clocks["before"] else None,
     }
-    info |= {key: first[key] for key in OF_SOME if key in first}
     return {"samples": samples, "extra_info": info}
 
 

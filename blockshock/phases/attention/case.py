@@ -1,18 +1,15 @@
-"""A case of attention: one point of the experiment. Everything it does is seeded by it."""
+"""A case of attention: one point of the experiment."""
 
 import ast
 import itertools
 import zlib
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
-
-import torch
 
 from blockshock import attention
 from blockshock.attention import METHODS, patterns
-from blockshock.phases.linear.case import DTYPES
+from blockshock.phases.case import Case, about
 
-PHASES = ("forward", "forward_backward")
 BUILDERS = {  # what a pattern's text may name
     build.__name__: build
     for build in (
@@ -31,57 +28,32 @@ WHOLE_SCORES = 2**31  # entries; `reference` holds several tensors of so many
 
 
 @dataclass(frozen=True)
-class AttentionCase:
+class AttentionCase(Case):
     """One measurement: a method of attention in a phase, with sizes, dtype and mask.
 
-    q [batch, heads, Tq, D], k and v [batch, kv_heads, Tk, D]; Tk is Tq and kv_heads is heads where
-    None. causal: ANDed with the pattern. pattern: None, or text such as "band(256)"; see
-    `parse_pattern`. tier: a label for plots, or None. ranks: of the run; only 1 can measure it.
+    q [batch, heads, Tq, D], k and v [batch, kv_heads, Tk, D].
     """
 
-    parameters: ClassVar = (  # of a bench function, beside `options`
-        "method", "batch", "heads", "Tq", "Tk", "D", "dtype", "causal", "pattern",
-    )  # fmt: skip
+    methods: ClassVar = METHODS
+    prefix: ClassVar = "attention_"
 
-    phase: str
-    method: str
-    batch: int
-    heads: int
-    Tq: int
-    D: int
-    Tk: int | None = None
-    kv_heads: int | None = None
-    dtype: str = "bf16"
-    causal: bool = False
-    pattern: str | None = None
-    tier: str | None = None
-    seed: int = 0
-    ranks: int = 1
-    family: str = "attention"
+    batch: int = about("sequences")
+    heads: int = about("heads of q")
+    Tq: int = about("queries of a sequence")
+    D: int = about("entries of a head")
+    Tk: int | None = about("keys of a sequence; Tq if left out", None)
+    kv_heads: int | None = about("heads of k and v; heads if left out", None)
+    causal: bool = about("query i sees keys up to i, beside what the pattern says", False)
+    pattern: str | None = about(
+        f"which pairs attend, such as `band(256)`; builders: {', '.join(BUILDERS)}", None
+    )
+    tier: str | None = about("a label for plots, no part of the id", None, labels=SIZES)
+    family: str = about("what is computed", "attention", kw_only=True)
+    ranks: int = about("of the run; only 1 can measure it", 1, kw_only=True)
 
     def __post_init__(self):
-        for name, valid in (
-            ("family", ("attention",)),
-            ("phase", PHASES),
-            ("method", METHODS),
-            ("dtype", DTYPES),
-        ):
-            if getattr(self, name) not in tuple(valid):
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}; use one of {', '.join(valid)}"
-                )
-        for name, other in (("Tk", "Tq"), ("kv_heads", "heads")):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(self, other))
-        for name in (*SIZES, "ranks", "seed"):
-            value, least = getattr(self, name), 0 if name == "seed" else 1
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} = {value!r} must be a whole number, {least} or more")
-        if not isinstance(self.causal, bool):
-            raise ValueError(f"causal = {self.causal!r} must be true or false")
-        for name in ("tier", "pattern"):
-            if not isinstance(getattr(self, name), str | None):
-                raise ValueError(f"{name} = {getattr(self, name)!r} must be text; put it in quotes")
+        super().__post_init__()
+        self._fill(Tk=self.Tq, kv_heads=self.heads)
         if self.pattern is not None:
             parse_pattern(self.pattern, self.Tq)
             object.__setattr__(self, "pattern", self.pattern.replace(" ", ""))
@@ -89,12 +61,7 @@ class AttentionCase:
     @property
     def function(self):
         """The method."""
-        return METHODS[self.method]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as PyTorch names it."""
-        return DTYPES[self.dtype]
+        return self.methods[self.method]
 
     @property
     def mask(self) -> patterns.Pattern | None:
@@ -133,16 +100,6 @@ class AttentionCase:
         return "-".join(parts)
 
     @property
-    def name(self) -> str:
-        """flash_triton-B4-H16-T4096-D128-bf16-causal: unique within a phase."""
-        return f"{self.label}-{self.point_label}"
-
-    @property
-    def id(self) -> str:
-        """attention_forward/flash_triton-B4-…: the same in every run."""
-        return f"attention_{self.phase}/{self.name}"
-
-    @property
     def point(self) -> "AttentionCase":
         """What the methods measured side by side have in common, as a case of reference."""
         return replace(self, method="reference")
@@ -172,10 +129,6 @@ class AttentionCase:
             self.mask,
             backward=self.phase == "forward_backward",
         )
-
-    def as_dict(self) -> dict:
-        """For the result file."""
-        return asdict(self)
 
 
 def parse_pattern(text: str, Tq: int) -> patterns.Pattern:

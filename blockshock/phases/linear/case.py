@@ -1,104 +1,103 @@
-"""A case: one point of the experiment. Everything it does is seeded by it."""
+"""A case of a linear layer: one point of the experiment."""
 
 import zlib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar
-
-import torch
 
 from blockshock import masks, workloads
 from blockshock.linear import METHODS
+from blockshock.phases.case import Case, about, known
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PHASES = ("correctness", "forward", "backward", "training", "drift")
 OPTIMIZERS = ("sgd", "momentum", "adam")
-FAMILIES = {"linear": METHODS}
 WHOLE_ENTRIES = 2**30  # of a weight; what compares whole weights in float32 needs several of them
-TEXTS = ("family", "phase", "method", "dtype", "input", "loss", "target")
-NAMES = ("mask", "kernel", "reduce", "policy", "optimizer", "weight")  # None, or text
-SHOWN = ("input", "loss", "target", "weight", "bias", "seed")  # in a name, when not the default
+CHOSEN = ("mask", "kernel", "reduce")  # what a method has choices of; None becomes its usual one
+
+
+def _names(attribute: str) -> str:
+    """What the methods have under that name, in words."""
+    found = dict.fromkeys(name for cls in METHODS.values() for name in getattr(cls, attribute, ()))
+    return ", ".join(f"`{name}`" for name in found)
 
 
 @dataclass(frozen=True)
-class Case:
-    """One measurement: a method of a family in a phase, with sizes, dtype and options.
+class LinearCase(Case):
+    """One measurement: a method in a phase, with sizes, dtype and options."""
 
-    N, K, B: rows and columns of the weight, rows of the input. mask, policy, optimizer: None where
-    the method or phase has none. kernel, reduce: what multiplies and what sums over ranks, of the
-    method's own `kernels` and `reduces`; None becomes its usual one, and stays where it has none.
-    loss, target: names in `workloads`. input: a name there, with
-    options as in "mlp:activation=silu+layer_norm=true", or "file:PATH[:TENSOR]". weight: None for a
-    seeded normal weight, or "PATH[:TENSOR]". steps: of drift. ranks: that share the layer.
-    """
+    methods: ClassVar = METHODS
+    prefix: ClassVar = ""
 
-    parameters: ClassVar = ("method", "N", "B", "dtype", "mask")  # of a bench function
-
-    phase: str
-    method: str
-    N: int
-    B: int
-    K: int | None = None
-    dtype: str = "bf16"
-    mask: str | None = None
-    kernel: str | None = None
-    reduce: str | None = None
-    policy: str | None = None
-    optimizer: str | None = None
-    input: str = "gaussian"
-    loss: str = "mse_target"
-    target: str = "normal"
-    weight: str | None = None
-    bias: bool = True
-    steps: int | None = None
-    ranks: int = 2
-    seed: int = 0
-    family: str = "linear"
+    N: int = about("rows of the weight")
+    B: int = about("rows of the input (tokens)")
+    K: int | None = about("columns of the weight; N if left out", None)
+    mask: str | None = about(
+        "pattern of term 0; the method's usual one if left out, null where it has none",
+        None,
+        names=masks.PATTERNS,
+        axis=["usual"],
+        per_method=True,
+    )
+    kernel: str | None = about(
+        f"what multiplies: {_names('kernels')} (auto: the method chooses, `paths` says what); null "
+        "where it has no choice",
+        None,
+        axis=["usual"],
+        per_method=True,
+    )
+    reduce: str | None = about(
+        f"what sums partial products over the ranks: {_names('reduces')} (collective: NCCL, gloo; "
+        "auto: the method chooses); null where nothing is chosen",
+        None,
+        axis=["usual"],
+        per_method=True,
+    )
+    policy: str | None = about(
+        f"how the weight is kept while it is trained: {_names('policies')} (the bias alone is "
+        "trained when frozen)",
+        None,
+        axis=["all"],
+        only="training",
+        per_method=True,
+    )
+    optimizer: str | None = about(
+        "what updates the weight", None, names=OPTIMIZERS, axis=["sgd"], only="training"
+    )
+    input: str = about(
+        'kind of input, with options as in "mlp:activation=silu+layer_norm=true", or '
+        '"file:PATH[:TENSOR]"',
+        "gaussian",
+        shown=True,
+    )
+    loss: str = about("the loss", "mse_target", names=workloads.LOSSES, only="training", shown=True)
+    target: str = about(
+        "what the loss compares with",
+        "normal",
+        names=workloads.TARGETS,
+        only="training",
+        shown=True,
+    )
+    weight: str | None = about(
+        'the weight\'s file, "PATH[:TENSOR]"; null: seeded and normal', None, shown=True
+    )
+    bias: bool = about("whether there is a bias", True, shown=True)
+    steps: int | None = about("how often the output is fed back", None, axis=[8], only="drift")
+    family: str = about("what is computed", "linear", kw_only=True)
+    ranks: int = about("how many share the layer", 2, kw_only=True)
 
     def __post_init__(self):
-        self._check_types()
-        _known("family", self.family, FAMILIES)
-        _known("phase", self.phase, PHASES)
-        _known("method", self.method, FAMILIES[self.family])
-        _known("dtype", self.dtype, DTYPES)
-        _known("mask", self.mask, (None, *masks.PATTERNS))
-        _known("policy", self.policy, (None, *self.cls.policies))
-        _known("optimizer", self.optimizer, (None, *OPTIMIZERS))
-        _known("loss", self.loss, workloads.LOSSES)
-        _known("target", self.target, workloads.TARGETS)
-        _known("input", self.input.partition(":")[0], workloads.INPUTS)
-        if self.K is None:
-            object.__setattr__(self, "K", self.N)
-        for name in ("kernel", "reduce"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, usual(self.cls, name))
-        for name in ("mask", "kernel", "reduce"):
+        super().__post_init__()
+        known("policy", self.policy, (None, *self.cls.policies))
+        known("input", self.input.partition(":")[0], workloads.INPUTS)
+        self._fill(K=self.N, kernel=usual(self.cls, "kernel"), reduce=usual(self.cls, "reduce"))
+        for name in CHOSEN:
             value, taken = getattr(self, name), choices(self.cls, name)
             if value is not None and value not in taken:
-                known = ", ".join(taken) or "none"
-                raise ValueError(f"{self.method} does not take {name} {value!r}; it takes {known}")
-
-    def _check_types(self):
-        for name in (*TEXTS, *NAMES):
-            value = getattr(self, name)
-            if not isinstance(value, str) and (name in TEXTS or value is not None):
-                raise ValueError(f"{name} = {value!r} must be text; put it in quotes")
-        for name in ("N", "B", "K", "steps", "ranks", "seed"):
-            value, least = getattr(self, name), 0 if name == "seed" else 1
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            if not whole and not (value is None and name in ("K", "steps")):
-                raise ValueError(f"{name} = {value!r} must be a whole number, {least} or more")
-        if not isinstance(self.bias, bool):
-            raise ValueError(f"bias = {self.bias!r} must be true or false")
+                names = ", ".join(taken) or "none"
+                raise ValueError(f"{self.method} does not take {name} {value!r}; it takes {names}")
 
     @property
     def cls(self):
         """The method's class."""
-        return FAMILIES[self.family][self.method]
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype as PyTorch names it."""
-        return DTYPES[self.dtype]
+        return self.methods[self.method]
 
     @property
     def label(self) -> str:
@@ -125,24 +124,15 @@ class Case:
         ]
         parts += [str(self.optimizer)] if self.optimizer else []
         parts += [f"T{self.steps}"] if self.steps else []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in SHOWN and value != field.default:
-                parts.append(f"{field.name}={str(value).replace('/', '~')}")
+        shown = [f for f in fields(self) if f.metadata.get("shown")]
+        for f in sorted(shown, key=lambda f: f.name == "seed"):  # the seed last
+            value = getattr(self, f.name)
+            if value != f.default:
+                parts.append(f"{f.name}={str(value).replace('/', '~')}")
         return "-".join(parts)
 
     @property
-    def name(self) -> str:
-        """block_shock-N4096-B64-bf16: unique within a phase."""
-        return f"{self.label}-{self.point_label}"
-
-    @property
-    def id(self) -> str:
-        """forward/block_shock-N4096-B64-bf16: the same in every run; `tools.compare` matches it."""
-        return f"{self.phase}/{self.name}"
-
-    @property
-    def point(self) -> "Case":
+    def point(self) -> "LinearCase":
         """What the methods measured side by side have in common, as a case of dense_single."""
         policy = None if self.policy is None else "frozen"
         return replace(
@@ -158,7 +148,7 @@ class Case:
     def options(self) -> dict:
         """Keyword arguments for the method's `from_dense`."""
         own = dict(self.cls.policies[self.policy]) if self.policy else {}
-        chosen = {name: getattr(self, name) for name in ("mask", "kernel", "reduce")}
+        chosen = {name: getattr(self, name) for name in CHOSEN}
         return own | {name: value for name, value in chosen.items() if value is not None}
 
     def unsupported(self, device_type: str) -> str | None:
@@ -189,10 +179,6 @@ class Case:
             **{name: value for name, value in chosen.items() if choices(self.cls, name)},
         )
 
-    def as_dict(self) -> dict:
-        """For the result file."""
-        return asdict(self)
-
 
 def choices(cls, name: str) -> tuple[str, ...]:
     """What a method's class takes as its "mask", "kernel" or "reduce"; () where it has none."""
@@ -204,9 +190,3 @@ def choices(cls, name: str) -> tuple[str, ...]:
 def usual(cls, name: str) -> str | None:
     """The one of `choices` that is meant where none is named, or None."""
     return next(iter(choices(cls, name)), None)
-
-
-def _known(what: str, value, valid) -> None:
-    if value not in valid:
-        names = ", ".join(str(v) for v in valid if v is not None)
-        raise ValueError(f"unknown {what} {value!r}; use one of {names}")

@@ -4,20 +4,20 @@ floor of a step = its products at the layer's cost: `measure.floor`
 """
 
 from blockshock.distributed import symmetric
+from blockshock.linear import ways
 from blockshock.measure.floor import step_floor
-from blockshock.phases import memory
-from blockshock.phases.linear.case import Case, usual
+from blockshock.phases.linear.case import CHOSEN, LinearCase, usual
 from blockshock.phases.linear.problem import Problem, check_data
 
 
-def build(case: Case, problem: Problem):
+def build(case: LinearCase, problem: Problem):
     """The layer, from the point's weight."""
     return case.cls.from_dense(problem.weight, problem.bias, **case.options())
 
 
-def figures(case: Case, layer, problem: Problem, experiment, ceilings: dict | None) -> dict:
-    """For the result: memory, floor, paths."""
-    estimated, actual = memory.of_weight(layer)
+def figures(case: LinearCase, layer, problem: Problem, experiment, ceilings: dict | None) -> dict:
+    """For the result: memory, floor, paths, and the ways of a layer that joins ranks."""
+    estimated, actual = _of_weight(layer)
     floor = None
     if ceilings is not None:
         floor = step_floor(
@@ -37,24 +37,25 @@ def figures(case: Case, layer, problem: Problem, experiment, ceilings: dict | No
         },
         "floor": floor,
         "paths": layer.paths(case.B) if hasattr(layer, "paths") else {},
+        **({"ways": ways.answers(layer, case.B)} if hasattr(layer, "output") else {}),
     }
 
 
-def check_all(cases: list[Case]) -> None:
+def check_all(cases: list[LinearCase]) -> None:
     """`check_data` of every weight and input once."""
     for case in {(c.weight, c.input, c.N, c.K, c.B): c for c in cases}.values():
         check_data(case)
 
 
-def usuals(case: Case) -> dict:
+def usuals(case: LinearCase) -> dict:
     """For the result: what the method uses where nothing is asked."""
     return {
         "usual_mask": usual(case.cls, "mask"),
-        "usual": {name: usual(case.cls, name) for name in ("mask", "kernel", "reduce")},
+        "usual": {name: usual(case.cls, name) for name in CHOSEN},
     }
 
 
-def rates(case: Case, seconds: float, outcome: dict) -> dict:
+def rates(case: LinearCase, seconds: float, outcome: dict) -> dict:
     """Tokens are rows of the input. The dense-equivalent rate counts what the dense layer computes,
     all ranks together: 2·B·N·K for each product of the phase."""
     trained = case.phase == "training" and case.policy != "frozen"
@@ -66,3 +67,11 @@ def rates(case: Case, seconds: float, outcome: dict) -> dict:
         "dense_tflops": count * 2 * case.B * case.N * case.K / seconds / 1e12,
         "limit_fraction": outcome["floor"]["seconds"] / seconds,
     }
+
+
+def _of_weight(layer) -> tuple[int, int]:
+    """(estimated, actual) bytes of a layer's weight on this rank."""
+    if hasattr(layer, "weight_bytes"):
+        return layer.weight_bytes()
+    estimated = layer.weight.nbytes
+    return estimated, estimated + sum(buffer.nbytes for buffer in layer.buffers())

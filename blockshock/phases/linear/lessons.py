@@ -5,16 +5,29 @@ that asks for a kernel and a sum by name beats the one that let the layer choose
 layer could have chosen, the layer chooses that from now on.
 """
 
+from collections.abc import Callable
 from statistics import median
 
 from blockshock import tuning
-from blockshock.phases.linear.case import Case
+from blockshock.phases.linear.case import LinearCase
 
 ASKED = ("kernel", "reduce")
 SIDE = "forward"  # the one phase with one choice in its time
 
 
-def lessons(done: list[tuple[Case, list[float], dict]]) -> list[tuple[str, str, float]]:
+def learn(done: list[tuple[LinearCase, list[float], dict]], run: Callable) -> None:
+    """Has every rank take what was clearly faster. run(function, *args): in all ranks."""
+    if found := lessons(done):
+        run(take, found)
+
+
+def take(found: list[tuple[str, str, float]]) -> None:
+    """In a rank: what `lessons` found."""
+    for lesson in found:
+        tuning.learn(*lesson)
+
+
+def lessons(done: list[tuple[LinearCase, list[float], dict]]) -> list[tuple[str, str, float]]:
     """Of (case, samples, extra_info) measured in turn: arguments for `tuning.learn`, if any."""
     forward = [one for one in done if one[0].phase == SIDE and SIDE in one[2].get("ways", {})]
     learned = []
@@ -32,7 +45,7 @@ def lessons(done: list[tuple[Case, list[float], dict]]) -> list[tuple[str, str, 
     return learned
 
 
-def _asks_for_more(other: Case, case: Case) -> bool:
+def _asks_for_more(other: LinearCase, case: LinearCase) -> bool:
     """Whether another case is the same layer, which leaves less to choose."""
     asked = [(getattr(case, name), getattr(other, name)) for name in ASKED]
     return (

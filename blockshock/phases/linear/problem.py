@@ -17,7 +17,7 @@ from torch import Tensor
 
 from blockshock import sources, workloads
 from blockshock.measure.errors import relative_error
-from blockshock.phases.linear.case import Case
+from blockshock.phases.linear.case import LinearCase
 
 FLOAT64_ENTRIES = 2**29
 
@@ -25,7 +25,7 @@ FLOAT64_ENTRIES = 2**29
 class Problem:
     """The data of one point on this rank's device; the same bits on every rank."""
 
-    def __init__(self, case: Case, device: torch.device):
+    def __init__(self, case: LinearCase, device: torch.device):
         self.device, self.dtype, self.seed = device, case.torch_dtype, case.problem_seed
         self.N, self.K, self.B = case.N, case.K, case.B
         shared = {"dtype": self.dtype, "device": device, "seed": self.seed}
@@ -129,7 +129,7 @@ class TrueWeightGradient:
         return self._dy[:, start:stop].to(self.dtype).t() @ self._x
 
 
-def make_weight(case: Case, *, dtype: torch.dtype, device: torch.device, seed: int):
+def make_weight(case: LinearCase, *, dtype: torch.dtype, device: torch.device, seed: int):
     """The case's weight as a source. Raises ValueError for a file that does not hold it."""
     if case.weight is None:
         return sources.SeededWeight(case.N, case.K, dtype=dtype, device=device, seed=seed)
@@ -143,7 +143,7 @@ def make_weight(case: Case, *, dtype: torch.dtype, device: torch.device, seed: i
     return source
 
 
-def check_data(case: Case) -> None:
+def check_data(case: LinearCase) -> None:
     """Raises ValueError, or ImportError, for a weight or an input that cannot be made.
 
     What files hold is not read, and inputs are tried with one row.

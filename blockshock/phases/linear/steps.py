@@ -6,7 +6,7 @@
     drift         T times Y, normalised in between, against the same chain in float64
 
 (`training` has a file of its own.) A phase is a function of (case, layer, problem) that returns an
-`Experiment`; `FAMILIES` in `families` lists them.
+`Experiment`; the package lists them.
 """
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor
 from blockshock.measure.errors import Figure, figure, relative_error
 from blockshock.measure.regions import region
 from blockshock.phases.experiment import Experiment
-from blockshock.phases.linear.case import Case
+from blockshock.phases.linear.case import LinearCase
 from blockshock.phases.linear.problem import Problem
 
 
-def forward(case: Case, layer, problem: Problem) -> Experiment:
-    """Throughput of Y alone."""
+def forward(case: LinearCase, layer, problem: Problem) -> Experiment:
+    """A forward, Y = X Wᵀ + b, nothing recorded for a backward."""
 
     def step():
         with torch.no_grad(), region("forward"):
@@ -34,8 +34,8 @@ def forward(case: Case, layer, problem: Problem) -> Experiment:
     return experiment
 
 
-def backward(case: Case, layer, problem: Problem) -> Experiment:
-    """Y and the gradient of the input; parameters are frozen."""
+def backward(case: LinearCase, layer, problem: Problem) -> Experiment:
+    """A forward and a backward to the input; the weights are frozen."""
     layer.requires_grad_(False)
     x = problem.x.clone().requires_grad_()
     step = _forward_backward(layer, x, problem.dy)
@@ -51,8 +51,8 @@ def backward(case: Case, layer, problem: Problem) -> Experiment:
     return experiment
 
 
-def correctness(case: Case, layer, problem: Problem) -> Experiment:
-    """Y and all gradients."""
+def correctness(case: LinearCase, layer, problem: Problem) -> Experiment:
+    """A forward and a whole backward: dX, dW and db."""
     x = problem.x.clone().requires_grad_()
     run = _forward_backward(layer, x, problem.dy)
 
@@ -79,8 +79,8 @@ def correctness(case: Case, layer, problem: Problem) -> Experiment:
     return experiment
 
 
-def drift(case: Case, layer, problem: Problem) -> Experiment:
-    """T forward steps, each on the normalised output of the one before; the error of each step."""
+def drift(case: LinearCase, layer, problem: Problem) -> Experiment:
+    """A chain of `steps` forwards, each on the normalised output of the one before."""
     steps = case.steps or 8
 
     def chain(product, x):
@@ -123,7 +123,7 @@ def normalised(x: Tensor) -> Tensor:
     return (x / size).to(x.dtype)
 
 
-def weight_figure(actual: Tensor, layer, source, dense: float, case: Case) -> Figure:
+def weight_figure(actual: Tensor, layer, source, dense: float, case: LinearCase) -> Figure:
     """The error of a parameter-shaped tensor against this rank's part of a true [N, K]."""
     return figure(actual, layer.restrict(source)["weight"], dense, ranks=case.ranks)
 
@@ -140,6 +140,6 @@ def _forward_backward(layer, x: Tensor, dy: Tensor):
     return run
 
 
-def _against(experiment, name, actual, true: tuple[Tensor, float], case: Case) -> Figure:
+def _against(experiment, name, actual, true: tuple[Tensor, float], case: LinearCase) -> Figure:
     experiment.replicated[name] = actual
     return figure(actual, *true, ranks=case.ranks)

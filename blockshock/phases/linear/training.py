@@ -19,15 +19,15 @@ from blockshock import sources, workloads
 from blockshock.measure.errors import figure, relative_error
 from blockshock.measure.regions import region
 from blockshock.phases.experiment import Experiment
-from blockshock.phases.linear.case import Case
+from blockshock.phases.linear.case import LinearCase
 from blockshock.phases.linear.problem import Problem
 from blockshock.phases.linear.steps import backward, weight_figure
 
 STEPS = 10
 
 
-def training(case: Case, layer, problem: Problem) -> Experiment:
-    """One optimizer step of the layer."""
+def training(case: LinearCase, layer, problem: Problem) -> Experiment:
+    """A step: forward, loss, backward, optimizer, and upkeep of the compressed form."""
     trained = case.policy != "frozen"
     layer.weight.requires_grad_(trained)
     x = problem.x.clone().requires_grad_()
@@ -76,7 +76,7 @@ def training(case: Case, layer, problem: Problem) -> Experiment:
     return experiment
 
 
-def make_optimizer(case: Case, parameters, steepness: float) -> torch.optim.Optimizer:
+def make_optimizer(case: LinearCase, parameters, steepness: float) -> torch.optim.Optimizer:
     """The case's optimizer; on CUDA fused, with its state on the device, so a step can be captured.
 
     The rates move weights of size 1/√K by about a third of themselves in ten steps on gaussian
@@ -94,13 +94,13 @@ def make_optimizer(case: Case, parameters, steepness: float) -> torch.optim.Opti
     return torch.optim.SGD(parameters, rate, momentum=momentum, fused=fused)
 
 
-def loss_of(case: Case, y: Tensor, target: Tensor) -> Tensor:
+def loss_of(case: LinearCase, y: Tensor, target: Tensor) -> Tensor:
     """The case's loss, summed over features and averaged over rows."""
     loss = workloads.LOSSES[case.loss](y, target.to(y.dtype))
     return loss / y.shape[0] if case.loss == "sum" else loss * y.shape[1]
 
 
-def _ten_true_steps(case: Case, problem: Problem):
+def _ten_true_steps(case: LinearCase, problem: Problem):
     """(W₁₀ − W₀ of the true layer as a weight source, the yardstick's relative error)."""
     key = (case.optimizer, case.loss)
     cache = problem.__dict__.setdefault("trained", {})
@@ -111,7 +111,7 @@ def _ten_true_steps(case: Case, problem: Problem):
     return cache[key]
 
 
-def _train(case: Case, problem: Problem, dtype: torch.dtype) -> Tensor:
+def _train(case: LinearCase, problem: Problem, dtype: torch.dtype) -> Tensor:
     """W₁₀ − W₀ of a plain dense layer, in the truth's dtype."""
     weight = nn.Parameter(problem.dense_weight(dtype))
     bias = None if problem.bias is None else nn.Parameter(problem.bias.to(dtype, copy=True))

@@ -1,0 +1,63 @@
+"""A made-up family that moves into a copy of the checkout; see tests/sixth_family/README.md."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+collect_ignore = ["sixth_family"]
+# Its line in each registry that there is.
+REGISTRIES = {
+    "blockshock/phases/families.py": (
+        "\nfrom blockshock.phases.vector_sum import FAMILY as vector_sum\n"
+        'FAMILIES["vector_sum"] = vector_sum\n'
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def moved_in(tmp_path_factory):
+    """A checkout with a sixth family: `.root`, `.run(*arguments)`, and `.results()`.
+
+    run: python -m with these arguments there. results: a JSON file of its quick sweep, measured on
+    two CPU ranks at the first call.
+    """
+    root = tmp_path_factory.mktemp("sixth") / "checkout"
+    skipped = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for folder in ("blockshock", "bench", "tools", "tests/sixth_family"):
+        goal = root if folder.endswith("sixth_family") else root / folder
+        shutil.copytree(ROOT / folder, goal, ignore=skipped, dirs_exist_ok=True)
+    for name in ("conftest.py", "pytest.ini", "pyproject.toml"):
+        shutil.copy(ROOT / name, root)
+    for name, line in REGISTRIES.items():
+        with (root / name).open("a") as registry:
+            registry.write(line)
+
+    def run(*arguments):
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RANK"))}
+        return subprocess.run(
+            [sys.executable, "-m", *map(str, arguments)],
+            cwd=root,
+            env={**inherited, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def results():
+        file = root / "sixth.json"
+        if not file.exists():
+            done = run(
+                "pytest", "bench/bench_vector_sum.py", "--device=cpu", "--ranks=2", "--rounds=12",
+                "--results", file,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stdout + done.stderr
+        return file
+
+    return SimpleNamespace(root=root, run=run, results=results)
