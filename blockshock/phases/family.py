@@ -22,8 +22,8 @@ class Family:
     expand: (case class, listed axes, phase, ranks) -> cases. changed: of what was built, the
     tensors which steps change, and which must stay finite. usuals: (case) -> more for the result.
     check_all: raises ValueError or ImportError for cases whose data cannot be made. learn: is given
-    (case, samples, extra_info) of all that was measured side by side, after each point. ranks: the only
-    number of ranks it is measured with, or None.
+    (case, samples, extra_info) of all that was measured side by side, after each point. ranks: the
+    only number of ranks it is measured with, or None.
     """
 
     case: type[Case]
