@@ -17,7 +17,7 @@ class GivenTimes(race.Race):
 
     times: dict[str, float]
     entered: list[str]
-    ran: list[str]
+    ran: list[tuple[int, list[str]]]
 
     def __init__(self, device, group=None):
         self.seconds, self.entered, self.ran = {}, [], []
@@ -32,8 +32,8 @@ class GivenTimes(race.Race):
             self.entered.append(name)
             self.seconds[name] = self.times[name]
 
-    def run(self, names):
-        self.ran = list(names)
+    def run(self, names, rounds):
+        self.ran.append((rounds, list(names)))
 
 
 def stand_ins(patch, folder, times=None):

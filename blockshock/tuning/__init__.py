@@ -28,7 +28,8 @@ from blockshock.tuning.race import Race, Step
 log = logging.getLogger("blockshock.tuning")
 
 MOST = 4096  # answers in memory; beyond it the oldest are asked of the disk again
-KINDS, RIVALS = 1.3, 1.15  # how far behind the first looks a kind, then a candidate, may be
+KINDS = 1.3  # how far behind a kind may be with its first candidate, for the others to enter
+RIVALS = ((1.15, 7), (1.06, 31))  # those so near to the fastest are timed in so many rounds more
 CLEARLY, OFTEN = 0.98, 0.9  # a clearly faster one takes at most this time, in so many rounds
 
 
@@ -134,7 +135,8 @@ def _measured(question: str, kinds: dict, device: torch.device, group) -> Answer
         first, *others = of_kind.items()
         if first[0] in near:
             race.enter(others)
-    race.run(race.near(RIVALS))
+    for factor, rounds in RIVALS:
+        race.run(race.near(factor), rounds)
     (took,) = race._agreed([race.elapsed])
     best = min(race.seconds, key=race.seconds.get)
     answer = Answer(best, "measured", race.seconds, took)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from blockshock.kernels import graphs
 
-LOOKS, ROUNDS = 2, 7  # samples of a first look, and of those that are left
+LOOKS = 2  # samples of a first look
 SAMPLE_SECONDS, MOST_CALLS = 3e-4, 16  # a graph has so many calls that it takes about so long
 SECONDS = 1.0  # once a race has lasted so long, no further candidate enters it
 LEAD_CYCLES = 200_000  # the device idles so long before a sample, while the host queues its work
@@ -59,12 +59,12 @@ class Race:
         names = sorted(self.seconds, key=self.seconds.get)
         return [name for name in names if self.seconds[name] <= factor * best]
 
-    def run(self, names: list[str]) -> None:
+    def run(self, names: list[str], rounds: int) -> None:
         """Times the named ones in turn, round by round; their times are then medians."""
         if len(names) < 2:
             return
         readings = {name: [] for name in names}
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             for place in range(len(names)):
                 name = names[(turn + place) % len(names)]
                 readings[name].append(self._sample(name))
@@ -72,7 +72,7 @@ class Race:
         samples = [reading() for name in names for reading in readings[name]]
         slowest = iter(self._agreed(samples))
         for name in names:
-            self.seconds[name] = median(next(slowest) for _ in range(ROUNDS))
+            self.seconds[name] = median(next(slowest) for _ in range(rounds))
 
     @property
     def elapsed(self) -> float:
