@@ -1,6 +1,7 @@
 """The same interface on ranks that torchrun started: on one node, on two, and when one fails."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,24 @@ ranks.run(sleep_on, 1, timeout=1)
 """
 
 
+# One rank stands still; the other finds no fault in itself.
+STOPPED = """
+import signal
+from blockshock.distributed import waiting
+watch.BEAT_SECONDS, watch.SILENT_SECONDS, waiting.FIRST_SECONDS = 0.5, 2.0, 3.0
+
+def stop_on(rank):
+    if dist.get_rank() == rank:
+        note("about to stop")
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
+
+ranks = open_ranks(2, "cpu", tell=print)
+ranks.run(add_up, 0)
+ranks.run(stop_on, 1, timeout=5)
+"""
+
 PYTEST = ["-m", "pytest", "-q", "-W", "error", "-c", os.devnull, "-p", "no:cacheprovider"]
 
 
@@ -183,6 +202,16 @@ def test_a_rank_that_raises_ends_a_job_that_waits_for_it(tmp_path):
     assert 'raise ValueError("N=1000 must be a multiple of 64")' in out
     assert "rank 0 of 2 ends with the job" in out
     assert "in barrier" in out
+
+
+def test_a_rank_that_stands_still_is_seen_and_named(tmp_path):
+    code, out = finish(launch(tmp_path, STOPPED))
+    assert code != 0
+    said = r"still waiting: rank 0 at the start; rank 1 without a sign of life for \d s \(stopped\?"
+    assert re.search(said + r"\), last seen at: about to stop; 3 s, ends at 5 s", out), out
+    cause = r"rank 1 without a sign of life for \d s .*, in stop_on; the limit is 5 s"
+    assert re.search(cause, out), out
+    assert "rank 0 of 2 did not answer" not in out
 
 
 def test_a_rank_that_hangs_ends_the_job_at_the_deadline(tmp_path):
