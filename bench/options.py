@@ -65,6 +65,8 @@ def check(option) -> str:
     Raises pytest.UsageError.
     """
     option.ranks = _ranks(option.ranks)
+    if option.benchmark_enable:  # it wins over --benchmark-disable
+        option.benchmark_disable = False
     if option.rounds < 1:
         raise pytest.UsageError(f"--rounds {option.rounds}: at least one sample is needed")
     if not 0 < option.deadline < float("inf"):

@@ -68,7 +68,7 @@ class SavedRuns:
         except ValueError:  # a path of several folders
             found = []
         if not found and (wanted is not True or option.benchmark_compare_fail):
-            saved = ", ".join(file.stem for file in storage.query(LATEST)) or "none"
+            saved = ", ".join(file.stem[:24] for file in storage.query(LATEST)) or "none"
             shown = "--benchmark-compare" + ("" if wanted is True else f"={wanted}")
             raise pytest.UsageError(
                 f"{shown}: there is no such saved run in {storage}; saved are: {saved}. "
@@ -81,7 +81,7 @@ class SavedRuns:
         if self.first_to_save:
             lines.append("benchmark: no run is saved yet, so there is nothing to compare with")
         if self.config.option.benchmark_disable:
-            lines.append("benchmark: disabled, so each case runs once, is checked, and is not timed")
+            lines.append("benchmark: disabled; each case runs once and is checked, not timed")
         return lines
 
     @pytest.hookimpl(tryfirst=True)

@@ -5,6 +5,7 @@ measured again with fresh ranks. Cases that found no room beside their neighbour
 them, together; what runs out of memory there as well, alone. A result says what it stood beside.
 """
 
+import statistics
 from dataclasses import replace
 
 from blockshock.distributed import RankFailure
@@ -16,7 +17,6 @@ from blockshock.phases.linear.case import Case
 
 SCHEMA = 1
 OF_SOME = ("drift", "pattern", "work", "profile")  # what not every family, phase or run has
-POINT_SECONDS = 600.0  # deadline of one point: a hang ends there
 
 
 class CaseFailed(Exception):
@@ -24,10 +24,13 @@ class CaseFailed(Exception):
 
 
 class Laboratory:
-    """Measures cases on a pool of ranks and keeps what it measured for the session."""
+    """Measures cases on a pool of ranks and keeps what it measured for the session.
 
-    def __init__(self, ranks, options: Options):
-        self.ranks, self.options = ranks, options
+    deadline: seconds that the cases of one point may take together; a hang ends there.
+    """
+
+    def __init__(self, ranks, options: Options, *, deadline: float = 600.0):
+        self.ranks, self.options, self.deadline = ranks, options, deadline
         self._done: dict[str, dict | Exception] = {}
         self._no_ceilings: RankFailure | None = None
 
@@ -39,7 +42,7 @@ class Laboratory:
         for last in (False, True):
             if self.options.ceilings is None and self._no_ceilings is None:
                 try:
-                    found = self.ranks.run(engine.measure_ceilings)[0]
+                    found = self.ranks.run(engine.measure_ceilings, timeout=self.deadline)[0]
                     self.options = replace(self.options, ceilings=found)
                 except RankFailure as failure:
                     self._no_ceilings = failure if last else None
@@ -52,11 +55,7 @@ class Laboratory:
 
         Raises CaseFailed when it was refused, was wrong, or a rank failed while it was at work.
         """
-        if case.ranks != self.ranks.size:
-            raise CaseFailed(
-                f"{case.id} is for {case.ranks} ranks and {self.ranks.size} run; make it with "
-                f"ranks={self.ranks.size}"
-            )
+        self._require_ranks(case)
         if case.id not in self._done:
             waiting = [c for c in neighbours if c.id not in self._done and c.id != case.id]
             self._measure([case, *waiting])
@@ -64,6 +63,28 @@ class Laboratory:
         if isinstance(done, Exception):
             raise done
         return done["samples"], done["extra_info"]
+
+    def check(self, case: Case) -> None:
+        """Runs a case once and checks what it gives; nothing is timed or kept.
+
+        Raises CaseFailed, as `result` does.
+        """
+        self._require_ranks(case)
+        unmeasured = replace(self.options, rounds=0)
+        try:
+            outcomes = self.ranks.run(
+                engine.measure_point, [case], unmeasured, timeout=self.deadline
+            )
+        except RankFailure as failure:
+            raise CaseFailed(str(failure)) from None
+        _require_right([outcome for (outcome,) in outcomes])
+
+    def _require_ranks(self, case: Case) -> None:
+        if case.ranks != self.ranks.size:
+            raise CaseFailed(
+                f"{case.id} is for {case.ranks} ranks and {self.ranks.size} run; make it with "
+                f"ranks={self.ranks.size}"
+            )
 
     def _measure(self, cases: list[Case]) -> None:
         try:
@@ -77,7 +98,7 @@ class Laboratory:
             before = self._clocks()
             try:
                 outcomes = self.ranks.run(
-                    engine.measure_point, waiting, self.options, timeout=POINT_SECONDS
+                    engine.measure_point, waiting, self.options, timeout=self.deadline
                 )
             except RankFailure as failure:
                 waiting = self._blame(failure, waiting)
@@ -127,17 +148,16 @@ def _merge(case: Case, per_rank, device: str, clocks: dict) -> dict | Exception:
 
     The regions are those of one rank, the slowest, so that they fit together.
     """
-    for key in ("refused", "failed"):
-        reasons = [outcome[key] for outcome in per_rank if key in outcome]
-        if reasons:
-            return CaseFailed(reasons[0])
+    try:
+        _require_right(per_rank)
+    except CaseFailed as failure:
+        return failure
     first = per_rank[0]
     calls = first["timing"]["calls_per_sample"]
     try:
         samples = clock.slowest([outcome["times"] for outcome in per_rank], calls)
     except ValueError as error:
         return CaseFailed(f"{case.id}: {error}")
-    median = sorted(samples)[len(samples) // 2]
     info = {
         "schema": SCHEMA,
         "id": case.id,
@@ -152,12 +172,19 @@ def _merge(case: Case, per_rank, device: str, clocks: dict) -> dict | Exception:
         ),
         "memory": _largest([outcome["memory"] for outcome in per_rank]),
         "floor": first["floor"],
-        "rates": family(case).rates(case, median, first),
+        "rates": family(case).rates(case, statistics.median(samples), first),
         "paths": first["paths"],
         "clocks": clocks if clocks["before"] else None,
     }
     info |= {key: first[key] for key in OF_SOME if key in first}
     return {"samples": samples, "extra_info": info}
+
+
+def _require_right(per_rank) -> None:
+    for key in ("refused", "failed"):
+        reasons = [outcome[key] for outcome in per_rank if key in outcome]
+        if reasons:
+            raise CaseFailed(reasons[0])
 
 
 def _worst(errors: list[dict]) -> dict:
