@@ -27,6 +27,7 @@ class SafeResults:
         self.target = self.partial = None
         self.cut_short = ""  # by what
         self.told = ""  # the last line of the run
+        self.stream: Unbroken | None = None
         self.empty: list[str] = []  # benchmark files of which the sweep has no case
         if not config.option.results or hasattr(config, "workerinput"):
             return
@@ -39,8 +40,15 @@ class SafeResults:
             self.target.parent.mkdir(parents=True, exist_ok=True)
             _remove_stale(self.target.parent, begin)
             self.partial.touch()  # what cannot be written is better known now
+            config.add_cleanup(lambda: self.partial.unlink(missing_ok=True))
         except OSError as error:
             raise pytest.UsageError(f"--results {self.target} cannot be written: {error}") from None
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionstart(self, session):
+        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+        if self.target and reporter is not None:
+            reporter._tw._file = self.stream = Unbroken(reporter._tw._file, self.target)
 
     def pytest_collectreport(self, report):
         name = report.nodeid.rpartition("/")[2]
@@ -56,7 +64,7 @@ class SafeResults:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session):
-        if session.exitstatus == pytest.ExitCode.INTERNAL_ERROR:  # as by a closed stdout
+        if session.exitstatus == pytest.ExitCode.INTERNAL_ERROR:
             self.cut_short = self.cut_short or "ended early"
         try:
             self.told = self._keep(session)
@@ -66,10 +74,10 @@ class SafeResults:
                 self.told = f"interrupted while it ended: {self._unwritten()}"
             raise
         finally:
-            if self.partial:
-                self.partial.unlink(missing_ok=True)
             if self.told:
                 say(session.config, self.told)
+            if self.stream:
+                self.stream.close_for_good()
 
     def _keep(self, session) -> str:
         """Writes the results; the line that tells about it."""
@@ -129,17 +137,57 @@ class SafeResults:
         return f"{self.target} was not written{stays}"
 
 
+class Unbroken:
+    """The terminal's stream, whose reader may go (`| head`): then the run goes on without it."""
+
+    def __init__(self, stream, target: Path):
+        self._stream, self._target, self.gone = stream, target, False
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def close_for_good(self) -> None:
+        """Where the reader has gone: lets the interpreter's last flush pass."""
+        self.flush()
+        if self.gone:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+    def _try(self, call, *args) -> None:
+        if self.gone:
+            return
+        try:
+            call(*args)
+        except BrokenPipeError:
+            self.gone = True
+            to_stderr(f"stdout was closed; the run goes on, for {self._target}")
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+
 def say(config, text: str) -> None:
-    """Prints a line; on stderr where stdout was closed, as by `| head`."""
+    """Prints a line; on stderr where stdout was closed."""
     reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None:
+        return
     try:
-        if reporter is not None:
-            reporter.ensure_newline()
-            reporter.write_line(text, bold=True)
-            reporter.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(f"{text}\n")
+        reporter.ensure_newline()
+        reporter.write_line(text, bold=True)
+        reporter.flush()
+    except OSError:
+        to_stderr(text)
+    if getattr(reporter._tw._file, "gone", False):
+        to_stderr(text)
+
+
+def to_stderr(text: str) -> None:
+    with contextlib.suppress(OSError):  # it may be the same pipe
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def end_in_order_on_sigterm(config) -> None:

@@ -71,10 +71,13 @@ def term_unsupported(columns: int, ranks: int, *, multiple: int = 4) -> str | No
             f"{ranks} rank{'' if ranks == 1 else 's'} cannot hold pairs of complementary terms; "
             "use an even number of ranks, or a dense method"
         )
-    if columns % (multiple * (ranks // 2)):
+    shards = ranks // 2
+    if columns % multiple:
+        return f"K = {columns} is not a multiple of {multiple}; pad it to one of {multiple * shards}"
+    if columns % (multiple * shards):
         return (
-            f"K = {columns} is not a multiple of {multiple * (ranks // 2)} "
-            f"({multiple} for each of {ranks // 2} column shards); pad it or use fewer ranks"
+            f"K = {columns} is not a multiple of {multiple * shards} "
+            f"({multiple} for each of {shards} column shards); pad it or use fewer ranks"
         )
     return None
 
