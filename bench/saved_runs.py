@@ -82,6 +82,8 @@ class SavedRuns:
             lines.append("benchmark: no run is saved yet, so there is nothing to compare with")
         if self.config.option.benchmark_disable:
             lines.append("benchmark: disabled; each case runs once and is checked, not timed")
+        if self.config.option.benchmark_cprofile:
+            lines.append("benchmark: cProfile sees this process only; --profile shows the ranks")
         return lines
 
     @pytest.hookimpl(tryfirst=True)

@@ -83,7 +83,8 @@ class SafeResults:
         """Writes the results; the line that tells about it."""
         config = session.config
         plugin = config.pluginmanager.get_plugin("pytest-benchmark")
-        measured = [one for one in plugin.benchmarks if one.stats.data] if plugin else []
+        measured = plugin.benchmarks if plugin else []
+        measured = [one for one in measured if one.stats.data and not one.has_error]
         if not measured:
             return self._why_nothing(session)
         if not self.target:

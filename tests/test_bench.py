@@ -14,24 +14,12 @@ import pytest
 from _pytest.terminal import TerminalReporter
 
 from bench import reporting
+from blockshock.distributed import Ranks
 from blockshock.phases import session
 
 ROOT = Path(__file__).parents[1]
+ONE = ("--set", "N=64", "--set", "B=8", "--set", "method=dense_single")
 SMALL = ("--set", "N=64", "--set", "B=8", "--set", "optimizer=sgd", "--set", "steps=3")
-
-
-@pytest.fixture
-def bench(pytester):
-    """Runs `pytest bench` on two CPU ranks, inside this process, with small cases."""
-
-    def run(*args, files=("bench",)):
-        paths = [ROOT / file for file in files]
-        return pytester.runpytest_inprocess(
-            "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}", "-p", "no:cacheprovider",
-            "--device=cpu", "--rounds=5", *args, *paths, no_reraise_ctrlc=True,
-        )  # fmt: skip
-
-    return run
 
 
 def results(path):
@@ -47,6 +35,7 @@ def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
     assert "bench_training[block_shock-packed_master-N64-B8-bf16-sgd]" in by_name
     out.stdout.fnmatch_lines(["[[]1/38] bench_backward*N64-B8-bf16*ms  (37 left, about*)"])
     out.stdout.fnmatch_lines(["[[]38/38]*(done)"])
+    assert out.outlines[-1] == f"38 of 38 cases are in {tmp_path / 'r.json'}"
     facts = saved["machine_info"]["blockshock"]
     assert facts["device"] == "CPU (2 gloo ranks)"
     assert facts["ceilings"]["matrix_flops"]["bf16"] > 0
@@ -110,6 +99,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
         (["--profile", str(ROOT / "bench/bench_forward.py")], "*put --profile last*"),
         (["--profile", str(ROOT / "bench")], "*put --profile last, or write --profile=DIR*"),
         (["--results", "/dev/null"], "*/dev/null is no file*"),
+        (["--deadline", "0"], "*--deadline 0: a number of seconds above 0*"),
         (["--ranks", "0"], "*--ranks 0: at least one*"),
         (["--results", "/proc/nowhere/r.json"], "*cannot be written*"),
     ],
@@ -215,31 +205,42 @@ def test_an_interrupt_before_any_case_says_that_no_file_was_written(interrupted,
     assert files(tmp_path) == (["r.json"] if before else [])
 
 
-def test_a_second_interrupt_while_the_ranks_end_says_that_no_file_was_written(tmp_path):
-    lines = []
-    reporter = SimpleNamespace(
-        ensure_newline=lambda: None, write_line=lambda text, red: lines.append(text)
-    )
-    config = SimpleNamespace(
-        option=SimpleNamespace(results=tmp_path / "r.json"),
-        pluginmanager=SimpleNamespace(get_plugin=lambda name: reporter),
-    )
-    ending = reporting.SafeResults(config).pytest_sessionfinish(SimpleNamespace(config=config))
-    next(ending)
+def test_a_second_interrupt_while_the_ranks_end_loses_nothing(bench, tmp_path, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ranks, "close", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        ending.throw(KeyboardInterrupt)
-    assert lines == [f"interrupted while it ended: {tmp_path}/r.json was not written"]
-    assert files(tmp_path) == []
+        bench(*ONE, "--results", tmp_path / "r.json", files=["bench/bench_forward.py"])
+    assert len(results(tmp_path / "r.json")[1]) == 1
+    assert files(tmp_path) == ["r.json"]
 
 
-@pytest.mark.parametrize("args", [("--set", "N=100", "--set", "B=8"), ("-k", "nothing")])
-def test_a_run_that_measured_nothing_says_that_no_file_was_written(bench, tmp_path, args):
-    args = (*args, "--set", "method=block_shock", "--results", tmp_path / "r.json")
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (("--set", "N=100"), "each was skipped or failed, as told above"),
+        (("-k", "nothing"), "none was selected"),
+        (("--benchmark-disable",), "benchmarks are disabled"),
+    ],
+)
+def test_a_run_that_measured_nothing_says_why_and_that_no_file_was_written(
+    bench, tmp_path, args, why
+):
+    args = (*SMALL, "--set", "method=block_shock", *args, "--results", tmp_path / "r.json")
     out = bench(*args, files=["bench/bench_forward.py"])
-    out.stdout.fnmatch_lines(["no case was measured: *r.json was not written"])
+    out.stdout.fnmatch_lines([f"no case was measured: {why}; *r.json was not written"])
     assert files(tmp_path) == []
     listed = bench(*args, "--collect-only", files=["bench/bench_forward.py"])
     assert not any("was measured" in line for line in listed.outlines)
+
+
+def test_benchmarks_of_which_the_sweep_has_no_case_say_so(bench):
+    out = bench(files=["bench/bench_attention.py"])
+    assert out.ret == pytest.ExitCode.NO_TESTS_COLLECTED
+    out.stdout.fnmatch_lines(
+        ["no case was measured: the sweep quick has none of *bench_attention.py; *--sweep*"]
+    )
 
 
 def test_seeds_are_cases_of_their_own(bench, tmp_path):
@@ -276,12 +277,6 @@ def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, t
     out.stdout.fnmatch_lines(["*could not be saved*File too large*untouched*"])
     assert target.read_text() == "earlier"
     assert list(target.parent.iterdir()) == [target]
-
-
-def test_benchmarks_refuse_to_run_where_they_would_not_be_recorded(bench):
-    out = bench(*SMALL, "--benchmark-disable", files=["bench/bench_forward.py"])
-    out.assert_outcomes(failed=6)
-    out.stdout.fnmatch_lines(["*benchmarks are disabled here*"])
 
 
 def test_the_time_that_is_left_counts_points_and_not_cases(monkeypatch):

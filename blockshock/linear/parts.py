@@ -71,14 +71,11 @@ def term_unsupported(columns: int, ranks: int, *, multiple: int = 4) -> str | No
             f"{ranks} rank{'' if ranks == 1 else 's'} cannot hold pairs of complementary terms; "
             "use an even number of ranks, or a dense method"
         )
-    shards = ranks // 2
-    if columns % multiple:
-        return f"K = {columns} is not a multiple of {multiple}; pad it to one of {multiple * shards}"
+    shards, rule = ranks // 2, f"K = {columns} is not a multiple of {multiple * (ranks // 2)}"
+    if columns % multiple:  # for any number of ranks
+        return f"{rule}; pad it"
     if columns % (multiple * shards):
-        return (
-            f"K = {columns} is not a multiple of {multiple * shards} "
-            f"({multiple} for each of {shards} column shards); pad it or use fewer ranks"
-        )
+        return f"{rule} ({multiple} for each of {shards} column shards); pad it or use fewer ranks"
     return None
 
 

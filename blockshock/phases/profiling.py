@@ -40,9 +40,9 @@ def profile(step, case: Case, folder: str) -> str:
 
 
 def file_name(name: str) -> str:
-    """`name` for a file: no slashes, and what is long is cut and told apart by a digest."""
+    """`name` for a file: without slashes and not too long; a digest tells changed ones apart."""
     plain = name.replace("/", "_")
-    if len(plain.encode()) <= NAME_BYTES:
+    if plain == name and len(plain.encode()) <= NAME_BYTES:
         return plain
     digest = hashlib.sha256(name.encode()).hexdigest()[:12]
     return plain.encode()[: NAME_BYTES - 13].decode(errors="ignore") + "-" + digest
