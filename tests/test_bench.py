@@ -112,6 +112,21 @@ def test_a_wrong_option_is_one_clear_error(bench, args, message):
     assert not any("Traceback" in line for line in everything)
 
 
+def test_a_number_of_ranks_that_is_none_is_one_clear_error(bench, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    out = bench("--collect-only")
+    assert out.ret == pytest.ExitCode.USAGE_ERROR
+    out.stderr.fnmatch_lines(["*WORLD_SIZE=x in the environment is not a number: unset it*"])
+
+
+def test_one_variable_of_torchrun_alone_makes_no_job_of_it(bench, tmp_path, monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    out = bench(*ONE, "--results", tmp_path / "r.json", files=["bench/bench_forward.py"])
+    out.stdout.fnmatch_lines(["[[]1/1]*(done)"])
+    assert results(tmp_path / "r.json")[0]["machine_info"]["blockshock"]["ranks"] == 2
+
+
 def test_a_file_of_another_shape_is_one_clear_error(bench, tmp_path):
     numpy = pytest.importorskip("numpy")
     numpy.save(tmp_path / "w.npy", numpy.ones((64, 32), dtype=numpy.float32))
@@ -200,7 +215,7 @@ def test_an_interrupt_before_any_case_says_that_no_file_was_written(interrupted,
         (tmp_path / "r.json").write_text(before)
     out = interrupted(at=1)
     untouched = "; what was there before is untouched" if before else ""
-    line = f"interrupted before a case was measured: *r.json was not written{untouched}"
+    line = f"interrupted before a case was measured; *r.json was not written{untouched}"
     out.stdout.fnmatch_lines([line])
     assert files(tmp_path) == (["r.json"] if before else [])
 

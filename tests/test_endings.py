@@ -44,12 +44,13 @@ def measured(path):
     return len(json.loads(path.read_text())["benchmarks"])
 
 
-class Raises:
-    """A plugin that fails as the session ends, before or after the others."""
+RAISES = """
+import pytest
 
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self):
-        raise PermissionError("a read-only checkout")
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish():
+    raise PermissionError("a read-only checkout")
+"""
 
 
 @pytest.mark.parametrize(
@@ -57,73 +58,83 @@ class Raises:
     [
         ("--junitxml=/proc/nowhere/j.xml",),
         ("--benchmark-json=/proc/nowhere/b.json",),
-        ("-p", "tests.test_endings_plugin"),
+        ("-p", "raises_at_the_end"),
     ],
 )
 def test_what_raises_as_the_session_ends_loses_no_result(forward, tmp_path, monkeypatch, args):
-    monkeypatch.setitem(sys.modules, "tests.test_endings_plugin", Raises())
-    with contextlib.suppress(OSError):  # pytest raises it, in a process of its own
-        forward(*args)
+    (tmp_path / "raises_at_the_end.py").write_text(RAISES)
+    monkeypatch.syspath_prepend(tmp_path)
+    out = forward(*args)
+    assert out.ret == pytest.ExitCode.INTERNAL_ERROR
+    assert any("nowhere" in line or "read-only" in line for line in out.errlines)
+    out.stdout.fnmatch_lines([f"2 of 2 cases are in {tmp_path / 'r.json'}"])
     assert measured(tmp_path / "r.json") == 2
-    assert [path.name for path in tmp_path.iterdir() if path.suffix] == ["r.json"]
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(forward, tmp_path):
     (tmp_path / "file").touch()
-    out = forward("-p", "cacheprovider", "-o", f"cache_dir={tmp_path}/file/cache")
+    out = forward(cache=("-o", f"cache_dir={tmp_path}/file/cache"))
     assert out.ret == 0
     assert measured(tmp_path / "r.json") == 2
     out.stdout.fnmatch_lines([f"2 of 2 cases are in {tmp_path / 'r.json'}"])
 
 
-def test_a_reader_that_goes_ends_no_run(tmp_path):
-    command = subprocess.Popen(
-        [*PROGRAM, "--results", tmp_path / "r.json"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-    command.stdout.readline()
-    command.stdout.close()  # as `head -1` does
-    stderr = command.stderr.read()
-    assert command.wait(timeout=120) == 0, stderr
+# A plugin: times are made up at once, and one method's after its ranks have slept.
+QUICK = """
+import time
+from blockshock.phases.session import Laboratory
+
+def result(self, case, neighbours):
+    if case.method == "{slow}":
+        self.ranks.run(time.sleep, 600, timeout=900)
+    return [1e-3] * 5, dict(schema=1, id=case.id)
+
+Laboratory.ceilings, Laboratory.result = (lambda self: {{}}), result
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts two forward cases as a program; `slow` names the method that takes long."""
+
+    def start(slow, **environ):
+        (tmp_path / "quick_cases.py").write_text(QUICK.format(slow=slow))
+        return subprocess.Popen(
+            [*PROGRAM, "-p", "quick_cases", "--results", tmp_path / "r.json"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | environ | {"PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        )  # fmt: skip
+
+    return start
+
+
+def test_a_reader_that_goes_ends_no_run(start, tmp_path):
+    with start("none") as command:
+        command.stdout.readline()
+        command.stdout.close()  # as `head -1` does
+        stderr = command.stderr.read()
+    assert command.returncode == 0, stderr
+    assert f"stdout was closed; the run goes on, for {tmp_path / 'r.json'}" in stderr
     assert f"2 of 2 cases are in {tmp_path / 'r.json'}" in stderr
     assert "Traceback" not in stderr
     assert measured(tmp_path / "r.json") == 2
 
 
-SLOW = """
-import time
-from blockshock.phases.session import Laboratory
-
-measure = Laboratory.result
-
-def result(self, case, neighbours):
-    if case.method == "dense_tp_row":
-        self.ranks.run(time.sleep, 600, timeout=900)  # in the ranks, as a case that takes long
-    return measure(self, case, [case])
-
-Laboratory.result = result
-"""
-
-
-def test_sigterm_keeps_what_was_measured_and_leaves_no_process_and_no_file(tmp_path):
-    (tmp_path / "slow_case.py").write_text(SLOW)
+def test_sigterm_keeps_what_was_measured_and_leaves_no_process_and_no_file(start, tmp_path):
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    command = subprocess.Popen(
-        [*PROGRAM, "-p", "slow_case", "--results", tmp_path / "r.json"],
-        stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True,
-        env=os.environ | {"TMPDIR": str(temporary), "PYTHONPATH": f"{ROOT}:{tmp_path}"},
-    )  # fmt: skip
-    lines = []
-    while not any(line.startswith("[1/2]") for line in lines):
-        lines.append(command.stdout.readline())
-        assert lines[-1], lines
-    time.sleep(1)  # until the ranks sleep
-    began = time.monotonic()
-    os.kill(command.pid, signal.SIGTERM)
-    lines += command.stdout.read().splitlines()  # ends with the last process that holds it
-    assert command.wait() == 128 + signal.SIGTERM
-    assert time.monotonic() - began < 30
+    with start("dense_tp_row", TMPDIR=str(temporary)) as command:
+        lines = []
+        while not any(line.startswith("[1/2]") for line in lines):
+            lines.append(command.stdout.readline())
+            assert lines[-1], lines
+        while not list(temporary.glob("blockshock-ranks-*/note-1")):
+            time.sleep(0.1)
+        time.sleep(1)
+        os.kill(command.pid, signal.SIGTERM)
+        lines += command.stdout.read().splitlines()  # ends with the last process that holds it
+    assert command.returncode == 128 + signal.SIGTERM
     assert f"ended early: 1 of 2 cases are in {tmp_path / 'r.json'}" in lines
     assert measured(tmp_path / "r.json") == 1
     assert not [path.name for path in temporary.iterdir() if "torchinductor" not in path.name]

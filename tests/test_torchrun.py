@@ -159,7 +159,12 @@ def launch(directory, body, *program, nproc=2, launcher=("--standalone",)):
         stderr=subprocess.STDOUT,
         text=True,
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{directory}",
+            "PYTEST_ADDOPTS": "",
+            "OMP_NUM_THREADS": "1",
+        },
     )
 
 
@@ -178,6 +183,29 @@ def test_a_suite_runs_unchanged_under_torchrun(tmp_path):
     assert code == 0, out
     assert out.count("8 passed") == 2, out
     assert "destroy_process_group" not in out
+
+
+QUICK = """
+from blockshock.phases.session import Laboratory
+
+Laboratory.ceilings = lambda self: {}
+Laboratory.result = lambda self, case, neighbours: ([1e-3] * 5, dict(schema=1, id=case.id))
+"""
+
+
+def test_only_the_first_rank_reports_and_writes(tmp_path):
+    (tmp_path / "quick_cases.py").write_text(QUICK)  # nothing is measured here
+    program = [*PYTEST[:2], "-c", str(ROOT / "pytest.ini"), f"--rootdir={ROOT}", "--device=cpu"]
+    program += ["-p", "no:cacheprovider", "-p", "quick_cases", "--set", "N=64", "--set", "B=8"]
+    program += ["--results=r.json", "--benchmark-json=b.json", "--junitxml=j.xml"]
+    program += ["--benchmark-autosave", f"--benchmark-storage=file://{tmp_path}/saved"]
+    code, out = finish(launch(tmp_path, "", *program, str(ROOT / "bench" / "bench_forward.py")))
+    assert code == 0, out
+    assert out.count("6 of 6 cases are in r.json") == 1
+    assert out.count("[1/6]") == 1
+    assert len(list(tmp_path.glob("saved/*/*.json"))) == 1
+    assert out.count("Wrote benchmark data in") == 1
+    assert out.count("generated xml file") == 1
 
 
 def test_ranks_of_two_nodes_share_nothing_but_the_network(tmp_path):
