@@ -11,7 +11,6 @@ import os
 from collections import defaultdict
 from dataclasses import MISSING, fields
 from inspect import signature
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +20,13 @@ if not torch.cuda.is_available():
     # imports below may do.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from bench import asked
-from bench.reporting import Progress, SafeResults
+from bench import asked, options
+from bench.reporting import Progress
+from bench.saved_runs import SavedRuns
+from bench.saving import SafeResults, end_in_order_on_sigterm
 from blockshock.distributed import RankFailure, open_ranks
 from blockshock.measure import environment
-from blockshock.measure.clock import CACHES, MODES, ReplayClock
+from blockshock.measure.clock import ReplayClock
 from blockshock.phases.engine import Options
 from blockshock.phases.families import FAMILIES
 from blockshock.phases.session import CaseFailed, Laboratory
@@ -36,76 +37,20 @@ CLOCK = ReplayClock()
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("block-shock")
-    add = group.addoption
-    add("--sweep", default="quick", metavar="NAME", help="a file of bench/sweeps, or a path")
-    add(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=V[,V]",
-        help="override an axis of the sweep, e.g. --set N=4096,8192",
-    )
-    add(
-        "--ranks",
-        type=int,
-        help="processes that measure together (default 2, or 1 where what is asked takes one; "
-        "under torchrun, all it started)",
-    )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: cuda with a GPU for each rank, else cpu",
-    )
-    add("--require-gpu", action="store_true", help="what is skipped for want of a GPU fails")
-    add("--results", metavar="FILE", help="write the benchmark JSON here, whole or not at all")
-    add("--rounds", type=int, default=30, help="at most so many samples a case (default 30)")
-    add("--timing", choices=MODES, help="default: graph on GPUs, host on the CPU")
-    add("--l2", choices=CACHES, default="warm", help="what a sample finds in the L2 (GPUs)")
-    add(
-        "--profile",
-        metavar="DIR",
-        nargs="?",
-        const="build/profile",
-        help="write a torch.profiler trace and a kernel table per case (--profile=DIR: there)",
-    )
+    options.add(parser)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpus(n): needs n GPUs; skipped, or failed by --require-gpu")
     families = asked.families(config.args, config.invocation_params.dir)
-    if config.option.ranks is None:
-        config.option.ranks = int(os.environ.get("WORLD_SIZE", asked.ranks(families)))
-    if config.option.ranks < 1:
-        raise pytest.UsageError(f"--ranks {config.option.ranks}: at least one rank is needed")
-    given = int(os.environ.get("WORLD_SIZE", config.option.ranks))
-    if config.option.ranks != given:
-        raise pytest.UsageError(
-            f"--ranks {config.option.ranks}: this job was started with {given} ranks (WORLD_SIZE), "
-            "which cannot be changed from within; leave the option out"
-        )
-    if config.option.rounds < 1:
-        raise pytest.UsageError(f"--rounds {config.option.rounds}: at least one sample is needed")
-    _check_profile(config.option.profile)
-    config.stash[DEVICE] = _device(config.option)
-    host = config.stash[DEVICE] == "cpu"
-    if config.option.timing and (config.option.timing == "host") != host:
-        valid = "host" if host else "graph, events, sync"
-        raise pytest.UsageError(
-            f"--timing {config.option.timing} on {config.stash[DEVICE]}; valid there: {valid}"
-        )
-    if config.option.l2 == "cold" and host:
-        raise pytest.UsageError("--l2 cold on cpu: only a GPU's L2 can be emptied; leave it out")
+    config.stash[DEVICE] = options.check(config.option, ranks=asked.ranks(families))
     config.stash[PLAN] = _plan(config, families)
-    if int(os.environ.get("RANK", 0)):
-        # Under torchrun every rank runs the suite; the first one reports and saves.
-        config.option.results, config.option.verbose = None, -2
-        config.option.benchmark_quiet = True
-    else:
-        config.pluginmanager.register(Progress(config), "block-shock-progress")
+    config.pluginmanager.register(SavedRuns(config), "block-shock-saved-runs")
     config.pluginmanager.register(SafeResults(config), "block-shock-results")
+    if options.first_rank():
+        config.pluginmanager.register(Progress(config), "block-shock-progress")
+        end_in_order_on_sigterm(config)
 
 
 DEVICE = pytest.StashKey()
@@ -168,8 +113,12 @@ def ranks(request):
     option = request.config.option
     device = request.config.stash[DEVICE]
     if device == "cpu" and option.require_gpu:
-        pytest.fail(f"--require-gpu: {option.ranks} GPUs are needed, {_found()}", pytrace=False)
-    with open_ranks(option.ranks, device) as pool:
+        pytest.fail(
+            f"--require-gpu: {option.ranks} GPUs are needed, {options.gpus_found()}", pytrace=False
+        )
+    progress = request.config.pluginmanager.get_plugin("block-shock-progress")
+    tell = progress.tell if progress else None
+    with open_ranks(option.ranks, device, tell=tell) as pool:
         yield pool
 
 
@@ -180,10 +129,11 @@ def laboratory(request, ranks):
     measuring = Options(
         mode=option.timing, l2=option.l2, rounds=option.rounds, profile=option.profile
     )
-    lab = Laboratory(ranks, measuring)
+    lab = Laboratory(ranks, measuring, deadline=option.deadline)
     request.config.stash[LABORATORY] = lab
-    with contextlib.suppress(RankFailure):  # each case will tell
-        lab.ceilings()
+    if not option.benchmark_disable:
+        with contextlib.suppress(RankFailure):  # each case will tell
+            lab.ceilings()
     return lab
 
 
@@ -201,23 +151,27 @@ def neighbours(request):
 
 @pytest.fixture
 def record(benchmark, laboratory, neighbours):
-    """record(case): measures the case beside the other methods of its point, and records it."""
+    """record(case): measures the case beside the other methods of its point, and records it.
+
+    With --benchmark-disable the case is only checked.
+    """
 
     def run(case) -> None:
-        if benchmark.disabled:
-            pytest.fail(
-                "benchmarks are disabled here (by -n or --benchmark-disable)", pytrace=False
-            )
         reason = case.unsupported(laboratory.ranks.device)
         if reason:
             pytest.skip(reason)
         failure = None
         try:
-            samples, info = laboratory.result(case, neighbours[case.point])
+            if benchmark.disabled:
+                laboratory.check(case)
+            else:
+                samples, info = laboratory.result(case, neighbours[case.point])
         except CaseFailed as error:
             failure = str(error)
         if failure:  # raised here, not above: else pytest shows the same text twice
             pytest.fail(failure, pytrace=False)
+        if benchmark.disabled:
+            return
         benchmark.extra_info.update(info)
         CLOCK.replay(benchmark, samples)
 
@@ -253,32 +207,3 @@ def _options(case, shown: list[str]) -> dict:
     default = type(case)(**{name: getattr(case, name) for name in needed}).as_dict()
     shown = ("phase", *shown)
     return {k: v for k, v in case.as_dict().items() if k not in shown and v != default[k]}
-
-
-def _device(option) -> str:
-    needed = int(os.environ.get("LOCAL_WORLD_SIZE", option.ranks))  # torchrun may span hosts
-    enough = environment.gpu_count() >= needed
-    if option.device == "cuda" and not enough:
-        raise pytest.UsageError(
-            f"--device cuda: {needed} GPUs are needed, one for each rank, {_found()}; use "
-            "--device cpu, or fewer --ranks"
-        )
-    if option.device != "auto":
-        return option.device
-    return "cuda" if enough else "cpu"
-
-
-def _check_profile(folder: str | None) -> None:
-    """`--profile` may stand alone, and then takes the path of a benchmark behind it for DIR."""
-    path = Path(folder or ".").absolute()
-    tests = path.suffix == ".py" or "::" in path.name or path.is_file()
-    if folder and (tests or [*path.glob("bench_*.py"), *path.glob("test_*.py")]):
-        raise pytest.UsageError(
-            f"--profile {folder}: traces are not written there; put --profile last, or write "
-            "--profile=DIR"
-        )
-
-
-def _found() -> str:
-    count = environment.gpu_count()
-    return f"found {count}" + ("" if torch.version.cuda else " (a build of torch without CUDA)")

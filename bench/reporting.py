@@ -1,14 +1,12 @@
-"""How a run tells where it stands, and how its results reach the disk: whole or not at all."""
+"""How a run tells where it stands: a line a case, and what a case that takes long waits for."""
 
-import json
-import os
-import platform
+import contextlib
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
-import pytest_benchmark
+
+from bench.saving import say
 
 
 class Progress:
@@ -18,6 +16,12 @@ class Progress:
         self.config, self.done, self.total, self.began = config, 0, 0, time.monotonic()
         self.waiting = Counter()  # cases not yet told, by point
         self.measured = set()  # points
+
+    def tell(self, text: str) -> None:
+        """Prints a line from inside a test, around what captures its output."""
+        capture = self.config.pluginmanager.get_plugin("capturemanager")
+        with capture.global_and_fixture_disabled() if capture else contextlib.nullcontext():
+            say(self.config, text)
 
     def pytest_collection_finish(self, session):
         items = [item for item in session.items if "record" in item.fixturenames]
@@ -39,10 +43,16 @@ class Progress:
     def pytest_runtest_makereport(self, item, call):
         report = yield
         if "record" in getattr(item, "fixturenames", ()):
-            report.bench_result, report.bench_point = None, _point(item)
+            report.bench_result, report.bench_point = "FAILED", _point(item)
             fixture = item.funcargs.get("benchmark")
-            if report.when == "call" and report.passed and fixture is not None and fixture.stats:
-                report.bench_result = fixture.stats.stats.median
+            if report.skipped:
+                reason = report.longrepr[2].removeprefix("Skipped: ")
+                report.bench_result = f"skipped: {reason}"
+            elif report.when == "call" and report.passed and fixture is not None:
+                stats = fixture.stats and fixture.stats.stats
+                report.bench_result = (
+                    f"{stats.median * 1e3:.4g} ms" if stats else "right; not timed"
+                )
         return report
 
     def pytest_report_teststatus(self, report):
@@ -65,7 +75,9 @@ class Progress:
             return
         name = report.nodeid.rpartition("/")[2].partition("::")[2]
         reporter.ensure_newline()
-        reporter.write_line(f"[{self.done}/{self.total}] {name}  {_what(report)}  ({self._left()})")
+        of = f"/{self.total}" if self.total else ""  # workers of xdist know, this process does not
+        left = f"  ({self._left()})" if self.total else ""
+        reporter.write_line(f"[{self.done}{of}] {name}  {report.bench_result}{left}")
 
     def _left(self) -> str:
         """The cases of a point are measured together, before the first of them is told."""
@@ -82,113 +94,3 @@ class Progress:
 
 def _point(item) -> str:
     return item.get_closest_marker("benchmark").kwargs["group"]
-
-
-def _what(report) -> str:
-    if report.bench_result is not None:
-        return f"{report.bench_result * 1e3:.4g} ms"
-    if report.skipped:
-        return f"skipped: {report.longrepr[2].removeprefix('Skipped: ')}"
-    return "FAILED"
-
-
-def _remove_stale(folder: Path, begin: str) -> None:
-    """Removes what a run left that was killed: `begin`PID.partial of no process of this host."""
-    for file in folder.iterdir():
-        pid = file.name.removeprefix(begin).removesuffix(".partial")
-        if file.name == f"{begin}{pid}.partial" and pid.isdigit() and not _alive(int(pid)):
-            file.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
-
-
-class SafeResults:
-    """`--results FILE`: pytest-benchmark writes beside the file, which is replaced at the end."""
-
-    def __init__(self, config):
-        self.target = self.partial = None
-        self.interrupted = False
-        if not config.option.results or hasattr(config, "workerinput"):
-            return
-        self.target = Path(config.option.results)
-        begin = f".{self.target.name}.{platform.node()}."
-        self.partial = self.target.with_name(f"{begin}{os.getpid()}.partial")
-        if self.target.exists() and not self.target.is_file():
-            raise pytest.UsageError(f"--results {self.target} is no file; name one, such as r.json")
-        try:
-            self.target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale(self.target.parent, begin)
-            handle = self.partial.open("wb")
-        except OSError as error:
-            raise pytest.UsageError(f"--results {self.target} cannot be written: {error}") from None
-        # Up to 5.2 pytest-benchmark takes an open file, from 5.3 on a path.
-        if tuple(map(int, pytest_benchmark.__version__.split(".")[:2])) < (5, 3):
-            config.option.benchmark_json = handle
-        else:
-            handle.close()
-            config.option.benchmark_json = str(self.partial)
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_keyboard_interrupt(self):
-        # Not told by the exit status where pytest fails to report the interrupt.
-        self.interrupted = True
-
-    @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_sessionfinish(self, session):
-        if self.target is None:
-            return (yield)
-        try:
-            result = yield
-            self._keep(session)
-        except OSError as error:
-            session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
-            self._say(
-                session,
-                f"the results could not be saved to {self.target}: {error}. "
-                f"{'What was there before is untouched. ' if self.target.exists() else ''}"
-                "Free space, or choose another --results, and run again.",
-            )
-            return None
-        except KeyboardInterrupt:
-            self._say(session, f"interrupted while it ended: {self._unwritten()}")
-            raise
-        finally:
-            self.partial.unlink(missing_ok=True)
-        return result
-
-    def _keep(self, session) -> None:
-        if not self.partial.stat().st_size:
-            if not session.config.option.collectonly:
-                how = "interrupted before a" if self.interrupted else "no"
-                self._say(session, f"{how} case was measured: {self._unwritten()}")
-            return
-        target = self.target
-        if not self.interrupted:
-            self.partial.replace(target)
-            return
-        stays = f"; {target} stays as it was" if target.exists() else ""
-        if stays:
-            names = (target.with_suffix(f".partial{n}.json") for n in ("", *range(2, 10**6)))
-            target = next(name for name in names if not name.exists())
-        measured = len(json.loads(self.partial.read_bytes())["benchmarks"])
-        self.partial.replace(target)
-        cases = sum("record" in item.fixturenames for item in session.items)
-        self._say(session, f"interrupted: {measured} of {cases} cases are in {target}{stays}")
-
-    def _unwritten(self) -> str:
-        stays = "; what was there before is untouched" if self.target.exists() else ""
-        return f"{self.target} was not written{stays}"
-
-    def _say(self, session, text: str) -> None:
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        if reporter is not None:
-            reporter.ensure_newline()
-            reporter.write_line(text, red=True)

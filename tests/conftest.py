@@ -1,4 +1,4 @@
-"""A made-up family that moves into a copy of the checkout; see tests/sixth_family/README.md."""
+"""What tests of whole runs share, and a made-up family; see tests/sixth_family/README.md."""
 
 import os
 import shutil
@@ -61,3 +61,17 @@ def moved_in(tmp_path_factory):
         return file
 
     return SimpleNamespace(root=root, run=run, results=results)
+
+
+@pytest.fixture
+def bench(pytester):
+    """Runs `pytest bench` on two CPU ranks, inside this process, with small cases."""
+
+    def run(*args, files=("bench",), cache=("-p", "no:cacheprovider")):
+        paths = [ROOT / file for file in files]
+        return pytester.runpytest_inprocess(
+            "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}", *cache,
+            "--device=cpu", "--rounds=5", *args, *paths, no_reraise_ctrlc=True,
+        )  # fmt: skip
+
+    return run

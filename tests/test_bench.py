@@ -1,5 +1,6 @@
 """A run of the benchmarks, as a user starts it: what it prints, saves, refuses and survives."""
 
+import contextlib
 import json
 import os
 import platform
@@ -14,25 +15,13 @@ import pytest
 from _pytest.terminal import TerminalReporter
 
 from bench import reporting
+from blockshock.distributed import Ranks
 from blockshock.phases import session
 
 ROOT = Path(__file__).parents[1]
 FORWARD = "bench/bench_linear.py::bench_forward"
+ONE = ("--set", "N=64", "--set", "B=8", "--set", "method=dense_single")
 SMALL = ("--set", "N=64", "--set", "B=8", "--set", "optimizer=sgd", "--set", "steps=3")
-
-
-@pytest.fixture
-def bench(pytester):
-    """Runs `pytest bench` on two CPU ranks, inside this process, with small cases."""
-
-    def run(*args, files=("bench",)):
-        paths = [f"{ROOT / file}" for file in files]
-        return pytester.runpytest_inprocess(
-            "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}", "-p", "no:cacheprovider",
-            "--device=cpu", "--rounds=5", *args, *paths, no_reraise_ctrlc=True,
-        )  # fmt: skip
-
-    return run
 
 
 def results(path):
@@ -48,6 +37,7 @@ def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
     assert "bench_training[block_shock-packed_master-N64-B8-bf16-sgd]" in by_name
     out.stdout.fnmatch_lines(["[[]1/38] bench_correctness*N64-B8-bf16*ms  (37 left, about*)"])
     out.stdout.fnmatch_lines(["[[]38/38]*(done)"])
+    assert out.outlines[-1] == f"38 of 38 cases are in {tmp_path / 'r.json'}"
     facts = saved["machine_info"]["blockshock"]
     assert facts["device"] == "CPU (2 gloo ranks)"
     assert facts["ceilings"]["matrix_flops"]["bf16"] > 0
@@ -111,6 +101,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
         (["--profile", str(ROOT / "bench/bench_linear.py")], "*put --profile last*"),
         (["--profile", str(ROOT / "bench")], "*put --profile last, or write --profile=DIR*"),
         (["--results", "/dev/null"], "*/dev/null is no file*"),
+        (["--deadline", "0"], "*--deadline 0: a number of seconds above 0*"),
         (["--ranks", "0"], "*--ranks 0: at least one*"),
         (["--results", "/proc/nowhere/r.json"], "*cannot be written*"),
     ],
@@ -121,6 +112,21 @@ def test_a_wrong_option_is_one_clear_error(bench, args, message):
     everything = [*out.outlines, *out.errlines]
     assert any(fnmatchcase(line, message) for line in everything), everything
     assert not any("Traceback" in line for line in everything)
+
+
+def test_a_number_of_ranks_that_is_none_is_one_clear_error(bench, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "x")
+    out = bench("--collect-only")
+    assert out.ret == pytest.ExitCode.USAGE_ERROR
+    out.stderr.fnmatch_lines(["*WORLD_SIZE=x in the environment is not a number: unset it*"])
+
+
+def test_one_variable_of_torchrun_alone_makes_no_job_of_it(bench, tmp_path, monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    out = bench(*ONE, "--results", tmp_path / "r.json", files=[FORWARD])
+    out.stdout.fnmatch_lines(["[[]1/1]*(done)"])
+    assert results(tmp_path / "r.json")[0]["machine_info"]["blockshock"]["ranks"] == 2
 
 
 def test_a_file_of_another_shape_is_one_clear_error(bench, tmp_path):
@@ -211,33 +217,36 @@ def test_an_interrupt_before_any_case_says_that_no_file_was_written(interrupted,
         (tmp_path / "r.json").write_text(before)
     out = interrupted(at=1)
     untouched = "; what was there before is untouched" if before else ""
-    line = f"interrupted before a case was measured: *r.json was not written{untouched}"
+    line = f"interrupted before a case was measured; *r.json was not written{untouched}"
     out.stdout.fnmatch_lines([line])
     assert files(tmp_path) == (["r.json"] if before else [])
 
 
-def test_a_second_interrupt_while_the_ranks_end_says_that_no_file_was_written(tmp_path):
-    lines = []
-    reporter = SimpleNamespace(
-        ensure_newline=lambda: None, write_line=lambda text, red: lines.append(text)
-    )
-    config = SimpleNamespace(
-        option=SimpleNamespace(results=tmp_path / "r.json"),
-        pluginmanager=SimpleNamespace(get_plugin=lambda name: reporter),
-    )
-    ending = reporting.SafeResults(config).pytest_sessionfinish(SimpleNamespace(config=config))
-    next(ending)
-    with pytest.raises(KeyboardInterrupt):
-        ending.throw(KeyboardInterrupt)
-    assert lines == [f"interrupted while it ended: {tmp_path}/r.json was not written"]
-    assert files(tmp_path) == []
+def test_a_second_interrupt_while_the_ranks_end_loses_nothing(bench, tmp_path, monkeypatch):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Ranks, "close", interrupt)
+    with contextlib.suppress(KeyboardInterrupt):  # of this process, where pytest has ended
+        bench(*ONE, "--results", tmp_path / "r.json", files=[FORWARD])
+    assert len(results(tmp_path / "r.json")[1]) == 1
+    assert files(tmp_path) == ["r.json"]
 
 
-@pytest.mark.parametrize("args", [("--set", "N=100", "--set", "B=8"), ("-k", "nothing")])
-def test_a_run_that_measured_nothing_says_that_no_file_was_written(bench, tmp_path, args):
-    args = (*args, "--set", "method=block_shock", "--results", tmp_path / "r.json")
+@pytest.mark.parametrize(
+    ("args", "why"),
+    [
+        (("--set", "N=100"), "each was skipped or failed, as told above"),
+        (("-k", "nothing"), "none was selected"),
+        (("--benchmark-disable",), "benchmarks are disabled"),
+    ],
+)
+def test_a_run_that_measured_nothing_says_why_and_that_no_file_was_written(
+    bench, tmp_path, args, why
+):
+    args = (*SMALL, "--set", "method=block_shock", *args, "--results", tmp_path / "r.json")
     out = bench(*args, files=[FORWARD])
-    out.stdout.fnmatch_lines(["no case was measured: *r.json was not written"])
+    out.stdout.fnmatch_lines([f"no case was measured: {why}; *r.json was not written"])
     assert files(tmp_path) == []
     listed = bench(*args, "--collect-only", files=[FORWARD])
     assert not any("was measured" in line for line in listed.outlines)
@@ -277,12 +286,6 @@ def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, t
     out.stdout.fnmatch_lines(["*could not be saved*File too large*untouched*"])
     assert target.read_text() == "earlier"
     assert list(target.parent.iterdir()) == [target]
-
-
-def test_benchmarks_refuse_to_run_where_they_would_not_be_recorded(bench):
-    out = bench(*SMALL, "--benchmark-disable", files=[FORWARD])
-    out.assert_outcomes(failed=6)
-    out.stdout.fnmatch_lines(["*benchmarks are disabled here*"])
 
 
 def test_the_time_that_is_left_counts_points_and_not_cases(monkeypatch):

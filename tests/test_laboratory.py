@@ -4,6 +4,7 @@ import math
 import statistics
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blockshock.distributed import Ranks
 from blockshock.linear import METHODS
 from blockshock.measure import clock
-from blockshock.phases import engine, session
+from blockshock.phases import engine, profiling, session
 from blockshock.phases.engine import Options
 from blockshock.phases.linear.case import LinearCase as Case
 from blockshock.phases.linear.problem import Problem
@@ -50,7 +51,6 @@ def faults(monkeypatch):
     for name, cls in faulty.FAULTS.items():
         monkeypatch.setitem(METHODS, name, cls)
     monkeypatch.setattr(engine, "measure_point", faulty.measure_point)
-    monkeypatch.setattr(session, "POINT_SECONDS", 15.0)
 
 
 def cases(phase, methods, **options):
@@ -134,7 +134,7 @@ def test_a_host_that_idles_between_rounds_changes_no_time(ranks, options):
 def test_a_faulty_method_is_named_and_its_neighbours_are_measured(
     ranks, faults, options, fault, told
 ):
-    lab = Laboratory(ranks, options(rounds=5))
+    lab = Laboratory(ranks, options(rounds=5), deadline=15.0)
     point = cases("forward", ["dense_single", fault, "dense_tp_row"])
     with pytest.raises(CaseFailed, match=told):
         lab.result(point[1], point)
@@ -158,7 +158,7 @@ def test_a_case_is_put_off_where_less_is_free_than_the_one_before_it_took(
 ):
     monkeypatch.setattr(engine, "measure_point", small_room)
     point = cases("forward", ["dense_single", "dense_tp_row", "dense_tp_column"])
-    lab = Laboratory(ranks, options(rounds=5))
+    lab = Laboratory(ranks, options(rounds=5), deadline=15.0)
     for case in point:
         assert lab.result(case, point)[1]["timing"]["interleaved_with"] == []
 
@@ -190,7 +190,7 @@ def test_a_weight_with_nan_ends_in_a_message_that_names_the_place(ranks, options
     weight = numpy.ones((128, 128), dtype=numpy.float32)
     weight[77, 3] = numpy.nan
     numpy.save(tmp_path / "bad.npy", weight)
-    lab = Laboratory(ranks, options(rounds=5))
+    lab = Laboratory(ranks, options(rounds=5), deadline=15.0)
     case = Case("forward", "block_shock", 128, 32, mask="tile", weight=str(tmp_path / "bad.npy"))
     with pytest.raises(CaseFailed, match=r"77.*3"):
         lab.result(case, [case])
@@ -211,7 +211,7 @@ def test_an_activation_from_a_file_and_options_of_an_input_are_measured(ranks, o
     safetensors = pytest.importorskip("safetensors.torch")
     path = tmp_path / "acts.safetensors"
     safetensors.save_file({"layer.3": torch.randn(40, 128), "other": torch.randn(4, 4)}, path)
-    lab = Laboratory(ranks, options(rounds=5))
+    lab = Laboratory(ranks, options(rounds=5), deadline=15.0)
     for text in (f"file:{path}:layer.3", "mlp:activation=swiglu+layer_norm=true"):
         case = Case("forward", "dense_single", 128, 32, input=text)
         assert lab.result(case, [case])[1]["case"]["input"] == text
@@ -262,6 +262,31 @@ def test_profile_writes_a_trace_and_a_kernel_table(ranks, options, tmp_path):
     trace, table = (f"{info['profile']}{end}" for end in (".trace.json", ".kernels.txt"))
     assert "traceEvents" in (tmp_path / trace).read_text()
     assert "allreduce" in (tmp_path / table).read_text().lower()
+
+
+def test_a_name_too_long_for_a_file_is_cut_and_told_apart(ranks, options, tmp_path):
+    numpy = pytest.importorskip("numpy")
+    lab = Laboratory(ranks, options(rounds=5, profile=str(tmp_path)))
+    paths = [tmp_path / ("folder" * 20) / ("weight" * 20) / f"{name}.npy" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        numpy.save(path, numpy.ones((128, 128), dtype=numpy.float32))
+        case = Case("forward", "dense_single", 128, 32, weight=str(path))
+        _, info = lab.result(case, [case])
+        assert Path(f"{info['profile']}.kernels.txt").exists()
+    written = [path for path in tmp_path.iterdir() if path.suffix == ".txt"]
+    assert len(written) == 2  # none over the other, and none in a folder of its own
+    assert profiling.file_name("forward-short") == "forward-short"
+    assert profiling.file_name("w=a/b") != profiling.file_name("w=a_b")
+
+
+def test_a_check_runs_a_case_once_and_times_nothing(lab, faults):
+    (right, wrong) = cases("forward", ["dense_tp_row", "wrong"])
+    assert lab.check(right) is None
+    with pytest.raises(CaseFailed, match="is wrong, so it is not timed"):
+        lab.check(wrong)
+    with pytest.raises(CaseFailed, match="for 4 ranks"):
+        lab.check(replace(right, ranks=4))
 
 
 def test_three_ranks_measure_what_they_can(options):

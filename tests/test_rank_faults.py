@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blockshock.distributed import RankFailure, Ranks
+from blockshock.distributed import RankFailure, Ranks, waiting
 from tests.rank_jobs import (
     FAILURES,
     answer_or_sleep,
@@ -81,11 +81,35 @@ def test_a_crash_shows_the_python_stack(pool):
 def test_a_hang_ends_at_the_deadline_and_shows_where(pool, how):
     failure = failure_of(pool, fail_on, 0, how, timeout=0.5)
     assert failure.kind == "hung"
-    assert str(failure).startswith("ranks 0, 1 of 2 did not answer within 0.5 s, in fail_on")
+    blamed = "ranks 0, 1 of 2 did not answer within 0.5 s, in fail_on"
+    if how == "stop":
+        blamed = "rank 0 of 2 was stopped by a signal (SIGSTOP) and did not answer within 0.5 s"
+    assert str(failure).startswith(blamed)
     assert failure.note == f"about to fail: {how}"
     assert "in barrier" in failure.detail  # rank 1
     if how != "stop":  # a stopped process cannot say
         assert f"in {FAILURES[how].__name__}" in failure.detail
+
+
+def test_a_run_that_takes_long_says_what_it_waits_for(monkeypatch, pool):
+    monkeypatch.setattr(waiting, "FIRST_SECONDS", 0.4)
+    monkeypatch.setattr(waiting, "EVERY_SECONDS", 0.4)
+    lines = []
+    with Ranks(2, device="cpu", timeout=30, tell=lines.append) as ranks:
+        ranks.run(pid)
+        lines.clear()
+        with pytest.raises(RankFailure, match="rank 1 of 2 was stopped by a signal"):
+            ranks.run(fail_on, 1, "stop", timeout=1)
+        first, second = lines
+    assert first.startswith("still waiting: rank 0 at the start; rank 1 stopped by a signal (SIGS")
+    assert first.endswith("at: about to fail: stop; 0 s, ends at 1 s")
+    assert second.endswith("; 1 s, ends at 1 s")
+
+
+def test_ranks_that_are_at_the_same_are_told_together():
+    states = [(0, waiting.at("a")), (1, waiting.at("b")), (2, waiting.at("a"))]
+    assert waiting.in_words(states) == "ranks 0, 2 at: a; rank 1 at: b"
+    assert waiting.at("x", silent=12.3).startswith("without a sign of life for 12 s")
 
 
 def test_one_deadline_holds_for_all_ranks(pool):

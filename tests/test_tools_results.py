@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,31 @@ def test_a_broken_file_is_one_line_that_names_it(good, tmp_path, fault):
     assert str(path) in str(caught.value)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_fault(good, tmp_path):
+    path = tmp_path / "bom.json"
+    path.write_bytes(b"\xef\xbb\xbf" + Path(good).read_bytes())
+    loaded = [result.samples for result in results.load(good).results]
+    assert [result.samples for result in results.load(path).results] == loaded
+
+
+def test_a_terminal_that_knows_ascii_only_shows_question_marks(tmp_path):
+    old, new = (
+        synthetic.write(tmp_path / name, [synthetic.entry("dense_single", 64, 1)])
+        for name in ("old.json", "müde.json")
+    )
+    content = json.loads(Path(new).read_text())
+    content["machine_info"]["blockshock"]["torch"] = "3"
+    Path(new).write_text(json.dumps(content))
+    ended = subprocess.run(
+        [sys.executable, "-m", "tools.compare", old, new],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b" ? 3." in ended.stdout
 
 
 def test_a_missing_file_and_a_folder_are_one_line(tmp_path):

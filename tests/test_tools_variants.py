@@ -121,7 +121,7 @@ def test_a_field_that_one_file_lacks_is_unknown_not_different(tmp_path, new_firs
     data = synthetic.samples(1e-3)
     new = read(tmp_path, [synthetic.entry("block_shock", 64, 1, data=data)])
     before = read(tmp_path, [old(synthetic.entry("block_shock", 64, 1, data=data))], "old")
-    (row,) = compare.compare(*((new, before) if new_first else (before, new))).rows
+    (row,) = compare.compare(*(([new], [before]) if new_first else ([before], [new]))).rows
     assert (row.verdict, row.note) == ("same", "")
 
 
@@ -134,7 +134,7 @@ def test_a_field_that_both_files_have_is_compared_null_too(tmp_path):
     for changes in ({"reduce": "exchange"}, {"kernel": None}, {"heads": 2}):
         value = next(iter(changes.values()))
         first = other("a", **dict.fromkeys(changes, 1 if value == 2 else "auto"))
-        (row,) = compare.compare(first, other("b", **changes)).rows
+        (row,) = compare.compare([first], [other("b", **changes)]).rows
         assert row.verdict == "unsure"
         assert next(iter(changes)) in row.note
 
@@ -149,7 +149,7 @@ def test_cold_caches_are_named_and_never_mixed_in_silence(tmp_path):
     assert "cold L2" not in load(paths[0]).title
     assert "cold L2" in summary.summary(load_by_device(paths[1:]))
     assert any("warm caches" in note for note in load_all(paths).notes)
-    (row,) = compare.compare(load(paths[0]), load(paths[1])).rows
+    (row,) = compare.compare([load(paths[0])], [load(paths[1])]).rows
     assert row.note == "timing l2: warm → cold"
 
 

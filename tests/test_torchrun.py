@@ -1,6 +1,7 @@
 """The same interface on ranks that torchrun started: on one node, on two, and when one fails."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,24 @@ ranks.run(sleep_on, 1, timeout=1)
 """
 
 
+# One rank stands still; the other finds no fault in itself.
+STOPPED = """
+import signal
+from blockshock.distributed import waiting
+watch.BEAT_SECONDS, watch.SILENT_SECONDS, waiting.FIRST_SECONDS = 0.5, 2.0, 3.0
+
+def stop_on(rank):
+    if dist.get_rank() == rank:
+        note("about to stop")
+        time.sleep(1.5)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
+
+ranks = open_ranks(2, "cpu", tell=print)
+ranks.run(add_up, 0)
+ranks.run(stop_on, 1, timeout=5)
+"""
+
 PYTEST = ["-m", "pytest", "-q", "-W", "error", "-c", os.devnull, "-p", "no:cacheprovider"]
 
 
@@ -140,7 +159,12 @@ def launch(directory, body, *program, nproc=2, launcher=("--standalone",)):
         stderr=subprocess.STDOUT,
         text=True,
         cwd=directory,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": "", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{directory}",
+            "PYTEST_ADDOPTS": "",
+            "OMP_NUM_THREADS": "1",
+        },
     )
 
 
@@ -159,6 +183,31 @@ def test_a_suite_runs_unchanged_under_torchrun(tmp_path):
     assert code == 0, out
     assert out.count("8 passed") == 2, out
     assert "destroy_process_group" not in out
+
+
+QUICK = """
+from blockshock.phases.session import Laboratory
+
+Laboratory.ceilings = lambda self: {}
+Laboratory.result = lambda self, case, neighbours: ([1e-3] * 5, dict(schema=1, id=case.id))
+"""
+
+
+def test_only_the_first_rank_reports_and_writes(tmp_path):
+    (tmp_path / "quick_cases.py").write_text(QUICK)  # nothing is measured here
+    program = [*PYTEST[:2], "-c", str(ROOT / "pytest.ini"), f"--rootdir={ROOT}", "--device=cpu"]
+    program += ["-p", "no:cacheprovider", "-p", "quick_cases", "--set", "N=64", "--set", "B=8"]
+    program += ["--results=r.json", "--benchmark-json=b.json", "--junitxml=j.xml"]
+    program += ["--benchmark-autosave", f"--benchmark-storage=file://{tmp_path}/saved"]
+    code, out = finish(
+        launch(tmp_path, "", *program, str(ROOT / "bench" / "bench_linear.py") + "::bench_forward")
+    )
+    assert code == 0, out
+    assert out.count("6 of 6 cases are in r.json") == 1
+    assert out.count("[1/6]") == 1
+    assert len(list(tmp_path.glob("saved/*/*.json"))) == 1
+    assert out.count("Wrote benchmark data in") == 1
+    assert out.count("generated xml file") == 1
 
 
 def test_ranks_of_two_nodes_share_nothing_but_the_network(tmp_path):
@@ -183,6 +232,16 @@ def test_a_rank_that_raises_ends_a_job_that_waits_for_it(tmp_path):
     assert 'raise ValueError("N=1000 must be a multiple of 64")' in out
     assert "rank 0 of 2 ends with the job" in out
     assert "in barrier" in out
+
+
+def test_a_rank_that_stands_still_is_seen_and_named(tmp_path):
+    code, out = finish(launch(tmp_path, STOPPED))
+    assert code != 0
+    said = r"still waiting: rank 0 at the start; rank 1 without a sign of life for \d s \(stopped\?"
+    assert re.search(said + r"\), last seen at: about to stop; 3 s, ends at 5 s", out), out
+    cause = r"rank 1 without a sign of life for \d s .*, in stop_on; the limit is 5 s"
+    assert re.search(cause, out), out
+    assert "rank 0 of 2 did not answer" not in out
 
 
 def test_a_rank_that_hangs_ends_the_job_at_the_deadline(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tools.stats import Interval, ratio
+from tools.stats import Interval, median, ratio
 
 # Order of the legends and tables; a method that is not here follows, by name.
 METHODS = (
@@ -96,9 +96,7 @@ class Result:
     @property
     def median(self) -> float:
         """The median sample in seconds."""
-        ordered = sorted(self.samples)
-        half = len(ordered) // 2
-        return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
+        return median(self.samples)
 
     @property
     def unusual(self) -> dict[str, str]:

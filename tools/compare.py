@@ -1,10 +1,15 @@
 """Two results side by side: how much slower or faster each case became, and whether that is real.
 
     python -m tools.compare OLD NEW [--markdown FILE] [--csv FILE] [--fail-slower 5%]
+    python -m tools.compare OLD OLD OLD --against NEW NEW NEW
 
 The ratio is median(NEW) / median(OLD), with a 95% interval (stats.py). A verdict needs both: the
 ratio beyond the threshold and an interval that excludes 1. "same" is a finding as well: the whole
-interval lies within the threshold. What is neither is "unsure".
+interval lies within the threshold. What is neither is "unsure". Equal samples are always "same".
+
+Two runs of the same code differ by a few percent. With several runs a side (files of the same
+cases) the medians of the runs are averaged, and the interval holds their spread. With one run on
+each side it does not, so only a larger change counts.
 
 A case that was measured in another way (another timing mode, other options under the same id) or
 with fewer than six samples is not judged: its verdict is "unsure", and the note says why. A field
@@ -16,12 +21,23 @@ Exit codes: 0; 1 where --fail-slower found a case that is slower, missing from N
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from tools.cases import CPU_CAVEAT, Result, Results
 from tools.files import ToolError, run, save
 from tools.results import load
-from tools.stats import ENOUGH, THRESHOLD, Interval, judge, ratio
+from tools.stats import (
+    ALONE,
+    ENOUGH,
+    THRESHOLD,
+    Interval,
+    geometric_mean,
+    judge,
+    median,
+    ratio_of_runs,
+)  # fmt: skip
 from tools.tables import Column, as_csv, as_markdown, as_text, change, milliseconds, number
 
 VERDICTS = ("slower", "faster", "unsure", "same")
@@ -29,13 +45,20 @@ VERDICTS = ("slower", "faster", "unsure", "same")
 
 @dataclass(frozen=True)
 class Row:
-    """One case of both files; `ratio` is new over old. `judged` is false where `note` says why."""
+    """One case of both sides, a result a run; `ratio` is new over old. `judged` is false where
+    `note` says why.
+    """
 
-    old: Result
-    new: Result
+    old: tuple[Result, ...]
+    new: tuple[Result, ...]
     ratio: Interval
     verdict: str
     note: str = ""
+
+    @property
+    def id(self) -> str:
+        """The case's."""
+        return self.old[0].id
 
     @property
     def judged(self) -> bool:
@@ -45,13 +68,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All cases of two results: those in both, in reading order, and those in one only."""
+    """All cases of the runs of two sides: those of both, in reading order, and those of one."""
 
-    old: Results
-    new: Results
+    old: tuple[Results, ...]
+    new: tuple[Results, ...]
     rows: tuple[Row, ...]
-    missing: tuple[Result, ...]
-    added: tuple[Result, ...]
+    missing: tuple[tuple[Result, ...], ...]
+    added: tuple[tuple[Result, ...], ...]
 
 
 COLUMNS = (
@@ -66,27 +89,43 @@ COLUMNS = (
 
 
 def compare(
-    old: Results, new: Results, *, threshold: float = THRESHOLD, across_devices: bool = False
+    old: Sequence[Results],
+    new: Sequence[Results],
+    *,
+    threshold: float | None = None,
+    across_devices: bool = False,
 ) -> Comparison:
-    """Match the cases of two results by id and judge each.
+    """Match the cases of the runs of two sides by id and judge each.
 
+    threshold: None is ALONE for a case with one run a side, and THRESHOLD otherwise.
     Raises ToolError when the devices differ, unless `across_devices`.
     """
-    if _device(old) != _device(new) and not across_devices:
-        raise ToolError(
-            f"{old.files[0]} was measured on {_device(old)}, {new.files[0]} on {_device(new)}: "
-            "their times are not comparable; --across-devices compares them all the same"
-        )
-    before = {result.id: result for result in old.results}
-    after = {result.id: result for result in new.results}
+    first = old[0]
+    for results in (*old, *new):
+        if _device(results) != _device(first) and not across_devices:
+            raise ToolError(
+                f"{first.files[0]} was measured on {_device(first)}, {results.files[0]} on "
+                f"{_device(results)}: their times are not comparable; --across-devices compares "
+                "them all the same"
+            )
+    before, after = _by_id(old), _by_id(new)
     rows = [_row(before[key], after[key], threshold) for key in before if key in after]
     return Comparison(
-        old,
-        new,
+        tuple(old),
+        tuple(new),
         tuple(sorted(rows, key=lambda row: VERDICTS.index(row.verdict))),
-        tuple(result for key, result in before.items() if key not in after),
-        tuple(result for key, result in after.items() if key not in before),
+        tuple(runs for key, runs in before.items() if key not in after),
+        tuple(runs for key, runs in after.items() if key not in before),
     )
+
+
+def _by_id(side: Sequence[Results]) -> dict[str, tuple[Result, ...]]:
+    """The results of each case, one a run."""
+    found: dict[str, tuple[Result, ...]] = {}
+    for results in side:
+        for result in results.results:
+            found[result.id] = (*found.get(result.id, ()), result)
+    return found
 
 
 def failures(comparison: Comparison, limit: float) -> list[str]:
@@ -97,12 +136,12 @@ def failures(comparison: Comparison, limit: float) -> list[str]:
         if row.judged and row.ratio.value > 1 + limit and row.ratio.low > 1
     ]
     lines = [
-        f"{row.old.id} is slower: {change(row.ratio.value)}, and {100 * limit:.4g}% is allowed"
+        f"{row.id} is slower: {change(row.ratio.value)}, and {100 * limit:.4g}% is allowed"
         for row in slower
     ]
-    lines += [f"{result.id} is missing from the new results" for result in comparison.missing]
+    lines += [f"{runs[0].id} is missing from the new results" for runs in comparison.missing]
     lines += [
-        f"{row.old.id} could not be judged: {row.note}" for row in comparison.rows if not row.judged
+        f"{row.id} could not be judged: {row.note}" for row in comparison.rows if not row.judged
     ]
     return lines
 
@@ -111,9 +150,9 @@ def as_rows(comparison: Comparison) -> list[dict]:
     """The rows of the table, missing and new cases included."""
     rows: list[dict] = [
         {
-            "id": row.old.id,
-            "old": row.old.median,
-            "new": row.new.median,
+            "id": row.id,
+            "old": _median(row.old),
+            "new": _median(row.new),
             "ratio": row.ratio,
             "change": row.ratio.value,
             "verdict": row.verdict,
@@ -122,12 +161,12 @@ def as_rows(comparison: Comparison) -> list[dict]:
         for row in comparison.rows
     ]
     rows += [
-        {"id": result.id, "old": result.median, "verdict": "missing", "note": "only in old"}
-        for result in comparison.missing
+        {"id": runs[0].id, "old": _median(runs), "verdict": "missing", "note": "only in old"}
+        for runs in comparison.missing
     ]
     rows += [
-        {"id": result.id, "new": result.median, "verdict": "new", "note": "only in new"}
-        for result in comparison.added
+        {"id": runs[0].id, "new": _median(runs), "verdict": "new", "note": "only in new"}
+        for runs in comparison.added
     ]
     return rows
 
@@ -139,16 +178,34 @@ def summary(comparison: Comparison) -> list[str]:
     counts += [f"{len(comparison.missing)} missing", f"{len(comparison.added)} new"]
     lines = [", ".join(counts) + "."]
     if rows:
-        mean = math.exp(sum(math.log(row.ratio.value) for row in rows) / len(rows))
+        mean = geometric_mean([row.ratio.value for row in rows])
         lines.append(f"Geometric mean of new/old over {len(rows)} cases: {change(mean)}.")
+        moved = sorted(max(row.ratio.value, 1 / row.ratio.value) - 1 for row in rows)
+        most = moved[math.ceil(0.95 * len(moved)) - 1]
+        lines.append(
+            f"Half of the cases moved by at most {median(moved):.1%}, 95% by at most {most:.1%}."
+        )
         together = sum((row.ratio.value > 1) == (mean > 1) for row in rows)
         if len(rows) >= 5 and together == len(rows) and abs(mean - 1) > 0.01:
             lines.append(
                 "Every case moved the same way: look at clocks, power cap and versions "
                 "before the code."
             )
-    lines += [f"Differs: {text}." for text in _differences(comparison.old, comparison.new)]
-    if comparison.old.cpu or comparison.new.cpu:
+    if len(comparison.old) == len(comparison.new) == 1:
+        lines.append(
+            "One run a side does not know how much two runs of the same code differ: a change "
+            f"counts from {ALONE:.0%} on unless --threshold says otherwise; several runs a side "
+            "(--against) measure it."
+        )
+    partly = [
+        row.id
+        for row in rows
+        if (len(row.old), len(row.new)) != (len(comparison.old), len(comparison.new))
+    ]
+    if partly:
+        lines.append(f"Not in every file: {len(partly)} cases ({partly[0]}, …).")
+    lines += [f"Differs: {text}." for text in _differences(comparison.old[0], comparison.new[0])]
+    if any(results.cpu for results in (*comparison.old, *comparison.new)):
         lines.append(f"{CPU_CAVEAT}.")
     return lines
 
@@ -157,14 +214,15 @@ def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
     options = _options(argv)
     comparison = compare(
-        load(options.old),
-        load(options.new),
+        [load(path) for path in options.old],
+        [load(path) for path in options.new],
         threshold=options.threshold,
         across_devices=options.across_devices,
     )
     rows, lines = as_rows(comparison), summary(comparison)
     if options.markdown:
-        title = f"## {options.old} → {options.new}\n\n{comparison.new.title}\n\n"
+        names = f"{', '.join(options.old)} → {', '.join(options.new)}"
+        title = f"## {names}\n\n{comparison.new[0].title}\n\n"
         text = title + as_markdown(COLUMNS, rows) + "\n\n" + "\n\n".join(lines) + "\n"
         save(options.markdown, text)
     if options.csv:
@@ -179,19 +237,29 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _row(old: Result, new: Result, threshold: float) -> Row:
-    interval = ratio(new.samples, old.samples)
-    notes = []
-    before, after = (_options_of(result) for result in (old, new))
-    notes += [
-        f"{key}: {before[key]} → {after[key]}"
-        for key in before
-        if key in after and before[key] != after[key]
-    ]
+def _row(old: tuple[Result, ...], new: tuple[Result, ...], threshold: float | None) -> Row:
+    before, after = ([result.samples for result in side] for side in (old, new))
+    first, *others = (_options_of(result) for result in (*old, *new))
+    notes = dict.fromkeys(  # each once, in order
+        f"{key}: {first[key]} → {other[key]}"
+        for other in others
+        for key in first
+        if key in other and first[key] != other[key]
+    )
+    if not notes and sorted(before) == sorted(after):
+        fewest = min(len(samples) for samples in before)
+        return Row(old, new, Interval(1.0, 1.0, 1.0, fewest), "same")
+    interval = ratio_of_runs(after, before)
     if not interval.enough:
-        notes.append(f"{interval.samples} samples, and {ENOUGH} are needed")
+        notes[f"{interval.samples} samples, and {ENOUGH} are needed"] = None
+    if threshold is None:
+        threshold = ALONE if len(old) == len(new) == 1 else THRESHOLD
     verdict = "unsure" if notes else judge(interval, threshold)
     return Row(old, new, interval, verdict, "; ".join(notes))
+
+
+def _median(runs: tuple[Result, ...]) -> float:
+    return geometric_mean([result.median for result in runs])
 
 
 def _options_of(result: Result) -> dict:
@@ -232,16 +300,15 @@ def percentage(text: str) -> float:
 def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.compare", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("old", metavar="OLD")
-    parser.add_argument("new", metavar="NEW")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="OLD NEW, or several of OLD")
+    parser.add_argument("--against", metavar="NEW", nargs="+", help="several runs of NEW")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
     parser.add_argument("--csv", metavar="FILE", help="write the table as CSV")
     parser.add_argument(
         "--threshold",
         type=percentage,
-        default=THRESHOLD,
         metavar="P%",
-        help="a smaller change is no change (default 2%%)",
+        help="a smaller change is no change (default 6%% with one run a side, else 2%%)",
     )
     parser.add_argument(
         "--fail-slower",
@@ -252,7 +319,16 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--across-devices", action="store_true", help="compare results of different devices"
     )
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.old, options.new = options.files, options.against
+    if options.new is None:
+        if len(options.files) != 2:
+            parser.error("give OLD and NEW, or several of OLD and --against several of NEW")
+        options.old, options.new = options.files[:1], options.files[1:]
+    for side in (options.old, options.new):
+        if len({Path(path).resolve() for path in side}) < len(side):
+            parser.error("a file is given twice on one side: it is one run")
+    return options
 
 
 if __name__ == "__main__":

@@ -51,9 +51,11 @@ def save(path: str | Path, content: str | bytes) -> Path:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file; ToolError when it is missing, unreadable or not text."""
+    """The text of a UTF-8 file, without a byte order mark; ToolError when it is missing, unreadable
+    or not text.
+    """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ToolError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -62,6 +64,8 @@ def read_text(path: str | Path) -> str:
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Run a command and end the process: 0 done, 1 a gate failed, 2 an error in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal of ASCII shows "?" for the rest
     try:
         code = main(sys.argv[1:])
         sys.stdout.flush()

@@ -27,6 +27,13 @@ from blockshock.distributed.failure import RankFailure, Report, compose
 from blockshock.distributed.watch import Job, Watch
 
 START_SECONDS = 300.0  # for all ranks to join
+# torchrun sets all of these. A scheduler or a shell may set one or two, which makes no such job.
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched() -> bool:
+    """Whether torchrun started this process."""
+    return all(name in os.environ for name in VARIABLES)
 
 
 class AttachedRanks:
@@ -35,12 +42,20 @@ class AttachedRanks:
     Args:
         size: how many ranks the caller expects, None for any. device: "cuda" (NCCL, one GPU per
             rank) or "cpu" (gloo). timeout: seconds that a run may take.
+        tell: on rank 0, takes a line, now and then, that says what a long run waits for.
 
     Raises:
         ValueError: the job has another size, or this host has too few GPUs.
     """
 
-    def __init__(self, size: int | None = None, *, device: str, timeout: float = 120.0):
+    def __init__(
+        self,
+        size: int | None = None,
+        *,
+        device: str,
+        timeout: float = 120.0,
+        tell: Callable[[str], None] | None = None,
+    ):
         self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local = int(os.environ["LOCAL_RANK"])
         call.check_timeout(timeout)
@@ -55,6 +70,7 @@ class AttachedRanks:
                 'Lower --nproc-per-node, or use device="cpu"'
             )
         self.device, self.timeout = device, timeout
+        self._tell = tell if self.rank == 0 else None
         self._where = torch.device("cuda", local) if device == "cuda" else torch.device("cpu")
         self._turn = 0
         self._lost = ""  # why nothing can be run any more
@@ -96,7 +112,7 @@ class AttachedRanks:
         """Calls `fn` here and gathers what became of it everywhere."""
         self._turn += 1
         mine = Report(self.rank, kind="answered")
-        with Watch(self.rank, self.size, limit, call.name(fn)) as watch:
+        with Watch(self.rank, self.size, limit, call.name(fn), self._tell) as watch:
             answer = b""
             try:
                 answer = wire.dumps(_call(job), "the result")

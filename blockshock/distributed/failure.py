@@ -6,6 +6,8 @@ import signal
 from dataclasses import dataclass, field
 from typing import Any
 
+STOPPED = "was stopped by a signal (SIGSTOP)"
+
 
 class RankFailure(RuntimeError):
     """A run did not come back from every rank.
@@ -46,6 +48,7 @@ class Report:
     note: str = ""
     stack: str = ""
     alive: bool = False  # it could not be killed
+    stopped: bool = False  # a signal had stopped its process
 
     def told(self, error: dict[str, Any]) -> None:
         """Takes in what the rank said about its own failure."""
@@ -60,7 +63,9 @@ class Report:
             return f"{who} raised {self.error['exc_type']}: {self.error['text']}"
         if self.kind == "exited":
             return f"{who} {_exit_words(self.code)}"
-        return f"{who} {'had answered' if self.kind == 'answered' else 'had not answered'}"
+        if self.kind == "answered":
+            return f"{who} had answered"
+        return f"{who} {STOPPED if self.stopped else 'had not answered'}"
 
 
 def compose(reports: list[Report], first: Report, *, limit: float, call: str) -> RankFailure:
@@ -74,9 +79,10 @@ def compose(reports: list[Report], first: Report, *, limit: float, call: str) ->
     if first.kind == "raised" and all(_same(r, first) for r in reports) and size > 1:
         headline = f"{first.error['exc_type']}: {first.error['text']}\non every one of {size} ranks"
     elif first.kind == "hung":
-        silent = [str(r.rank) for r in reports if r.kind == "hung"]
-        plural = "s" if len(silent) > 1 else ""
-        headline = f"rank{plural} {', '.join(silent)} of {size} did not answer within {limit:g} s"
+        silent = [r for r in reports if r.kind == "hung" and r.stopped == first.stopped]
+        numbers, plural = ", ".join(str(r.rank) for r in silent), "s" if len(silent) > 1 else ""
+        why = f"{STOPPED} and " if first.stopped else ""
+        headline = f"rank{plural} {numbers} of {size} {why}did not answer within {limit:g} s"
     headline += f", in {call}" + (f", while: {first.note}" if first.note else "")
     others = [r for r in reports if r is not first and not _same(r, first)]
     return RankFailure(

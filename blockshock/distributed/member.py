@@ -57,6 +57,14 @@ class Member:
         """Whether it is there and has not answered."""
         return self.answer is None and not self.gone
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal has stopped its process, as far as the system says (Linux)."""
+        with contextlib.suppress(OSError):
+            stat = Path(f"/proc/{self.process.pid}/stat").read_text()
+            return stat.rpartition(")")[2].split()[0] in "Tt"
+        return False
+
     def read(self) -> bool:
         """Takes something of what has arrived; False when there was nothing."""
         try:

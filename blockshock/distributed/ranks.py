@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from blockshock.distributed import call, here
-from blockshock.distributed.attached import AttachedRanks
+from blockshock.distributed.attached import AttachedRanks, launched
 from blockshock.distributed.failure import RankFailure
 from blockshock.distributed.here import device, note
 from blockshock.distributed.member import CONTEXT
 from blockshock.distributed.team import Team
 
-__all__ = ["AttachedRanks", "RankFailure", "Ranks", "device", "note", "open_ranks"]
+__all__ = ["AttachedRanks", "RankFailure", "Ranks", "device", "launched", "note", "open_ranks"]
 
 DEVICES = ("cuda", "cpu")
 
@@ -42,20 +42,28 @@ class Ranks:
         size: how many ranks. device: "cuda" or "cpu".
         timeout: seconds that a run may take, all ranks together, unless it says otherwise. Starting
             the processes does not count.
+        tell: takes a line, now and then, that says what a long run waits for.
 
     Raises:
         ValueError: an unknown device, a size below 1, a timeout not above 0, or fewer GPUs than
             ranks.
     """
 
-    def __init__(self, size: int, *, device: str, timeout: float = 120.0):
+    def __init__(
+        self,
+        size: int,
+        *,
+        device: str,
+        timeout: float = 120.0,
+        tell: Callable[[str], None] | None = None,
+    ):
         _check_device(device)
         if size < 1:
             raise ValueError(f"size={size}: a pool has at least one rank")
         call.check_timeout(timeout)
         if device == "cuda":
             _check_gpus(size)
-        self.size, self.device, self.timeout = size, device, timeout
+        self.size, self.device, self.timeout, self._tell = size, device, timeout, tell
         self._team: Team | None = None
         self._closed = False
         self._busy = threading.Lock()
@@ -88,7 +96,7 @@ class Ranks:
                 CONTEXT.set_forkserver_preload(
                     ["torch", "torch.distributed", "blockshock.distributed.rank_main"]
                 )
-                self._team = Team(self.size, self.device)
+                self._team = Team(self.size, self.device, self._tell)
             answers = self._team.ask(job, limit, call.name(fn))
         except BaseException:
             self._drop()
@@ -120,22 +128,28 @@ class Ranks:
             self._drop()
 
 
-def open_ranks(size: int | None, device: str, *, timeout: float = 120.0) -> Ranks | AttachedRanks:
+def open_ranks(
+    size: int | None,
+    device: str,
+    *,
+    timeout: float = 120.0,
+    tell: Callable[[str], None] | None = None,
+) -> Ranks | AttachedRanks:
     """The ranks that torchrun started, when it did; else a pool of `size` ranks.
 
     Args:
         size: how many. None: all that torchrun started; in a pool every GPU, or 2 on CPU.
-        device: "cuda" or "cpu". timeout: seconds that a run may take.
+        device: "cuda" or "cpu". timeout, tell: as in `Ranks`.
 
     Raises:
         ValueError: `size` is not what torchrun started, or what `Ranks` refuses.
     """
     _check_device(device)
-    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
-        return AttachedRanks(size, device=device, timeout=timeout)
+    if launched():
+        return AttachedRanks(size, device=device, timeout=timeout, tell=tell)
     if size is None:
         size = max(1, torch.cuda.device_count()) if device == "cuda" else 2
-    return Ranks(size, device=device, timeout=timeout)
+    return Ranks(size, device=device, timeout=timeout, tell=tell)
 
 
 def _check_device(device: str) -> None:

@@ -14,11 +14,13 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 
 from blockshock.distributed import wire
 from blockshock.distributed.failure import RankFailure, compose
 from blockshock.distributed.member import Member
 from blockshock.distributed.rank_main import Setup
+from blockshock.distributed.waiting import Waiting, at
 
 START_SECONDS = 300.0  # to import torch from a cold disk and join NCCL; no part of a run's limit
 GRACE_SECONDS = 0.3  # after the first failure: for the other ranks' own reports
@@ -30,11 +32,14 @@ LEAVE_SECONDS = 5.0  # for all ranks to leave in order
 class Team:
     """`size` running ranks that have joined one process group.
 
+    tell: takes a line, now and then, that says what a long run waits for.
+
     Raises:
         RankFailure: a rank did not start.
     """
 
-    def __init__(self, size: int, device: str):
+    def __init__(self, size: int, device: str, tell: Callable[[str], None] | None = None):
+        self._tell = tell
         self._owner = os.getpid()
         self._directory = tempfile.mkdtemp(prefix="blockshock-ranks-")
         self.members: list[Member] = []
@@ -68,7 +73,7 @@ class Team:
 
     def _collect(self, limit: float, call: str) -> list[bytearray]:
         """Serves the ranks until each has answered, or one has failed."""
-        failed = self._serve(time.monotonic() + limit)
+        failed = self._serve(limit)
         if failed or any(member.answer is None for member in self.members):
             raise self._failure(failed, limit, call)
         answers = [member.answer[1] for member in self.members]
@@ -76,18 +81,21 @@ class Team:
             member.answer = None
         return answers
 
-    def _serve(self, deadline: float) -> list[Member]:
-        """Moves bytes until no rank is silent, or the deadline, or shortly after a failure.
+    def _serve(self, limit: float) -> list[Member]:
+        """Moves bytes until no rank is silent, or the limit, or shortly after a failure.
 
         Returns the members that failed, in the order in which it was noticed.
         """
         failed: list[Member] = []
+        deadline, waiting = time.monotonic() + limit, Waiting(limit, self._tell)
         with selectors.DefaultSelector() as selector:
             for member in self.members:
                 selector.register(member.sock, _events(member), member)
                 selector.register(member.process.sentinel, selectors.EVENT_READ, member)
             while any(member.silent for member in self.members):
-                ready = selector.select(max(0.0, deadline - time.monotonic()))
+                until = min(deadline, waiting.next)
+                ready = selector.select(max(0.0, until - time.monotonic()))
+                waiting.look(self._states)
                 if not ready and time.monotonic() >= deadline:
                     break
                 for key, events in ready:
@@ -110,14 +118,19 @@ class Team:
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return failed
 
+    def _states(self) -> list[tuple[int, str]]:
+        """Of each silent rank: its number, and what it is at."""
+        return [(m.rank, at(m.note(), stopped=m.stopped)) for m in self.members if m.silent]
+
     def _failure(self, failed: list[Member], limit: float, call: str) -> RankFailure:
         """Asks the silent ranks where they stand, kills all, and says what happened.
 
         A rank that died goes before ranks that raised, whichever was heard first: their exceptions
         are its echo ("connection closed by peer"). Ranks that raised stay connected, so they have
-        no echo.
+        no echo. A rank that a signal has stopped goes before those that wait for it.
         """
         silent = [member for member in self.members if member.silent]
+        stopped = [member for member in silent if member.stopped]
         notes = [member.note() for member in self.members]  # the signal may wake a rank
         self._ask_for_stacks([member for member in silent if member.ready])
         for member in self.members:
@@ -126,8 +139,10 @@ class Team:
         codes = [member.process.exitcode for member in self.members]
         self._end()
         reports = [m.report(*end) for m, *end in zip(self.members, codes, notes, strict=True)]
+        for member in stopped:
+            reports[member.rank].stopped = True
         dead = [member for member in failed if member.answer is None]
-        cause = (dead or failed or silent)[0]
+        cause = (dead or failed or stopped or silent)[0]
         failure = compose(reports, reports[cause.rank], limit=limit, call=call)
         self.kill()
         return failure

@@ -2,6 +2,8 @@
 
 No parent watches these ranks, so each has a thread that does. It looks at the clock, and at one key
 in the launcher's store: the rank that gives the job up writes the cause there, and all end with it.
+In a run that takes long each thread also leaves a sign of life in the store now and then, with what
+its rank is at. So the others can name a rank that stands still, as one that a signal has stopped.
 """
 
 from __future__ import annotations
@@ -12,15 +14,19 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from blockshock.distributed import here
 from blockshock.distributed.failure import RankFailure, Report
+from blockshock.distributed.waiting import Waiting, at, in_words
 
 GRACE_SECONDS = 10.0  # after a failure: for all ranks to come to the gathering
 TICK_SECONDS = 0.5  # how often it looks around
+BEAT_SECONDS = 2.0  # between two signs of life, in runs that take longer than that
+SILENT_SECONDS = 10.0  # without one: the rank stands still, or is in none of our runs
 
 
 class Job:
@@ -33,7 +39,15 @@ class Job:
 class Watch:
     """A thread that ends this process when the run it watches can no longer end by itself."""
 
-    def __init__(self, rank: int, size: int, limit: float, what: str):
+    def __init__(
+        self,
+        rank: int,
+        size: int,
+        limit: float,
+        what: str,
+        tell: Callable[[str], None] | None = None,
+    ):
+        self._tell = tell
         self._rank, self._size, self._limit, self._what = rank, size, limit, what
         self._who = f"rank {rank} of {size}"
         self._runner = threading.get_ident()
@@ -42,7 +56,10 @@ class Watch:
         self._thread = threading.Thread(target=self._patrol, daemon=True)
 
     def __enter__(self) -> Watch:
-        self._deadline = time.monotonic() + self._limit
+        now = time.monotonic()
+        self._deadline, self._next_beat = now + self._limit, now + BEAT_SECONDS
+        self._waiting = Waiting(self._limit, self._tell)
+        self._signs = dict.fromkeys(range(self._size), ("", now))  # the last, and when it came
         self._thread.start()
         return self
 
@@ -63,6 +80,8 @@ class Watch:
             told = self._told()
             if told:
                 self._end(f"{told}\n\n--- {self._who} ends with the job. {self._stand()}")
+            self._beat()
+            self._waiting.look(self._states)
             if time.monotonic() > self._deadline:
                 self._end(self._cause(), tell=True)
 
@@ -75,7 +94,35 @@ class Watch:
         except RuntimeError as error:
             return f"the launcher's store is gone: {error}"
 
+    def _beat(self) -> None:
+        """Leaves a sign of life, and notices the signs of the others."""
+        now = time.monotonic()
+        if Job.store is None or now < self._next_beat:
+            return
+        self._next_beat = now + BEAT_SECONDS
+        note = f"the end of {self._what}" if self._mine else here.last_note()
+        with contextlib.suppress(RuntimeError):  # the store is gone: `_told` notices it
+            Job.store.set(f"sign {self._rank}", f"{now} {note}")
+            for rank, (last, _) in self._signs.items():
+                sign = f"sign {rank}"
+                found = Job.store.get(sign).decode() if Job.store.check([sign]) else ""
+                if found != last:
+                    self._signs[rank] = (found, now)
+
+    def _states(self) -> list[tuple[int, str]]:
+        """Of each rank: its number, and what it is at."""
+        now = time.monotonic()
+        return [
+            (rank, at(sign.partition(" ")[2], silent=(now - when) * (now - when > SILENT_SECONDS)))
+            for rank, (sign, when) in self._signs.items()
+        ]
+
     def _cause(self) -> str:
+        now = time.monotonic()
+        still = [rank for rank, (_, when) in self._signs.items() if now - when > SILENT_SECONDS]
+        if still and Job.store is not None:
+            told = in_words(state for state in self._states() if state[0] in still)
+            return f"{told}, in {self._what}; the limit is {self._limit:g} s\n{self._stand()}"
         if self._mine is None:
             note = here.last_note()
             doing = f"{self._what}, while: {note}" if note else self._what

@@ -72,11 +72,11 @@ def term_unsupported(columns: int, ranks: int, *, multiple: int = 4) -> str | No
             f"{ranks} rank{'' if ranks == 1 else 's'} cannot hold pairs of complementary terms; "
             "use an even number of ranks, or a dense method"
         )
-    if columns % (multiple * (ranks // 2)):
-        return (
-            f"K = {columns} is not a multiple of {multiple * (ranks // 2)} "
-            f"({multiple} for each of {ranks // 2} column shards); pad it or use fewer ranks"
-        )
+    shards, rule = ranks // 2, f"K = {columns} is not a multiple of {multiple * (ranks // 2)}"
+    if columns % multiple:  # for any number of ranks
+        return f"{rule}; pad it"
+    if columns % (multiple * shards):
+        return f"{rule} ({multiple} for each of {shards} column shards); pad it or use fewer ranks"
     return None
 
 

@@ -209,7 +209,8 @@ class ReplayClock:
             self.now = 0.0
 
         def advance():
-            self.now = next(pending)
+            # --benchmark-cprofile calls once more than there are rounds.
+            self.now = next(pending, 0.0)
 
         benchmark.pedantic(advance, setup=reset, rounds=len(samples), iterations=1)
         recorded = list(benchmark.stats.stats.data) if benchmark.stats else None

@@ -37,9 +37,9 @@ MIN_ROUNDS = 10
 class Options:
     """How to measure. mode, l2: see `measure.clock`; mode None is the device's default.
 
-    rounds: at most so many samples; seconds: about how long the rounds of one case may take, which
-    lowers the rounds of slow steps, but not below 10 (`MIN_ROUNDS`), which the tools need for an
-    interval. pause: seconds the host idles before each
+    rounds: at most so many samples; 0: cases are checked and not timed. seconds: about how long the
+    rounds of one case may take, which lowers the rounds of slow steps, but not below 10
+    (`MIN_ROUNDS`), which the tools need for an interval. pause: seconds the host idles before each
     timing, to prove that host time does not count. profile: a folder for traces, or None.
     ceilings: of the machine, from `measure_ceilings`.
     """
@@ -133,6 +133,8 @@ def _prepare(case: Case, problem, stopwatch, options: Options) -> Prepared:
     wrong = not same or not all(figure.passes for figure in figures.values())
     if clock.agree_largest(float(wrong), device):
         outcome["failed"] = _wrong(case, figures, same)
+        return prepared
+    if not options.rounds:
         return prepared
     outcome.update(experiment.extra)
     _, peak = memory.peak(experiment.step, device, before + problem.held_bytes())

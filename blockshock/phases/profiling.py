@@ -1,5 +1,6 @@
 """`--profile`: a torch.profiler trace of a case, and a table of its kernels."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -9,15 +10,17 @@ from blockshock.distributed import collectives
 from blockshock.phases.case import Case
 
 STEPS = 3
+NAME_BYTES = 200  # file systems take 255, and an ending follows
 
 
 def profile(step, case: Case, folder: str) -> str:
     """Runs a few eager steps under the profiler; rank 0 writes its files and returns their stem.
 
     <folder>/<phase>-<name>.trace.json opens in Perfetto or chrome://tracing; `.kernels.txt` has a
-    line a kernel (NCCL's operations among them), by device time, or by host time on the CPU.
+    line a kernel (NCCL's operations among them), by device time, or by host time on the CPU. Long
+    names are shortened (`file_name`).
     """
-    stem = Path(folder) / f"{case.phase}-{case.name}"
+    stem = Path(folder) / file_name(f"{case.phase}-{case.name}")
     activities = [ProfilerActivity.CPU]
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -34,3 +37,12 @@ def profile(step, case: Case, folder: str) -> str:
         table = profiler.key_averages().table(sort_by=order, row_limit=40)
         Path(f"{stem}.kernels.txt").write_text(table)
     return str(stem)
+
+
+def file_name(name: str) -> str:
+    """`name` for a file: without slashes and not too long; a digest tells changed ones apart."""
+    plain = name.replace("/", "_")
+    if plain == name and len(plain.encode()) <= NAME_BYTES:
+        return plain
+    digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+    return plain.encode()[: NAME_BYTES - 13].decode(errors="ignore") + "-" + digest

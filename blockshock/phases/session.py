@@ -16,7 +16,6 @@ from blockshock.phases.engine import Options
 from blockshock.phases.families import family
 
 SCHEMA = 1
-POINT_SECONDS = 600.0  # deadline of one point: a hang ends there
 
 
 class CaseFailed(Exception):
@@ -24,10 +23,13 @@ class CaseFailed(Exception):
 
 
 class Laboratory:
-    """Measures cases on a pool of ranks and keeps what it measured for the session."""
+    """Measures cases on a pool of ranks and keeps what it measured for the session.
 
-    def __init__(self, ranks, options: Options):
-        self.ranks, self.options = ranks, options
+    deadline: seconds that the cases of one point may take together; a hang ends there.
+    """
+
+    def __init__(self, ranks, options: Options, *, deadline: float = 600.0):
+        self.ranks, self.options, self.deadline = ranks, options, deadline
         self._done: dict[str, dict | Exception] = {}
         self._no_ceilings: RankFailure | None = None
 
@@ -39,7 +41,7 @@ class Laboratory:
         for last in (False, True):
             if self.options.ceilings is None and self._no_ceilings is None:
                 try:
-                    found = self.ranks.run(engine.measure_ceilings)[0]
+                    found = self.ranks.run(engine.measure_ceilings, timeout=self.deadline)[0]
                     self.options = replace(self.options, ceilings=found)
                 except RankFailure as failure:
                     self._no_ceilings = failure if last else None
@@ -52,6 +54,31 @@ class Laboratory:
 
         Raises CaseFailed when it was refused, was wrong, or a rank failed while it was at work.
         """
+        self._require_possible(case)
+        if case.id not in self._done:
+            waiting = [c for c in neighbours if c.id not in self._done and c.id != case.id]
+            self._measure([case, *waiting])
+        done = self._done[case.id]
+        if isinstance(done, Exception):
+            raise done
+        return done["samples"], done["extra_info"]
+
+    def check(self, case: Case) -> None:
+        """Runs a case once and checks what it gives; nothing is timed or kept.
+
+        Raises CaseFailed, as `result` does.
+        """
+        self._require_possible(case)
+        unmeasured = replace(self.options, rounds=0)
+        try:
+            outcomes = self.ranks.run(
+                engine.measure_point, [case], unmeasured, timeout=self.deadline
+            )
+        except RankFailure as failure:
+            raise CaseFailed(str(failure)) from None
+        _require_right([outcome for (outcome,) in outcomes])
+
+    def _require_possible(self, case: Case) -> None:
         if case.ranks != self.ranks.size:
             raise CaseFailed(
                 f"{case.id} is for {case.ranks} ranks and {self.ranks.size} run; make it with "
@@ -61,13 +88,6 @@ class Laboratory:
             family(case)
         except ValueError as error:
             raise CaseFailed(str(error)) from None
-        if case.id not in self._done:
-            waiting = [c for c in neighbours if c.id not in self._done and c.id != case.id]
-            self._measure([case, *waiting])
-        done = self._done[case.id]
-        if isinstance(done, Exception):
-            raise done
-        return done["samples"], done["extra_info"]
 
     def _measure(self, cases: list[Case]) -> None:
         try:
@@ -81,7 +101,7 @@ class Laboratory:
             before = self._clocks()
             try:
                 outcomes = self.ranks.run(
-                    engine.measure_point, waiting, self.options, timeout=POINT_SECONDS
+                    engine.measure_point, waiting, self.options, timeout=self.deadline
                 )
             except RankFailure as failure:
                 waiting = self._blame(failure, waiting)
@@ -137,10 +157,10 @@ def _merge(case: Case, per_rank, device: str, clocks: dict) -> dict | Exception:
 
     The regions are those of one rank, the slowest, so that they fit together.
     """
-    for key in ("refused", "failed"):
-        reasons = [outcome[key] for outcome in per_rank if key in outcome]
-        if reasons:
-            return CaseFailed(reasons[0])
+    try:
+        _require_right(per_rank)
+    except CaseFailed as failure:
+        return failure
     first = per_rank[0]
     calls = first["timing"]["calls_per_sample"]
     try:
@@ -163,6 +183,13 @@ def _merge(case: Case, per_rank, device: str, clocks: dict) -> dict | Exception:
         "clocks": clocks if clocks["before"] else None,
     }
     return {"samples": samples, "extra_info": info}
+
+
+def _require_right(per_rank) -> None:
+    for key in ("refused", "failed"):
+        reasons = [outcome[key] for outcome in per_rank if key in outcome]
+        if reasons:
+            raise CaseFailed(reasons[0])
 
 
 def _worst(errors: list[dict]) -> dict:
