@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from blockshock.linear import METHODS
+from blockshock.linear import METHODS, parts
 from tests import linear_jobs as jobs
 
 
@@ -142,6 +142,13 @@ def test_a_wrong_mask_or_master_is_refused(ranks):
     assert "packed" in ranks.run(jobs.refusal, "block_shock", N, K, "bf16", master="sparse")[0]
     answer = ranks.run(jobs.refusal, "block_shock_folded", N, K, "bf16", mask="tile")[0]
     assert "whole columns" in answer
+
+
+def test_fewer_ranks_are_advised_only_where_they_help():
+    assert parts.term_unsupported(250, 2) == "K = 250 is not a multiple of 4; pad it"
+    assert parts.term_unsupported(250, 4) == "K = 250 is not a multiple of 8; pad it"
+    assert parts.term_unsupported(192, 4, multiple=64).endswith("pad it or use fewer ranks")
+    assert parts.term_unsupported(128, 4, multiple=64) is None
 
 
 @pytest.mark.parametrize("size", [1, 3])
