@@ -6,6 +6,7 @@ import platform
 import resource
 import subprocess
 from collections import Counter
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +15,27 @@ import pytest
 from _pytest.terminal import TerminalReporter
 
 from bench import reporting
+from blockshock.distributed import open_ranks
 from blockshock.phases import session
 
 ROOT = Path(__file__).parents[1]
 SMALL = ("--set", "N=64", "--set", "B=8", "--set", "optimizer=sgd", "--set", "steps=3")
 
 
+@pytest.fixture(scope="module")
+def pool():
+    """Two CPU ranks that the runs of this file share, as it takes seconds to start them."""
+    with open_ranks(2, "cpu") as ranks:
+        yield ranks
+
+
 @pytest.fixture
-def bench(pytester):
+def bench(pytester, pool, monkeypatch):
     """Runs `pytest bench` on two CPU ranks, inside this process, with small cases."""
 
-    def run(*args, files=("bench",)):
+    def run(*args, files=("bench",), own_ranks=False):
+        if not own_ranks:
+            monkeypatch.setattr("conftest.open_ranks", lambda size, device: nullcontext(pool))
         paths = [ROOT / file for file in files]
         return pytester.runpytest_inprocess(
             "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}", "-p", "no:cacheprovider",
@@ -40,7 +51,7 @@ def results(path):
 
 
 def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
-    out = bench(*SMALL, "--results", tmp_path / "r.json")
+    out = bench(*SMALL, "--results", tmp_path / "r.json", own_ranks=True)
     out.assert_outcomes(passed=38)
     saved, by_name = results(tmp_path / "r.json")
     assert "bench_forward[block_shock-N64-B8-bf16]" in by_name
