@@ -35,7 +35,7 @@ def bench(pytester, pool, monkeypatch):
 
     def run(*args, files=("bench",), own_ranks=False):
         if not own_ranks:
-            monkeypatch.setattr("conftest.open_ranks", lambda size, device: nullcontext(pool))
+            monkeypatch.setattr("conftest.open_ranks", lambda size, device, **_: nullcontext(pool))
         paths = [ROOT / file for file in files]
         return pytester.runpytest_inprocess(
             "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}", "-p", "no:cacheprovider",
