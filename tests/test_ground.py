@@ -246,12 +246,12 @@ def test_the_torch_of_the_machine_is_kept_only_when_asked_for(checkout):
     assert "constraints.txt -e" not in kept
 
 
-PROGRAMS = "torch pytest pytest_benchmark yaml matplotlib hypothesis".split()
+PROGRAMS = ["torch", "pytest", "pytest_benchmark", "yaml", "matplotlib", "hypothesis"]
 
 
 @pytest.fixture
 def given(tmp_path):
-    """An environment that exists: this interpreter, without its site-packages, and empty modules."""
+    """An environment that exists: this interpreter without its packages, and empty modules."""
 
     def make(*modules):
         folder = tmp_path / "given"
