@@ -22,20 +22,11 @@ ROOT = Path(__file__).parents[1]
 SMALL = ("--set", "N=64", "--set", "B=8", "--set", "optimizer=sgd", "--set", "steps=3")
 
 
-@pytest.fixture(scope="module")
-def pool():
-    """Two CPU ranks that the runs of this file share, as it takes seconds to start them."""
-    with open_ranks(2, "cpu") as ranks:
-        yield ranks
-
-
 @pytest.fixture
-def bench(pytester, pool, monkeypatch):
+def bench(pytester):
     """Runs `pytest bench` on two CPU ranks, inside this process, with small cases."""
 
-    def run(*args, files=("bench",), own_ranks=False):
-        if not own_ranks:
-            monkeypatch.setattr("conftest.open_ranks", lambda size, device, **_: nullcontext(pool))
+    def run(*args, files=("bench",)):
         paths = [ROOT / file for file in files]
         return pytester.runpytest_inprocess(
             "-c", ROOT / "pytest.ini", f"--rootdir={ROOT}", "-p", "no:cacheprovider",
@@ -45,13 +36,25 @@ def bench(pytester, pool, monkeypatch):
     return run
 
 
+@pytest.fixture(scope="module")
+def pool():
+    with open_ranks(2, "cpu") as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def shared_ranks(pool, monkeypatch):
+    """Runs inside a test use the same ranks, as it takes seconds to start them."""
+    monkeypatch.setattr("conftest.open_ranks", lambda size, device, **_: nullcontext(pool))
+
+
 def results(path):
     saved = json.loads(Path(path).read_text())
     return saved, {b["name"]: b for b in saved["benchmarks"]}
 
 
 def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
-    out = bench(*SMALL, "--results", tmp_path / "r.json", own_ranks=True)
+    out = bench(*SMALL, "--results", tmp_path / "r.json")
     out.assert_outcomes(passed=38)
     saved, by_name = results(tmp_path / "r.json")
     assert "bench_forward[block_shock-N64-B8-bf16]" in by_name
@@ -70,6 +73,7 @@ def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
         assert "ReplayClock" in str(entry["options"]["timer"])
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_the_recorded_times_are_the_measured_ones_to_the_last_digit(bench, tmp_path, monkeypatch):
     measured = {}
     original = session.Laboratory.result
@@ -87,6 +91,7 @@ def test_the_recorded_times_are_the_measured_ones_to_the_last_digit(bench, tmp_p
         assert entry["stats"]["data"] == measured[entry["extra_info"]["id"]]
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_what_cannot_run_is_skipped_with_the_reason(bench):
     out = bench("--set", "N=100", "--set", "B=8", files=["bench/bench_forward.py"])
     out.assert_outcomes(passed=5, skipped=1)
@@ -153,7 +158,7 @@ def test_every_shipped_sweep_can_be_collected(bench, sweep):
 
 
 @pytest.fixture
-def interrupted(bench, tmp_path, monkeypatch):
+def interrupted(bench, shared_ranks, tmp_path, monkeypatch):
     """Runs six cases and presses Ctrl-C at one of them."""
     original, asked = session.Laboratory.result, []
 
@@ -253,6 +258,7 @@ def test_a_run_that_measured_nothing_says_that_no_file_was_written(bench, tmp_pa
     assert not any("was measured" in line for line in listed.outlines)
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_seeds_are_cases_of_their_own(bench, tmp_path):
     args = ("--set", "seed=0,1", "--set", "method=dense_single", "--results", tmp_path / "r.json")
     bench(*SMALL, *args, files=["bench/bench_forward.py"]).assert_outcomes(passed=2)
@@ -272,6 +278,7 @@ def test_a_missing_gpu_fails_where_one_is_required(bench):
     out.stdout.fnmatch_lines(["FAILED *bench_forward.py::bench_forward[[]dense_single*"])
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, tmp_path):
     target = tmp_path / "results" / "r.json"
     target.parent.mkdir()
