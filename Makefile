@@ -1,13 +1,16 @@
-# make test    prove every method right        (pytest tests)
-# make bench   measure, plot, judge, report    (pytest bench --sweep quick, then the tools)
-# make lint    ruff
-# Each first makes its own virtual environment, .venv, from nothing but python3 and make.
+# make test      prove every method right        (pytest tests)
+# make test-all  the slow tests as well          (pytest tests -m "")
+# make bench     measure, plot, judge, report    (pytest bench --sweep quick, then the tools)
+# make lint      ruff
+# Each first makes a virtual environment, .venv, from nothing but python3 and make.
 #
-# PYTHON=python3.12                 another interpreter (3.10 or newer)
+# VENV=/opt/venv                    run in this environment as it is, and install nothing into it
+# PYTHON=python3.12                 another interpreter for .venv (3.10 or newer)
 # PYTEST_ARGS="-k forward -x"       passed on to pytest
 # SWEEP=n_sweep                     another file of bench/sweeps
-# VENV_ARGS=--system-site-packages  keep the torch this machine already has; nothing is pinned then.
-#                                   `make clean` first, if .venv was made without it
+# VENV_ARGS=--system-site-packages  .venv keeps the torch that this machine has; nothing is pinned
+#                                   then. `make clean` first, if .venv was made without it. Where
+#                                   python3 is itself a virtual environment, use VENV instead
 # PIP_ARGS=--no-build-isolation     passed on to pip; this one installs without a network, where
 #                                   every dependency is there already
 
@@ -17,27 +20,35 @@ SWEEP ?= quick
 VENV_ARGS ?=
 PIP_ARGS ?=
 
-VENV := .venv
-BIN := $(VENV)/bin
-STAMP := $(VENV)/installed
+ifeq ($(strip $(VENV)),)
+PY := .venv/bin/python
+READY := .venv/installed
+else
+PY := $(firstword $(wildcard $(VENV)/bin/python $(VENV)/bin/python3) $(VENV)/bin/python)
+READY := given
+endif
 CONSTRAINTS := $(if $(findstring --system-site-packages,$(VENV_ARGS)),,-c constraints.txt)
 # Stamped with the second and claimed by mkdir, so that no run overwrites another.
 RUN := build/bench/$(shell date -u +%Y%m%dT%H%M%SZ)-$(basename $(notdir $(SWEEP)))
 
-.PHONY: test bench lint clean
+.PHONY: test test-all bench lint clean given
 .DEFAULT_GOAL := test
 
-test: $(STAMP)
-	$(BIN)/python -m pytest tests $(PYTEST_ARGS)
+test: $(READY)
+	$(PY) -m pytest tests $(PYTEST_ARGS)
+
+# pytest.ini leaves the slow tests out; an empty -m takes all.
+test-all: $(READY)
+	$(PY) -m pytest tests -m "" $(PYTEST_ARGS)
 
 # A case that fails makes the end fail, and still leaves the report of those that passed.
-bench: $(STAMP)
+bench: $(READY)
 	@mkdir -p build/bench && mkdir $(RUN)
 	@status=0; \
-	$(BIN)/python -m pytest bench --sweep $(SWEEP) --results $(RUN).json $(PYTEST_ARGS) || status=$$?; \
+	$(PY) -m pytest bench --sweep $(SWEEP) --results $(RUN).json $(PYTEST_ARGS) || status=$$?; \
 	if [ -s $(RUN).json ]; then \
 	    for tool in plot verdict report; do \
-	        $(BIN)/python -m tools.$$tool $(RUN).json --out $(RUN) || status=$$?; \
+	        $(PY) -m tools.$$tool $(RUN).json --out $(RUN) || status=$$?; \
 	    done; \
 	    echo "results: $(RUN).json"; \
 	    echo "plots, verdict, report: $(RUN)/"; \
@@ -48,16 +59,34 @@ bench: $(STAMP)
 	fi; \
 	exit $$status
 
-lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
-# Results in build/bench stay.
+# Results in build/bench stay, and so does an environment that was given.
 clean:
-	rm -rf $(VENV) build/lib build/bdist.* *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build/lib build/bdist.* build/pip.log *.egg-info
+	rm -rf .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): pyproject.toml constraints.txt
+# VENV=...: one error that names all it lacks.
+NEEDS := torch pytest pytest_benchmark yaml matplotlib
+test test-all: NEEDS += hypothesis
+lint: NEEDS := ruff
+CHECK := import sys; from importlib.util import find_spec; \
+    lacks = ["Python 3.10 or newer"] if sys.version_info < (3, 10) else []; \
+    lacks += [name for name in sys.argv[2:] if not find_spec(name)]; \
+    sys.exit(lacks and "VENV=" + sys.argv[1] + ": its python lacks " + ", ".join(lacks) \
+        + ". Name an environment that has them, or leave VENV out: make then makes .venv" or 0)
+
+given:
+	@[ -x "$(PY)" ] || { \
+	    echo "VENV=$(VENV): no bin/python there. Name the folder of a Python environment, or leave" \
+	         "VENV out: make then makes .venv" >&2; exit 1; }
+	@$(PY) -c '$(CHECK)' "$(VENV)" $(NEEDS)
+
+# Pip is quiet unless it fails.
+.venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	    echo "Block-Shock needs Python 3.10 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1);" \
 	         "name another: make PYTHON=python3.12" >&2; exit 1; }
@@ -65,7 +94,9 @@ $(STAMP): pyproject.toml constraints.txt
 	    echo "$(PYTHON) cannot make virtual environments: venv or ensurepip is missing;" \
 	         "install it (Debian and Ubuntu: apt install python3-venv)," \
 	         "or name another: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "making $(VENV) (the first time this installs torch)"
-	@$(PYTHON) -m venv $(VENV_ARGS) $(VENV)
-	@$(BIN)/python -m pip install --quiet $(PIP_ARGS) $(CONSTRAINTS) -e '.[dev]'
+	@echo "making .venv (the first time this installs torch, which takes minutes)"
+	@$(PYTHON) -m venv $(VENV_ARGS) .venv
+	@mkdir -p build
+	@$(PY) -m pip install $(PIP_ARGS) $(CONSTRAINTS) -e '.[dev]' >build/pip.log 2>&1 || { \
+	    cat build/pip.log >&2; echo "pip failed; the same is in build/pip.log" >&2; exit 1; }
 	@touch $@

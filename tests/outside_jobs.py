@@ -82,12 +82,12 @@ def gradients(net, x, dy) -> dict[str, Tensor]:
     return {"y": y.detach(), "x": x.grad, **{n: p.grad for n, p in net.named_parameters()}}
 
 
-def compiled(method, options, steps=4):
+def compiled(method, options, backend, steps=4):
     """Whether a compiled model is the eager one in `steps` steps; graphs after each step."""
     torch._dynamo.reset()
     eager = built()
     blockshock.convert(eager, method, **options)
-    net, counter = copy.deepcopy(eager), CompileCounterWithBackend("inductor")
+    net, counter = copy.deepcopy(eager), CompileCounterWithBackend(backend)
     fast = torch.compile(net, backend=counter)
     optimizers = [torch.optim.SGD(model.parameters(), 1e-4) for model in (eager, net)]
     errors, graphs = [], []

@@ -19,7 +19,8 @@ from tests.attention_checks import DEVICE, DTYPES, check, problem, relative, res
 
 pytest.importorskip("triton", reason="needs Triton; it is in the extra `dev`")
 METHOD, ABLATION = METHODS["block_sparse"], METHODS["block_sparse_unpruned"]
-LONG = 1101 if DEVICE == "cuda" else 101  # rows of level and delta are padded to fours
+# Three tiles a side on the CPU, the last one cut; rows of level and delta are padded to fours.
+LONG = 1101 if DEVICE == "cuda" else 85
 
 
 def scattered(*shape, share=0.1, seed=0):
@@ -32,8 +33,8 @@ def scattered(*shape, share=0.1, seed=0):
 # Intervals whose tiles do not follow each other.
 GAPS = patterns.Pattern(
     "gaps",
-    lambda b, h, i, j: (j >= i % 2 * (LONG - 30)) & (j < i % 2 * (LONG - 30) + 20),
-    lambda i, Tk: (i % 2 * (LONG - 30), i % 2 * (LONG - 30) + 20),
+    lambda b, h, i, j: (j >= i % 2 * (LONG - 20)) & (j < i % 2 * (LONG - 20) + 20),
+    lambda i, Tk: (i % 2 * (LONG - 20), i % 2 * (LONG - 20) + 20),
 )
 PATTERNS = {
     "full": patterns.full,
@@ -79,7 +80,7 @@ def split_into(monkeypatch, tiles):
 def test_pieces_of_several_tiles_match_float64_and_drop_the_same(monkeypatch):
     given, pattern = problem(2, 2, 1, LONG, LONG, 40), PATTERNS["mask_per_head"]()
     whole = results(METHOD, *given, pattern=pattern, dropout=0.3, seed=5)
-    split_into(monkeypatch, 3)
+    split_into(monkeypatch, 2)
     check(METHOD, given, pattern=pattern)
     pieces = results(METHOD, *given, pattern=pattern, dropout=0.3, seed=5)
     assert all(relative(a, b) < 1e-6 for a, b in zip(pieces, whole, strict=True))

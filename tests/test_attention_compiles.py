@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 SHARED, RESERVED = 227 * 1024, 1024  # bytes of a processor, and what each program takes besides
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_an_h200_and_fit_it():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # the default of Triton 3.6, and not of 3.10

@@ -7,6 +7,7 @@ import platform
 import resource
 import subprocess
 from collections import Counter
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,25 @@ import pytest
 from _pytest.terminal import TerminalReporter
 
 from bench import reporting
-from blockshock.distributed import Ranks
+from blockshock.distributed import Ranks, open_ranks
 from blockshock.phases import session
 
 ROOT = Path(__file__).parents[1]
 FORWARD = "bench/bench_linear.py::bench_forward"
 ONE = ("--set", "N=64", "--set", "B=8", "--set", "method=dense_single")
 SMALL = ("--set", "N=64", "--set", "B=8", "--set", "optimizer=sgd", "--set", "steps=3")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with open_ranks(2, "cpu") as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def shared_ranks(pool, monkeypatch):
+    """Runs inside a test use the same ranks, as it takes seconds to start them."""
+    monkeypatch.setattr("conftest.open_ranks", lambda size, device, **_: nullcontext(pool))
 
 
 def results(path):
@@ -50,6 +63,7 @@ def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
         assert "ReplayClock" in str(entry["options"]["timer"])
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_the_recorded_times_are_the_measured_ones_to_the_last_digit(bench, tmp_path, monkeypatch):
     measured = {}
     original = session.Laboratory.result
@@ -67,6 +81,7 @@ def test_the_recorded_times_are_the_measured_ones_to_the_last_digit(bench, tmp_p
         assert entry["stats"]["data"] == measured[entry["extra_info"]["id"]]
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_what_cannot_run_is_skipped_with_the_reason(bench):
     out = bench("--set", "N=100", "--set", "B=8", files=[FORWARD])
     out.assert_outcomes(passed=5, skipped=1)
@@ -149,7 +164,7 @@ def test_every_shipped_sweep_can_be_collected(bench, sweep):
 
 
 @pytest.fixture
-def interrupted(bench, tmp_path, monkeypatch):
+def interrupted(bench, shared_ranks, tmp_path, monkeypatch):
     """Runs six cases and presses Ctrl-C at one of them."""
     original, asked = session.Laboratory.result, []
 
@@ -252,6 +267,7 @@ def test_a_run_that_measured_nothing_says_why_and_that_no_file_was_written(
     assert not any("was measured" in line for line in listed.outlines)
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_seeds_are_cases_of_their_own(bench, tmp_path):
     args = ("--set", "seed=0,1", "--set", "method=dense_single", "--results", tmp_path / "r.json")
     bench(*SMALL, *args, files=[FORWARD]).assert_outcomes(passed=2)
@@ -271,6 +287,7 @@ def test_a_missing_gpu_fails_where_one_is_required(bench):
     out.stdout.fnmatch_lines(["FAILED *bench_linear.py::bench_forward[[]dense_single*"])
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, tmp_path):
     target = tmp_path / "results" / "r.json"
     target.parent.mkdir()

@@ -1,6 +1,7 @@
 """Pins and dependencies agree, and make does what it says."""
 
 import ast
+import configparser
 import json
 import os
 import re
@@ -85,7 +86,7 @@ def checkout(tmp_path):
     python = tmp_path / ".venv/bin/python"
     python.parent.mkdir(parents=True)
 
-    def make(*arguments, program="exit 0", installed=True):
+    def make(*arguments, program="exit 0", installed=True, **environ):
         python.write_text(f'#!/bin/sh\necho "run: $*"\n{program}\n')
         python.chmod(0o755)
         if installed:
@@ -94,7 +95,7 @@ def checkout(tmp_path):
         return subprocess.run(
             ["make", *arguments],
             cwd=tmp_path,
-            env=inherited,
+            env=inherited | environ,
             capture_output=True,
             text=True,
             timeout=60,
@@ -120,6 +121,15 @@ def test_make_test_is_pytest_tests(checkout):
     done = checkout("test", "PYTEST_ARGS=-k forward")
     assert done.returncode == 0, done.stderr
     assert "run: -m pytest tests -k forward" in done.stdout
+
+
+def test_make_test_all_takes_the_slow_tests_as_well(checkout):
+    done = checkout("test-all", "PYTEST_ARGS=-x")
+    assert done.returncode == 0, done.stderr
+    assert "run: -m pytest tests -m  -x" in done.stdout
+    options = configparser.ConfigParser()
+    options.read(ROOT / "pytest.ini")
+    assert '-m "not slow"' in options["pytest"]["addopts"]
 
 
 def test_make_bench_measures_then_runs_the_tools(checkout):
@@ -189,11 +199,86 @@ def test_the_torch_of_the_machine_is_kept_only_when_asked_for(checkout):
     assert "constraints.txt -e" not in kept
 
 
-def test_the_gate_runs_lint_then_test():
+PROGRAMS = ["torch", "pytest", "pytest_benchmark", "yaml", "matplotlib", "hypothesis"]
+
+
+@pytest.fixture
+def given(tmp_path):
+    """An environment that exists: this interpreter without its packages, and empty modules."""
+
+    def make(*modules):
+        folder = tmp_path / "given"
+        for name in modules:
+            (folder / "modules" / name).mkdir(parents=True)
+            (folder / "modules" / name / "__init__.py").touch()
+        python = folder / "bin/python"
+        python.parent.mkdir(parents=True)
+        python.write_text(
+            "#!/bin/sh\n"
+            f'[ "$1" = -c ] || {{ echo "given: $*"; exit 0; }}\n'
+            f'cd {folder}/modules 2>/dev/null || cd /\nexec {sys.executable} -S "$@"\n'
+        )
+        python.chmod(0o755)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("by", ["command line", "environment"])
+@pytest.mark.parametrize("target", ["test", "bench"])
+def test_an_environment_that_is_given_is_used_as_it_is(checkout, given, target, by):
+    folder = given(*PROGRAMS)
+    before = sorted(folder.rglob("*"))
+    if by == "environment":
+        done = checkout(target, installed=False, VENV=str(folder))
+    else:
+        done = checkout(target, f"VENV={folder}", installed=False)
+    folders = {"test": "tests", "bench": "bench"}
+    assert f"given: -m pytest {folders[target]}" in done.stdout
+    assert "run: " not in done.stdout, "this is .venv's python"
+    assert "pip" not in done.stdout
+    assert sorted(folder.rglob("*")) == before
+    assert not (checkout.root / ".venv/installed").exists()
+    checkout("clean", f"VENV={folder}")
+    assert folder.exists()
+
+
+def test_an_environment_that_lacks_something_is_one_clear_error(checkout, given):
+    folder = given("torch", "yaml")
+    done = checkout("bench", f"VENV={folder}", installed=False)
+    assert done.returncode != 0
+    (line, _) = done.stderr.splitlines()  # the second one is make's
+    assert line.startswith(f"VENV={folder}: its python lacks pytest, pytest_benchmark, matplotlib.")
+    assert not list((checkout.root / "build/bench").glob("*"))
+
+
+def test_a_folder_that_is_no_environment_is_one_clear_error(checkout, tmp_path):
+    done = checkout("test", f"VENV={tmp_path}/nowhere", installed=False)
+    assert done.returncode != 0
+    (line, _) = done.stderr.splitlines()
+    assert line.startswith(f"VENV={tmp_path}/nowhere: no bin/python there.")
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_pip_is_quiet_unless_it_fails(checkout, status):
+    pip = f'case "$*" in *"pip install"*) echo "WARNING: noise" >&2; exit {status};; esac'
+    python = checkout.root / "python3"
+    python.write_text("#!/bin/sh\nexit 0\n")  # makes no environment: one stands already
+    python.chmod(0o755)
+    done = checkout("lint", f"PYTHON={python}", program=pip, installed=False)
+    assert (done.returncode == 0) == (status == 0)
+    assert ("WARNING: noise" in done.stderr) == bool(status)
+    assert "WARNING: noise" not in done.stdout
+    assert "WARNING: noise" in (checkout.root / "build/pip.log").read_text()
+
+
+def test_the_gate_runs_lint_then_every_test_and_pull_requests_do_as_well():
     gate = ROOT / ".ci/run"
     assert os.access(gate, os.X_OK)
-    assert re.search(
-        r"^set -eu$.*^make lint$.*^make test$", gate.read_text(), re.DOTALL | re.MULTILINE
-    )
-    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["gate"]["steps"]
-    assert "make test" in json.dumps(steps)
+    commands = [line for line in gate.read_text().splitlines() if line.startswith("make ")]
+    assert commands[0] == "make lint"
+    assert commands[-1].startswith("make test-all")
+    assert re.search(r"^set -eu$", gate.read_text(), re.MULTILINE)
+    jobs = json.dumps(yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"])
+    assert all(f'"{command}"' in jobs for command in ("make lint", "make test"))
+    assert "make test-all" in jobs

@@ -124,7 +124,7 @@ def test_a_host_that_idles_between_rounds_changes_no_time(ranks, options):
     [
         ("raises", "no such shard"),
         ("exits", "exited with code 7"),
-        ("hangs", "did not answer"),
+        pytest.param("hangs", "did not answer", marks=pytest.mark.slow),
         ("killed", "SIGKILL"),
         ("outofmemory", "out of memory"),
         ("wrong", "is wrong, so it is not timed"),

@@ -31,11 +31,13 @@ def identify(value):
     return "-".join(value.values()) if isinstance(value, dict) else str(value)
 
 
+# "aot_eager" traces as "inductor" does, and makes no code of its own.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("method", "options"), LAYERS, ids=identify)
-def test_a_compiled_model_is_the_eager_one_and_compiles_once(ranks, method, options):
+def test_a_compiled_model_is_the_eager_one_and_compiles_once(ranks, method, options, backend):
     # In bf16 a norm's gradients are 0.02 from the truth, eager, and fused rounds otherwise.
     limit = 0.1 if ranks.device == "cuda" else 1e-5
-    for errors, graphs in ranks.run(jobs.compiled, method, options, timeout=300):
+    for errors, graphs in ranks.run(jobs.compiled, method, options, backend, timeout=300):
         assert max(errors) < limit, errors
         assert 0 < graphs[0] <= 12  # the pieces between four layers
         assert graphs[0] == graphs[-1], graphs

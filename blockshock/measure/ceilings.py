@@ -19,7 +19,7 @@ from blockshock.measure.clock import agree_largest
 from blockshock.measure.floor import all_reduce_wire
 
 # (sides of square products, bytes copied, bytes all-reduced, repetitions) by kind of device
-SIZES = {"cuda": ((4096, 8192), 2**31, 2**28, 10), "cpu": ((256, 512), 2**26, 2**22, 3)}
+SIZES = {"cuda": ((4096, 8192), 2**31, 2**28, 10), "cpu": ((128, 256), 2**26, 2**22, 3)}
 
 
 def measure(dtypes: dict[str, torch.dtype], device: torch.device) -> dict:
