@@ -1,26 +1,19 @@
-"""How every figure is laid out: settings, panels, legends, files.
+"""Colours, type and text of every figure, and which lines and settings a figure holds.
 
 INK, MUTED, GRID and PAPER occur for nothing else, so that the report can replace them in an SVG by
 the colours of its theme.
 """
 
-import io
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from tools.cases import Result, order, setting_text
+from tools.drawing.chart import Absent
 
-from tools.cases import Result, Results, order, setting_text
-from tools.families.linear.looks import PAPER
-
-INK, MUTED, GRID = "#1b1f24", "#59636e", "#dce1e6"
+INK, MUTED, GRID, PAPER = "#1b1f24", "#59636e", "#dce1e6", "#fffffe"
 FLOOR = "#8a939c"
-MOST_LINES = 14
+MOST_LINES, MOST_PANELS = 14, 4
 
 RC = {
     "font.family": "DejaVu Sans",
@@ -50,44 +43,8 @@ RC = {
     # A name from a file is a name, never mathematics.
     "text.parse_math": False,
     "svg.hashsalt": "block-shock",
-    "svg.fonttype": "path",
+    "svg.fonttype": "none",
 }
-
-
-class Absent(Exception):
-    """There is nothing to draw; the message says what is missing."""
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure with its file name (no suffix), title, and a caption that says how to read it."""
-
-    name: str
-    title: str
-    caption: str
-    figure: Figure
-
-    def png(self) -> bytes:
-        """The figure as PNG, 150 dots an inch."""
-        return self._saved("png", dpi=150)
-
-    def svg(self) -> bytes:
-        """The figure as SVG; the same results give the same bytes."""
-        return self._saved("svg", metadata={"Date": None})
-
-    def _saved(self, kind: str, **options) -> bytes:
-        out = io.BytesIO()
-        with matplotlib.rc_context(RC):
-            self.figure.savefig(out, format=kind, facecolor=PAPER, **options)
-        return out.getvalue()
-
-
-@dataclass
-class Canvas:
-    """A figure with its grid of axes while it is being drawn."""
-
-    figure: Figure
-    axes: list[list[Axes]]
 
 
 def settings(results: Iterable[Result], phase: str) -> dict[str, list[Result]]:
@@ -117,7 +74,8 @@ def file_name(name: str, text: str, groups: Iterable[str]) -> str:
 
 
 def panels_over(results: Sequence[Result], x: str) -> list[tuple[int, list[Result]]]:
-    """One panel for each value of the size that is not on the x axis, with two x values at least.
+    """One panel for each value of the size that is not on the x axis, with two x values at least:
+    the first and the last of them, and some between where there are more than a figure carries.
 
     Raises Absent where every panel would have a single x.
     """
@@ -132,7 +90,7 @@ def panels_over(results: Sequence[Result], x: str) -> list[tuple[int, list[Resul
     ]
     if not kept:
         raise Absent(f"a line needs two values of {x} or more with the same {other}")
-    return kept
+    return spread(kept, MOST_PANELS)
 
 
 def spread(values: list, most: int) -> list:
@@ -142,69 +100,12 @@ def spread(values: list, most: int) -> list:
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
-def canvas(rows: int, columns: int, *, height: float = 2.9, width: float = 3.6, **share) -> Canvas:
-    """A grid of axes, each at least so wide; one or two columns are drawn wider."""
-    width = max(width, {1: 7.2, 2: 4.6}.get(columns, 0))
-    figure = Figure(figsize=(max(6.4, width * columns), height * rows + 1.15), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **share)
-    return Canvas(figure, [list(row) for row in axes])
-
-
-def folded(count_: int, most: int = 4) -> tuple[int, int]:
-    """Bands and columns for `count_` panels side by side."""
-    columns = count_ if count_ <= most else math.ceil(count_ / math.ceil(count_ / most))
-    return math.ceil(count_ / columns), columns
-
-
-def placed(canvas_: Canvas, panels: Sequence) -> list[tuple]:
-    """Each panel with its axes, row by row; axes without a panel are hidden."""
-    axes = [one for row in canvas_.axes for one in row]
-    for unused in axes[len(panels) :]:
-        unused.set_visible(False)
-    return list(zip(axes, panels, strict=False))
-
-
-def finish(canvas_: Canvas, title: str, results: Results, text: str) -> Figure:
-    """The title with device and setting, and one legend below all panels."""
-    figure = canvas_.figure
-    figure.suptitle(f"{title}\n", x=0.012, ha="left", fontsize=13.5, fontweight="bold")
-    subtitle = " · ".join(part for part in (results.title, text) if part)
-    # Hung from the top edge, in the second line that the title keeps free.
-    top = 1 - 0.39 / figure.get_figheight()
-    figure.text(0.012, top, subtitle, color=MUTED, ha="left", va="center")
-    entries: dict[str, object] = {}
-    for axes in (axes for row in canvas_.axes for axes in row):
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            entries.setdefault(label, handle)
-    if entries:
-        # Inches: the sample of the line, the longest label at 9.5 points, and a gap.
-        widest = 0.62 + 0.068 * max(map(len, entries))
-        figure.legend(
-            entries.values(),
-            entries.keys(),
-            loc="outside lower left",
-            ncols=min(len(entries), max(1, int((figure.get_figwidth() - 0.2) / widest))),
-            handlelength=2.6,
-            columnspacing=1.6,
-        )
-    # The layout is found once, not for each file anew.
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    return figure
-
-
 def lines(results: Iterable[Result]) -> list[list[Result]]:
     """The results of a panel, one list for each label, in the order of legends."""
     found: dict[str, list[Result]] = defaultdict(list)
     for result in sorted(results, key=lambda r: (order(r)[-2], r.label)):
         found[result.label].append(result)
     return list(found.values())
-
-
-def beside(place: int, count_: int) -> float:
-    """The factor that moves line `place` of `count_` sideways on a size axis, so all are seen."""
-    step = min(1.025, 1.15 ** (1 / max(1, count_ - 1)))
-    return step ** (place - (count_ - 1) / 2)
 
 
 def _few_lines(results: list[Result]) -> tuple[list[Result], str]:

@@ -1,13 +1,9 @@
 """The report's tables: every case of a phase with all its figures, a row each."""
 
-import html
-from collections.abc import Sequence
-
 from tools.cases import Result, Results
-from tools.families.attention.points import FAMILY
 from tools.tables import (
     Column,
-    as_html,
+    Table,
     count,
     figure,
     milliseconds,
@@ -61,32 +57,11 @@ COLUMNS = (
 )
 
 
-def phase_table(results: Results, phase: str) -> str:
-    """A folded box with the sortable table of a phase, each case of a linear layer in a row."""
-    found = [r for r in results.results if r.case.phase == phase and r.case.family != FAMILY]
-    rows = [_row(result) for result in found]
-    columns = [c for c in COLUMNS if any(row.get(c.key) is not None for row in rows)]
+def phase_table(results: Results, phase: str) -> Table:
+    """The table of a phase, each case of a linear layer in a row."""
+    found = [r for r in results.results if r.case.phase == phase and r.case.family == "linear"]
     title = PHASE_TITLES.get(phase, phase)
-    return folded_table(title, columns, rows, "cases", opened=phase == "forward")
-
-
-def folded_table(
-    title: str,
-    columns: Sequence[Column],
-    rows: list[dict],
-    unit: str,
-    *,
-    opened: bool,
-    example: str = "block_shock 4096",
-) -> str:
-    """A folded box with a table that sorts and is searched; the title counts its rows."""
-    title = html.escape(title)
-    return (
-        f'<details class="box"{" open" if opened else ""}>'
-        f"<summary>{title} ({len(rows)} {unit})</summary>"
-        f'<input type="search" placeholder="Search, e.g. {example}" '
-        f'aria-label="Search {title}">{as_html(columns, rows)}</details>'
-    )
+    return Table(title, COLUMNS, [_row(r) for r in found], example="block_shock 4096")
 
 
 def _row(result: Result) -> dict:
