@@ -79,7 +79,12 @@ def _chart(drawing: Drawing, key: str) -> dict:
     """A chart whose markup, which this project wrote, is not escaped again."""
     made = chart(drawing, key)
     entries = [{**entry, "swatch": Markup(entry["swatch"])} for entry in made["entries"]]
-    return {**made, "svg": Markup(made["svg"]), "points": Markup(made["points"]), "entries": entries}
+    return {
+        **made,
+        "svg": Markup(made["svg"]),
+        "points": Markup(made["points"]),
+        "entries": entries,
+    }
 
 
 def _facts(results: Results) -> list[str]:
@@ -90,7 +95,9 @@ def _facts(results: Results) -> list[str]:
 
 
 def _warnings(results: Results) -> list[str]:
-    said = f"{CPU_CAVEAT}. Correctness means the same everywhere; times and ratios are host time of "
+    said = (
+        f"{CPU_CAVEAT}. Correctness means the same everywhere; times and ratios are host time of "
+    )
     said += "this CPU."
     return [said] * results.cpu + list(results.notes)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from tools.stats import Interval
 
-
 FEW = 12  # rows in which a value may be repeated
 
 

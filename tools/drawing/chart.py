@@ -70,7 +70,8 @@ class Drawing:
     """A figure with its file name (no suffix), title, subtitle, and a caption on how to read it.
 
     checks: belongs on the report's last page. setting: it is in another setting than the main one.
-    draw: puts the figure's lines on one pair of axes, given the axes, the panel and the id of each label; lines by itself.
+    draw: puts a panel on its axes, given the axes, the panel and the id of each label, and says
+    where each line's points lie; None for lines.
     """
 
     name: str

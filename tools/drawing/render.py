@@ -51,7 +51,7 @@ def figure(drawing: Drawing) -> Figure:
     with matplotlib.rc_context(style.RC):
         labels = [label.replace(" ≈ ", " ≈\n") for label in drawing.labels]
         # Inches: the sample of the line, the longest label at 9.5 points, and a gap.
-        widest = 0.62 + 0.072 * max((len(part) for text in labels for part in text.split("\n")))
+        widest = 0.62 + 0.072 * max(len(part) for text in labels for part in text.split("\n"))
         across = max(1, min(len(labels), int((_width(drawing) - 0.2) / widest)))
         down = math.ceil(len(labels) / across)
         parts = [labels[i : i + down] for i in range(0, len(labels), down)]
@@ -77,7 +77,9 @@ def figure(drawing: Drawing) -> Figure:
     return made
 
 
-def _panels(drawing: Drawing, legend: float = 0.0) -> tuple[Figure, list[Axes], list[dict[str, list]]]:
+def _panels(
+    drawing: Drawing, legend: float = 0.0
+) -> tuple[Figure, list[Axes], list[dict[str, list]]]:
     """The figure, its axes, and of each the places of every line's points in its data."""
     count = len(drawing.panels)
     across = min(count, drawing.columns)

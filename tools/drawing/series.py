@@ -1,5 +1,6 @@
-"""From results to lines: a line for each label, a panel for each size, a drawing for each setting."""
+"""From results to lines: one for each label, a panel for each size, a drawing for each setting."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -26,8 +27,9 @@ def clock(results: Results) -> str:
     return "host time" if results.cpu else "device time"
 
 
-def by_size(found: Sequence[Result], what: str, x: str = "N") -> dict[str, Panels]:
-    """The panels of each setting: against N, one for each B, or the other way round.
+def by_size(found: Sequence[Result], what: str, x: str = "N", most: int = 4) -> dict[str, Panels]:
+    """The panels of each setting: against N, one for each B, or the other way round; of more than
+    `most` the ends and some between.
 
     Raises Absent where no setting has a line to draw.
     """
@@ -36,7 +38,7 @@ def by_size(found: Sequence[Result], what: str, x: str = "N") -> dict[str, Panel
     reason = Absent("")
     for text, group in style.settings(found, what).items():
         try:
-            panels = style.panels_over(group, x)
+            panels = style.spread(style.panels_over(group, x), most)
         except Absent as error:
             reason = error
             continue
@@ -64,7 +66,7 @@ def charts(
     value: Value,
     *,
     look: Callable[[Result], dict],
-    x: Callable[[Result, str], float] = lambda result, name: getattr(result.case, name),
+    x: Callable[..., float] = lambda result, name: getattr(result.case, name),
     extra: Callable[[Sequence[Result]], Iterable[Line]] = lambda panel: (),
     main: Callable[[Sequence[Result]], set[str]] | None = None,
     **options,
@@ -78,10 +80,9 @@ def charts(
         shown = main(every) if main else {result.label for result in every}
         made, beside = [], []
         for title, name, panel in panels:
-            found = (line(one, lambda r: x(r, name), value, look) for one in style.lines(panel))
-            lines = tuple(
-                replace(one, main=one.label in shown) for one in found if one.points
-            )
+            place = functools.partial(x, name=name)
+            found = (line(one, place, value, look) for one in style.lines(panel))
+            lines = tuple(replace(one, main=one.label in shown) for one in found if one.points)
             made.append(Panel(title, lines, name, y))
             beside.append(tuple(extra(panel)))
         whole = [
@@ -111,4 +112,3 @@ def grey(label: str, values: dict[float, float], **look) -> list[Line]:
     look = {"color": style.FLOOR, "linestyle": (0, (4, 2)), "linewidth": 1.4, "zorder": 1} | look
     points = tuple(Point(x, y) for x, y in sorted(values.items()))
     return [Line(label, points, look, bound=True)] if points else []
-

@@ -13,7 +13,7 @@ from tools.drawing.chart import Absent
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#59636e", "#dce1e6", "#fffffe"
 FLOOR = "#8a939c"
-MOST_LINES, MOST_PANELS = 14, 4
+MOST_LINES = 12
 
 RC = {
     "font.family": "DejaVu Sans",
@@ -74,8 +74,7 @@ def file_name(name: str, text: str, groups: Iterable[str]) -> str:
 
 
 def panels_over(results: Sequence[Result], x: str) -> list[tuple[int, list[Result]]]:
-    """One panel for each value of the size that is not on the x axis, with two x values at least:
-    the first and the last of them, and some between where there are more than a figure carries.
+    """One panel for each value of the size that is not on the x axis, with two x values at least.
 
     Raises Absent where every panel would have a single x.
     """
@@ -90,7 +89,7 @@ def panels_over(results: Sequence[Result], x: str) -> list[tuple[int, list[Resul
     ]
     if not kept:
         raise Absent(f"a line needs two values of {x} or more with the same {other}")
-    return spread(kept, MOST_PANELS)
+    return kept
 
 
 def spread(values: list, most: int) -> list:

@@ -13,7 +13,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const down = title.getAttribute("aria-sort") === "ascending";
       titles.forEach((other) => other.setAttribute("aria-sort", "none"));
       title.setAttribute("aria-sort", down ? "descending" : "ascending");
-      const text = title.classList.contains("text");
+      const text = title.classList.contains("t");
       const body = table.tBodies[0];
       [...body.rows]
         .sort((a, b) => {

@@ -79,7 +79,8 @@ def _against_tokens(
         panels, per_head = _comparable(panels_of(group))
         part = _heads if per_head else lambda _: 1
         y = Axis(f"{measured} per head" if per_head else f"{measured} of a call", write, scale)
-        groups = dict.fromkeys(settings, []) | {text: [(of, "T", panel) for of, panel in panels]}
+        groups = {key: [] for key in settings}
+        groups[text] = [(of, "T", panel) for of, panel in panels]
         if panels:
             drawings += _charts(
                 results,
@@ -95,7 +96,7 @@ def _against_tokens(
 
 
 def _charts(results: Results, groups: dict, words: Words, y: Axis, value, **options):
-    length = lambda result, _: _length(result)  # noqa: E731
+    length = lambda result, name: _length(result)  # noqa: E731
     return series.charts(results, groups, words, y, value, look=line_style, x=length, **options)
 
 

@@ -110,7 +110,9 @@ def _speedups(axes: Axes, panel: Panel, ids: dict[str, str]) -> dict[str, list]:
     joined = {"color": style.MUTED, "linewidth": 0.9, "linestyle": (0, (1, 1.6)), "zorder": 1}
     named: dict[str, tuple] = {}
     for pattern in patterns:
-        spot = [(p.x, p.y, m.label == SPARSE) for m in methods for p in m.points if p.note == pattern]
+        spot = [
+            (p.x, p.y, m.label == SPARSE) for m in methods for p in m.points if p.note == pattern
+        ]
         axes.plot(*list(zip(*spot, strict=True))[:2], **joined)
         place, name = max(spot, key=lambda s: s[2])[:2], names.get(pattern, pattern)
         named[name] = min(named.get(name, place), place)  # a line has its name where it begins

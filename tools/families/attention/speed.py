@@ -10,11 +10,13 @@ from tools.families.attention.looks import line_style
 from tools.families.attention.points import (
     PHASES,
     TIERS,
-    Point as Place,
     attention,
     by_point,
     by_setting,
     point_of,
+)
+from tools.families.attention.points import (
+    Point as Place,
 )
 from tools.tables import figure
 

@@ -8,6 +8,7 @@ from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point, merge
 from tools.drawing.series import Words
 from tools.families.linear.looks import line_style
 from tools.families.linear.opponents import way
+from tools.families.linear.speed import few
 from tools.tables import figure, size
 
 MEASURES = {
@@ -38,7 +39,7 @@ def memory_vs_size(results: Results) -> list[Drawing]:
     told = "Peak: the most that was allocated at once."
     caption += told if peak else "This device does not say how much was allocated at most."
     words, y = Words("memory_vs_N", title, caption), Axis("memory of a rank", _bytes, "bytes")
-    groups = series.by_size(found, "forward results with memory")
+    groups = series.by_size(few(found), "forward results with memory", most=3)
     drawings = []
     for text, panels in groups.items():
         made = [_memory("weights", panels[0][2], "weight_bytes", y)]
@@ -52,7 +53,9 @@ def memory_vs_size(results: Results) -> list[Drawing]:
             if "weight_bytes_estimated" in r.memory
         }
         if estimates:
-            rings = Line("estimate of the weights", tuple(Point(*e) for e in sorted(estimates)), ring)
+            rings = Line(
+                "estimate of the weights", tuple(Point(*e) for e in sorted(estimates)), ring
+            )
             first = Panel(first.title, (*first.lines, rings), "N", y)
         drawings.append(series.drawn(results, words, text, groups, [first, *others]))
     return drawings
@@ -92,7 +95,7 @@ def errors_vs_size(results: Results) -> list[Drawing]:
     """Relative, largest and mean error of each tensor against N, at the largest B measured most."""
     found = [r for p in ("correctness", "forward") for r in results.of(p) if r.errors]
     phase = found[0].case.phase if found else "correctness"
-    groups = series.by_size([r for r in found if r.case.phase == phase], "correctness")
+    groups = series.by_size(few([r for r in found if r.case.phase == phase]), "correctness")
     caption = (
         "The truth is the dense product in float64, or accumulated in float32 for large N. "
         "Over plain dense: the error over that of plain dense in the same dtype, with the limit "
@@ -140,14 +143,12 @@ def _memory(title: str, panel: Sequence[Result], key: str, y: Axis) -> Panel:
 
 
 def _lines(panel: Sequence[Result], value: series.Value) -> tuple[Line, ...]:
-    found = (
-        series.line(one, lambda r: r.case.N, value, line_style) for one in style.lines(panel)
-    )
+    found = (series.line(one, lambda r: r.case.N, value, line_style) for one in style.lines(panel))
     return tuple(one for one in found if one.points)
 
 
 def _asked(results: Results, found, words: Words, y: Axis, value) -> list[Drawing]:
-    groups = series.by_size(found, "forward")
+    groups = series.by_size(few(found), "forward", most=2)
     return series.charts(results, groups, words, y, value, look=line_style, checks=True)
 
 

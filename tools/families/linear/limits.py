@@ -7,7 +7,7 @@ from tools.drawing import series, style
 from tools.drawing.chart import Absent, Axis, Drawing
 from tools.drawing.series import Panels, Words
 from tools.families.linear.looks import line_style
-from tools.families.linear.speed import WORDS, leading
+from tools.families.linear.speed import WORDS, few
 
 SMALL_BATCH = 64
 
@@ -16,7 +16,7 @@ def over_floor(results: Results, phase: str) -> list[Drawing]:
     """Measured time over its floor: against N at the largest B and a small one, against B at the
     largest N.
     """
-    found = [r for r in results.of(phase) if r.floor.get("seconds", 0) > 0]
+    found = [r for r in few(results.of(phase)) if r.floor.get("seconds", 0) > 0]
     settings = style.settings(found, f"{phase} results with a floor")
     groups = {text: panels for text, group in settings.items() if (panels := _panels(group))}
     if not groups:
@@ -29,15 +29,10 @@ def over_floor(results: Results, phase: str) -> list[Drawing]:
     )
     words = Words(f"{phase}_over_floor", f"{WORDS[phase]}: measured time over its floor", caption)
     y = Axis("measured / floor", "{:.2f}".format, "ratio", 1, least=1)
-    options = {"look": line_style, "columns": 3, "height": 4, "main": leading_or_reference}
+    options = {"look": line_style, "columns": 3, "height": 4}
     return series.charts(
         results, groups, words, y, lambda r: r.median / r.floor["seconds"], **options
     )
-
-
-def leading_or_reference(found: Sequence[Result]) -> set[str]:
-    """The lines drawn at first: those of the main plot, and dense TP as users run it."""
-    return leading(found) | {r.label for r in found if r.label == "dense_tp_row"}
 
 
 def _panels(group: Sequence[Result]) -> Panels:

@@ -13,7 +13,7 @@ from tools.families.linear.costs import (
 from tools.families.linear.limits import over_floor
 from tools.families.linear.regions import less_layout_fix_vs_size, regions_vs_size
 from tools.families.linear.speed import phase_vs_batch, phase_vs_size
-from tools.families.linear.speed_table import speed_tables
+from tools.families.linear.speed_table import speed_table
 from tools.families.linear.steps import drift_by_step, step_breakdown
 from tools.families.shown import TIMES, Shown
 from tools.tables import Table
@@ -44,9 +44,7 @@ FIGURES = {
     "forward_over_floor": functools.partial(over_floor, phase="forward"),
     "forward_regions_vs_N": regions_vs_size,
     "backward_vs_N": functools.partial(phase_vs_size, phase="backward"),
-    "backward_vs_B": functools.partial(phase_vs_batch, phase="backward"),
     "training_vs_N": functools.partial(phase_vs_size, phase="training"),
-    "training_vs_B": functools.partial(phase_vs_batch, phase="training"),
     "training_over_floor": functools.partial(over_floor, phase="training"),
     "step_breakdown": step_breakdown,
     "memory_vs_N": memory_vs_size,
@@ -63,7 +61,8 @@ def tables(results: Results) -> list[Table]:
     """Speed at every N and B, then every case, phase by phase."""
     found = {r.case.phase for r in results.results if r.case.family == "linear"}
     phases = [p for p in PHASES if p in found] + sorted(found - set(PHASES))
-    return [*speed_tables(results), *(phase_table(results, phase) for phase in phases)]
+    speeds = speed_table(results)
+    return [speeds] * bool(speeds.rows) + [phase_table(results, phase) for phase in phases]
 
 
 SHOWN = Shown(

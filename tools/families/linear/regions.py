@@ -5,6 +5,7 @@ from tools.drawing import series, style
 from tools.drawing.chart import Absent, Axis, Drawing, Panel, Point, merged
 from tools.drawing.series import Words
 from tools.families.linear.looks import line_style
+from tools.families.linear.speed import few
 from tools.tables import seconds
 
 MOST = 2
@@ -19,7 +20,7 @@ SHOWN = {
 def regions_vs_size(results: Results) -> list[Drawing]:
     """Forward, all-reduce and layout-fix time against N: p50, up to p95, and the average."""
     found = [r for r in results.of("forward") if r.regions]
-    groups = series.by_size(found, "instrumented forward")
+    groups = series.by_size(few(found), "instrumented forward", most=MOST)
     caption = (
         "Regions are timed in a pass of their own and never change the reported total. Line: p50; "
         "whisker: up to p95. Of the batches the smallest and the largest are drawn."
@@ -28,8 +29,7 @@ def regions_vs_size(results: Results) -> list[Drawing]:
         caption += " No method made a copy for layout's sake."
     words = Words("forward_regions_vs_N", "Forward: regions of a call", caption)
     drawings = []
-    for text, every in groups.items():
-        panels = style.spread(every, MOST)
+    for text, panels in groups.items():
         made = [
             _panel(name, f"{SHOWN[name]}, {of}", panel)
             for name in SHOWN
@@ -50,7 +50,9 @@ def less_layout_fix_vs_size(results: Results) -> list[Drawing]:
 
     def whole(panel) -> list:
         thin = {"marker": None, "linewidth": 0.9, "linestyle": (0, (1, 1))}
-        copied = [line for line in style.lines(panel) if any("layout_fix" in r.regions for r in line)]
+        copied = [
+            line for line in style.lines(panel) if any("layout_fix" in r.regions for r in line)
+        ]
         lines = [series.line(one, lambda r: r.case.N, _whole, line_style) for one in copied]
         return [
             type(one)(f"{one.label}, layout fix included", one.points, one.look | thin)
@@ -62,7 +64,10 @@ def less_layout_fix_vs_size(results: Results) -> list[Drawing]:
         "method would take if the collective read the layout as it is. Dotted: with them."
     )
     words = Words("forward_less_layout_fix_vs_N", "Forward less layout-fix copies", caption)
-    y, groups = Axis("average time a call", seconds), series.by_size(found, "instrumented forward")
+    y, groups = (
+        Axis("average time a call", seconds),
+        series.by_size(few(found), "instrumented forward", most=MOST),
+    )
     options = {"look": line_style, "extra": whole, "checks": True}
     return series.charts(results, groups, words, y, _less_layout, **options)
 
@@ -84,8 +89,6 @@ def _panel(name: str, title: str, panel: list[Result]) -> Panel:
         above = max(region.p50, region.p95)
         return Point(0, region.p50, region.p50, above, f"average {seconds(region.avg)}")
 
-    found = (
-        series.line(one, lambda r: r.case.N, value, line_style) for one in style.lines(panel)
-    )
+    found = (series.line(one, lambda r: r.case.N, value, line_style) for one in style.lines(panel))
     lines = tuple(one for one in found if one.points)
     return Panel(title, lines, "N", Axis(SHOWN[name], seconds))

@@ -58,6 +58,12 @@ def leading(found: Sequence[Result]) -> set[str]:
     }
 
 
+def few(found: Sequence[Result]) -> list[Result]:
+    """The results of the leading lines of each phase, and of dense TP as users run it."""
+    labels = leading(found)
+    return [r for r in found if r.label in labels or (r.case.method == REFERENCE and not r.unusual)]
+
+
 def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
     found = results.of(phase)
     references = {_place(r): r for r in found if r.case.method == REFERENCE and not r.unusual}
@@ -88,7 +94,8 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
         f"Time of each method over that of {REFERENCE} with the library's collective, which is the "
         f"grey rule at 1; below 1 the method is faster. Medians of {clock}, the slowest rank "
         "counts, with 95% intervals. The dashed grey line is the limit of the machine for the "
-        "method that it would let run fastest, where it lies within the axis. Lines that differ by less than 1.5% are one."
+        "method that it would let run fastest, where it lies within the axis. "
+        "Lines that differ by less than 1.5% everywhere are one."
     )
     title = f"{WORDS.get(phase, phase)}: time over that of dense TP, against {x}"
     groups = series.by_size(compared, phase, x)

@@ -23,7 +23,7 @@ REPORTED = {"marker": "d", "linestyle": "none", "color": style.INK, "markersize"
 
 def step_breakdown(results: Results) -> list[Drawing]:
     """Stacked bars of a training step, a panel for each N and B."""
-    found = [r for r in results.of("training") if "total" in r.regions]
+    found = [r for r in results.of("training") if "total" in r.regions and r.as_usual]
     groups = style.settings(found, "instrumented training")
     ahead = {_place(r): r for r in results.of("forward") if r.regions}
     caption = (
@@ -104,7 +104,8 @@ def _bars(title: str, here: dict[str, Result], labels: list[str], ahead: dict) -
         if label in here:
             result = here[label]
             for name, value in segments(result, ahead.get(_place(result))).items():
-                points[name].append(Point(i, 1e3 * value))
+                if value > 0:
+                    points[name].append(Point(i, 1e3 * value))
             points["reported step"].append(Point(i, 1e3 * result.median))
     looks = {name: {"color": colour} for name, colour in SEGMENTS.items()}
     looks["reported step"] = REPORTED
