@@ -1,5 +1,6 @@
 """A drawing for a page: a small SVG in the colours of the theme, its legend, its values as JSON."""
 
+import html
 import json
 import re
 from typing import Any
@@ -22,6 +23,8 @@ def chart(drawing: Drawing, key: str) -> dict[str, Any]:
     """
     svg, points = bare_svg(drawing)
     svg, width = small(svg, drawing.name, key)
+    said = html.escape(f"{drawing.title}. {drawing.caption}")
+    svg = svg.replace("<svg ", f'<svg tabindex="0" role="img" aria-label="{said}" ', 1)
     looks = {line.label: line for panel in drawing.panels for line in reversed(panel.lines)}
     entries = [
         {"label": label, "swatch": swatch(looks[label].look), "on": looks[label].main}

@@ -90,7 +90,7 @@ for (const figure of document.querySelectorAll("figure.plot")) {
     at = (at + step + shown.length) % shown.length;
     show(shown[at]);
   });
-  svg.addEventListener("focus", () => show(points()[Math.max(at, 0)]));
+  svg.addEventListener("focus", () => show(points()[(at = Math.max(at, 0))]));
   svg.addEventListener("blur", () => show(null));
   figure.classList.add("live");
 }
