@@ -34,9 +34,13 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
         drawings, missing = draw_all(results, family)
         absent |= missing
         settings += [drawing for drawing in drawings if drawing.setting]
-        shown = [d for d in drawings if not d.setting]
-        checks += [_chart(d, f"k{len(checks)}-{name}") for d in shown if d.checks]
-        charts = [_chart(d, f"c{i}-{name}") for i, d in enumerate(shown) if not d.checks]
+        charts = [
+            _chart(drawing, f"c{len(families)}-{i}")
+            for i, drawing in enumerate(drawings)
+            if not drawing.setting
+        ]
+        checks += [chart for chart in charts if chart["drawing"].checks]
+        charts = [chart for chart in charts if not chart["drawing"].checks]
         families.append(
             {
                 "name": name,

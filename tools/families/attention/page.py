@@ -4,7 +4,18 @@ import functools
 from collections.abc import Sequence
 
 from tools.cases import Result, Results
-from tools.families.attention.points import FLEX, PHASES, SPARSE, attention, by_point, point_of
+from tools.families.attention.points import (
+    FLEX,
+    OURS,
+    PEERS,
+    PHASES,
+    SPARSE,
+    attention,
+    by_point,
+    fastest,
+    point_of,
+    speed,
+)
 from tools.families.attention.scaling import matrix_share, memory_vs_tokens, time_vs_tokens
 from tools.families.attention.sparsity import speedup_vs_sparsity
 from tools.families.attention.speed import speed_by_tier
@@ -55,6 +66,7 @@ def _phase(title: str, here: Sequence[Result]) -> list[Table]:
     ratios = [
         *WHERE,
         *(number(f"{a} / {b}", f"{a} / {b}", interval) for a, b in RATIOS),
+        number("best peer", f"{OURS} / best peer", interval),
         number("dense", "dense", lambda result: result.case.method),
         *(
             column
@@ -66,12 +78,20 @@ def _phase(title: str, here: Sequence[Result]) -> list[Table]:
             )
         ),
     ]
-    rows = [row for row in ratio_rows(here, here) if any(" / " in key for key in row)]
+    rows = [_best(row) for row in ratio_rows(here, here) if any(" / " in key for key in row)]
     return [
         Table(f"{title}: ratios of speed", ratios, rows, "points", example=EXAMPLE),
         Table(title, CASES, [_case(result) for result in here], example=EXAMPLE),
         Table(f"{title}: errors", _error_columns(), list(map(_errors, here)), example=EXAMPLE),
     ]
+
+
+def _best(row: dict) -> dict:
+    """The row with the speed of our kernel over that of the fastest peer, for dense attention."""
+    peer = fastest(row[name] for name in PEERS if name in row)
+    if peer and OURS in row and point_of(peer.case).pattern is None:
+        row["best peer"] = speed(row[OURS], peer)
+    return row
 
 
 CASES = (
