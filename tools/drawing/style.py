@@ -6,7 +6,7 @@ the colours of its theme.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tools.cases import Result, order, setting_text
 from tools.drawing.chart import Absent
@@ -47,11 +47,15 @@ RC = {
 }
 
 
-def settings(results: Iterable[Result], phase: str) -> dict[str, list[Result]]:
+def settings(
+    results: Iterable[Result],
+    phase: str,
+    main: Callable[[Sequence[Result]], set[str]] = lambda group: set(),
+) -> dict[str, list[Result]]:
     """The results of each setting, the setting with the most results first.
 
-    Raises Absent when there are none. With more lines than a panel carries, unusual variants go,
-    and the text says how many lines are left.
+    Raises Absent when there are none. With more lines than a panel carries, unusual variants go
+    but for the labels of `main`, and the text says how many lines are left.
     """
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -61,7 +65,7 @@ def settings(results: Iterable[Result], phase: str) -> dict[str, list[Result]]:
     if not groups:
         raise Absent(f"no {phase} results")
     ranked = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    few = [(text, *_few_lines(sorted(group, key=order))) for text, group in ranked]
+    few = [(text, *_few_lines(sorted(group, key=order), main(group))) for text, group in ranked]
     return {text + left: group for text, group, left in few}
 
 
@@ -107,7 +111,7 @@ def lines(results: Iterable[Result]) -> list[list[Result]]:
     return list(found.values())
 
 
-def _few_lines(results: list[Result]) -> tuple[list[Result], str]:
+def _few_lines(results: list[Result], main: set[str]) -> tuple[list[Result], str]:
     """As many lines as a panel carries, and the words for it where some are left out."""
     count_ = len({result.label for result in results})
     if count_ <= MOST_LINES:
@@ -121,7 +125,7 @@ def _few_lines(results: list[Result]) -> tuple[list[Result], str]:
         lambda r: "mask" not in r.unusual,
         lambda r: not r.unusual,
     ):
-        left = [result for result in results if keeps(result)] or left
+        left = [r for r in results if keeps(r) or r.label in main] or left
         if len({result.label for result in left}) <= MOST_LINES:
             break
     kept = len({result.label for result in left})
