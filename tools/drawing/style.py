@@ -54,8 +54,8 @@ def settings(
 ) -> dict[str, list[Result]]:
     """The results of each setting, the setting with the most results first.
 
-    Raises Absent when there are none. With more lines than a panel carries, unusual variants go
-    but for the labels of `main`, and the text says how many lines are left.
+    Raises Absent when there are none. With more lines than a panel carries, unusual variants go,
+    the labels of `main` last, and the text says how many lines are left.
     """
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -112,22 +112,12 @@ def lines(results: Iterable[Result]) -> list[list[Result]]:
 
 
 def _few_lines(results: list[Result], main: set[str]) -> tuple[list[Result], str]:
-    """As many lines as a panel carries, and the words for it where some are left out."""
-    count_ = len({result.label for result in results})
-    if count_ <= MOST_LINES:
-        return results, ""
-    left = results
-    for keeps in (
-        lambda r: len(r.unusual) <= 2,
-        # Another sum of the methods that choose theirs; how dense methods do with it stays.
-        lambda r: "reduce" not in r.unusual or r.usual.get("reduce") == "collective",
-        lambda r: len(r.unusual) <= 1,
-        lambda r: "mask" not in r.unusual,
-        lambda r: not r.unusual,
-    ):
-        left = [r for r in results if keeps(r) or r.label in main] or left
-        if len({result.label for result in left}) <= MOST_LINES:
-            break
-    kept = len({result.label for result in left})
-    words = f"; {kept} of {count_} lines, the others are in the tables"
-    return left, words if kept < count_ else ""
+    """As many lines as a panel carries, those with the fewest variants first, and the words for it
+    where some are left out.
+    """
+    ranked = sorted(results, key=lambda r: (r.label not in main, len(r.unusual), order(r)[-2:]))
+    labels = list(dict.fromkeys(result.label for result in ranked))
+    kept = labels[:MOST_LINES]
+    words = f"; {len(kept)} of {len(labels)} lines, the others are in the tables"
+    left = [result for result in results if result.label in kept]
+    return left, words if len(kept) < len(labels) else ""
