@@ -8,6 +8,9 @@ import pytest
 from tests import synthetic_attention as made
 from tests import synthetic_results as linear
 from tools import compare, plot, report, summary, verdict
+from tools.drawing import render
+from tools.families.attention import looks
+from tools.families.attention.page import tables
 from tools.families.attention.points import (
     attention,
     best_dense,
@@ -20,13 +23,13 @@ from tools.families.attention.points import (
 from tools.families.attention.scaling import _comparable
 from tools.families.attention.sparsity import _pushed
 from tools.families.attention.tables import readme_tables
-from tools.families.figures import ATTENTION_FIGURES, FIGURES, draw_all
-from tools.families.linear import looks
+from tools.families.figures import SHOWN, draw_all
 from tools.files import ToolError
 from tools.results import load, load_all
 from tools.stats import ratio
 
 METHODS = tuple(made.RATES)
+FIGURES = SHOWN["attention"].figures
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def results(file):
 
 @pytest.fixture(scope="module")
 def drawn(results):
-    drawings, absent = draw_all(results)
+    drawings, absent = draw_all(results, SHOWN["attention"])
     assert not absent
     return {drawing.name: drawing for drawing in drawings}
 
@@ -67,52 +70,53 @@ def table_of(markdown):
 
 
 def test_every_figure_of_attention_is_drawn_and_says_device_and_dtype(drawn):
-    assert set(drawn) == set(ATTENTION_FIGURES)
+    assert set(drawn) == set(FIGURES)
     for drawing in drawn.values():
-        texts = " ".join(text.get_text() for text in drawing.figure.texts)
-        assert "1x NVIDIA H200 · bf16" in texts
-        assert len(drawing.png()) > 15_000
+        assert drawing.subtitle == "1x NVIDIA H200 · bf16"
+        assert len(render.png(drawing)) > 15_000
 
 
 def test_no_text_of_a_figure_leaves_it_or_covers_its_legend(drawn):
     for drawing in drawn.values():
-        figure = drawing.figure
-        boxes = [axes.get_tightbbox() for axes in figure.axes if axes.get_visible()]
+        figure = render.figure(drawing)
+        boxes = [axes.get_tightbbox() for axes in figure.axes]
         for box in boxes:
             assert box.x0 >= -1
             assert box.x1 <= figure.bbox.width + 1
-        for legend in figure.legends:
-            assert legend.get_window_extent().x1 <= figure.bbox.width
-            assert all(box.y0 >= legend.get_window_extent().y1 for box in boxes)
+        (legend,) = figure.legends
+        assert legend.get_window_extent().x1 <= figure.bbox.width
+        assert all(box.y0 >= legend.get_window_extent().y1 for box in boxes)
 
 
 def test_bars_are_the_measured_throughput(results, drawn):
-    axes = drawn["attention_forward_by_tier"].figure.axes[0]
-    assert axes.get_title() == "D = 64, full"
-    heights = sorted(patch.get_height() for patch in axes.patches)
+    drawing = drawn["attention_forward_by_tier"]
+    panel = drawing.panels[0]
+    assert panel.title == "D = 64, full"
     shown = ("small", "medium", "large", "XXL", "long")
-    found = [r for r in attention(results, "forward") if point_of(r.case).tier in shown]
-    wanted = [
-        r.rates["tflops"]
-        for r in found
-        if (point_of(r.case).D, point_of(r.case).causal) == (64, False)
-    ]
-    assert set(wanted) < set(heights)
-    names = [label.get_text() for label in axes.get_xticklabels()]
-    assert names[0] == "small\n512"
-    assert "rectangular\n16384×4096" in names
+    wanted = {
+        (r.case.method, r.rates["tflops"])
+        for r in attention(results, "forward")
+        if point_of(r.case).tier in shown
+        and (point_of(r.case).D, point_of(r.case).causal) == (64, False)
+    }
+    assert wanted < {(one.label, p.y) for one in panel.lines for p in one.points}
+    assert panel.names[0] == "small\n512"
+    assert "rectangular\n16384×4096" in panel.names
+    axes = render.figure(drawing).axes[0]
+    heights = sorted(patch.get_height() for patch in axes.patches)
+    assert heights == sorted(p.y for one in panel.lines for p in one.points)
 
 
-def test_the_map_compares_with_the_fastest_peer(tmp_path):
+def test_the_table_of_ratios_compares_with_the_fastest_peer(tmp_path):
     times = {"sdpa_flash": 2.0, "sdpa_cudnn": 1.0, "flex": 4.0, "flash_triton": 0.5}
     entries = [
         made.entry(method, *sizes, seconds=time)
         for method, time in times.items()
         for sizes in ((512, 512), (512, 1024))
     ]
-    (drawing,) = ATTENTION_FIGURES["attention_forward_map"](read(tmp_path, entries))
-    texts = [text.get_text() for text in drawing.figure.axes[0].texts]
-    assert sum(text.startswith("2.00×") for text in texts) == 2
+    ratios = tables(read(tmp_path, entries))[0]
+    assert "flash_triton / best peer" in [column.title for column in ratios.columns]
+    assert [row["best peer"].value for row in ratios.rows] == pytest.approx([2.0, 2.0])
 
 
 def test_speedups_are_over_the_best_dense_kernel_of_the_same_sizes(results):
@@ -169,28 +173,33 @@ def test_only_methods_of_one_point_are_resampled_together(tmp_path):
     assert speed(ours, other) == ratio(other.samples, ours.samples, paired=False)
 
 
+def names_above(drawing, i=0):
+    axes = render.figure(drawing).axes[i]
+    return axes, {name.get_text() for a in axes.child_axes for name in a.get_xticklabels()}
+
+
 def test_the_points_of_the_speedup_figure_lie_at_their_sparsity(results, drawn):
-    axes = drawn["attention_forward_vs_sparsity"].figure.axes[0]
-    bars = {bar.get_label(): bar.lines[0].get_data() for bar in axes.containers}
-    assert set(bars) == {"flex", "block_sparse"}
+    drawing = drawn["attention_forward_vs_sparsity"]
+    *methods, bound = drawing.panels[0].lines
+    assert [one.label for one in methods] == ["flex", "block_sparse"]
+    assert all(p.x == p.y for p in bound.points)
     every = [r for r in attention(results, "forward") if point_of(r.case).Tq == 4096]
-    for method, (xs, ys) in bars.items():
-        found = [r for r in every if r.case.method == method and point_of(r.case).pattern]
+    for one in methods:
+        found = [r for r in every if r.case.method == one.label and point_of(r.case).pattern]
         found = [r for r in found if not decoders(r)]
         wanted = sorted((ideal(r), speed(r, best_dense(r, every)).value) for r in found)
-        assert sorted(xs) == pytest.approx([x for x, _ in wanted])
-        assert sorted(ys) == pytest.approx(sorted(y for _, y in wanted))
-    names = {label.get_text() for child in axes.child_axes for label in child.get_xticklabels()}
-    assert names == {name for name in made.PATTERNS if not name.startswith("causal")}
+        assert sorted(p[:2] for p in one.points) == wanted
+    assert names_above(drawing)[1] == {n for n in made.PATTERNS if not n.startswith("causal")}
 
 
 def test_patterns_that_differ_in_their_last_number_make_a_line_with_one_name(drawn):
-    axes = drawn["attention_forward_vs_sparsity"].figure.axes[1]
-    assert axes.get_title() == "T = 16384, D = 128, 16 heads in all"
-    bars = {bar.get_label(): bar.lines[0] for bar in axes.containers}
-    colour = bars["block_sparse"].get_color()
+    drawing = drawn["attention_forward_vs_sparsity"]
+    assert drawing.panels[1].title == "T = 16384, D = 128, 16 heads in all"
+    axes, names = names_above(drawing, 1)
+    block = next(one for one in drawing.panels[1].lines if one.label == "block_sparse")
+    colour = block.look["color"]
     (line,) = [x for x in axes.lines if x.get_color() == colour and x.get_linestyle() == "-"]
-    found, every = line.get_xydata().tolist(), bars["block_sparse"].get_xydata().tolist()
+    found, every = line.get_xydata().tolist(), [list(p[:2]) for p in block.points]
     tiles = sorted(1 / (1 - (1 - share) ** 2) for share in made.SHARES)
     assert [x for x, _ in found if any(x == pytest.approx(t) for t in tiles)] == pytest.approx(
         tiles
@@ -198,7 +207,6 @@ def test_patterns_that_differ_in_their_last_number_make_a_line_with_one_name(dra
     assert len(found) == len(made.SHARES) + 1  # with the share of all lengths
     assert found == sorted(found)
     assert all(point in every for point in found)
-    names = {label.get_text() for child in axes.child_axes for label in child.get_xticklabels()}
     assert [name for name in names if "random" in name] == ["random_blocks(64,…)"]
     assert "band(256)" in names
 
@@ -208,11 +216,10 @@ def test_two_of_a_pattern_make_no_line(tmp_path):
     for window in (8, 64):
         more = {"pattern": f"band({window})", "hidden": (0.5 + window / 1000, 0.5 + window / 1000)}
         entries.append(made.entry("block_sparse", 512, **more))
-    (drawing,) = ATTENTION_FIGURES["attention_forward_vs_sparsity"](read(tmp_path, entries))
-    axes = drawing.figure.axes[0]
-    names = {label.get_text() for child in axes.child_axes for label in child.get_xticklabels()}
+    (drawing,) = FIGURES["attention_forward_vs_sparsity"](read(tmp_path, entries))
+    axes, names = names_above(drawing)
     assert names == {"band(8)", "band(64)"}
-    colour = axes.containers[0].lines[0].get_color()
+    colour = drawing.panels[0].lines[0].look["color"]
     assert not [x for x in axes.lines if x.get_color() == colour and x.get_linestyle() == "-"]
 
 
@@ -236,36 +243,30 @@ def test_times_are_per_head_where_batches_differ(tmp_path):
 
 
 def test_methods_of_attention_have_colours_and_markers_of_their_own():
-    styles = [looks.METHOD_STYLES[method] for method in METHODS]
+    styles = [looks.STYLES[method] for method in METHODS]
     assert len(set(styles)) == len({c for c, _ in styles}) == len({m for _, m in styles})
 
 
-def test_linear_figures_tables_and_verdicts_do_not_see_attention(tmp_path, file, linear_file):
+def test_linear_figures_tables_and_verdicts_do_not_see_attention(file, linear_file):
     both, alone = load_all([linear_file, file]), load(linear_file)
-    for name, draw in FIGURES.items():
-        if name in ("forward_vs_N", "errors_vs_N"):
-            assert [d.svg() for d in draw(both)] == [d.svg() for d in draw(alone)]
+    for name in ("forward_vs_N", "errors_vs_N"):
+        draw = SHOWN["linear"].figures[name]
+        assert list(map(render.svg, draw(both))) == list(map(render.svg, draw(alone)))
     assert both.of("forward") == alone.of("forward")
     assert summary.section(both) == summary.section(alone)
-    drawings, absent = draw_all(alone)
-    assert not [d for d in drawings if d.name.startswith("attention")]
-    assert not set(absent) & set(ATTENTION_FIGURES)
+    assert SHOWN["linear"].tables(both) == SHOWN["linear"].tables(alone)
 
 
-def test_a_report_of_attention_alone_has_its_section_and_no_verdict(
-    tmp_path, file, results, drawn, monkeypatch
-):
-    monkeypatch.setattr(report, "draw_all", lambda results: (list(drawn.values()), {}))
+def test_a_report_of_attention_alone_has_its_section_and_no_verdict(tmp_path, file, results):
     assert report.main([file, "-o", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert '<h2 id="attention">Attention</h2>' in page
-    assert verdict.NOTHING in page
-    for absent in ('class="name">H1', "block_shock", 'id="main-plot"', 'id="tables"', "not drawn"):
-        assert absent not in page.replace("block_shock 4096", "")
-    for name in ATTENTION_FIGURES:
+    assert '<h2 id="attention">Attention' in page
+    for absent in ('class="name">H1', "block_shock", 'id="tables-linear"', "not drawn"):
+        assert absent not in page
+    for name in FIGURES:
         assert page.count(f'id="plot-{name}"') == 1
     for result in results.results:
-        assert f"<td>{result.id}</td>" in page
+        assert f">{result.id}<" in page
     assert "ratios of speed" in page
     count = 2 * len(made.PATTERNS) + len(made.SHARES)
     assert f"patterns and their tables ({count} patterns)" in page
@@ -273,28 +274,9 @@ def test_a_report_of_attention_alone_has_its_section_and_no_verdict(
         assert f'id="{target}"' in page
 
 
-def test_a_report_of_both_families_keeps_their_tables_apart(
-    tmp_path, file, linear_file, monkeypatch
-):
-    monkeypatch.setattr(report, "draw_all", lambda results: ([], {}))
-    pages = {}
-    for name, files in (("both", [linear_file, file]), ("linear", [linear_file])):
-        report.main([*files, "-o", str(tmp_path / name)])
-        pages[name] = (tmp_path / name / "report.html").read_text(encoding="utf-8")
-    assert '<h2 id="attention">' not in pages["linear"]
-    assert "Attention" not in pages["linear"]
-    tables = [
-        page[page.index('id="tables"') : page.index('id="environment"')] for page in pages.values()
-    ]
-    assert tables[0] == tables[1]
-
-
-def test_plot_verdict_and_compare_take_a_file_of_attention_alone(
-    tmp_path, file, drawn, capsys, monkeypatch
-):
-    monkeypatch.setattr(plot, "draw_all", lambda results: (list(drawn.values()), {}))
+def test_plot_verdict_and_compare_take_a_file_of_attention_alone(tmp_path, file, capsys):
     assert plot.main([file, "-o", str(tmp_path / "plots")]) == 0
-    assert {p.stem for p in (tmp_path / "plots").glob("*.svg")} == set(ATTENTION_FIGURES)
+    assert {p.stem for p in (tmp_path / "plots").glob("*.svg")} == set(FIGURES)
     assert "not drawn" not in capsys.readouterr().out
     assert verdict.main([file, "--out", str(tmp_path)]) == 0
     assert verdict.NOTHING in capsys.readouterr().out
@@ -365,5 +347,5 @@ def test_an_incomplete_case_is_left_out_and_breaks_nothing(tmp_path):
     del entries[1]["extra_info"]["case"]["heads"]
     results = read(tmp_path, entries)
     assert [r.case.method for r in attention(results)] == ["flex"]
-    drawings, absent = draw_all(results)
-    assert {d.name for d in drawings} | set(absent) == set(ATTENTION_FIGURES)
+    drawings, absent = draw_all(results, SHOWN["attention"])
+    assert {d.name for d in drawings} | set(absent) == set(FIGURES)

@@ -1,6 +1,9 @@
 """Figures: variants can be told apart, ticks can be read, what is drawn is what was measured."""
 
 import colorsys
+import itertools
+import json
+import re
 
 import pytest
 from hypothesis import given
@@ -10,12 +13,15 @@ from matplotlib.figure import Figure
 
 from tests import synthetic_results as synthetic
 from tools.cases import over
-from tools.drawing import style, ticks
-from tools.families.figures import FIGURES, draw_all
+from tools.drawing import page, render, style, ticks
+from tools.drawing.chart import SAME, Axis, Line, Panel, Point, merged
+from tools.families.figures import SHOWN, draw_all
 from tools.families.linear import looks, steps
 from tools.results import load
 
+FIGURES = SHOWN["linear"].figures
 LABELS = len(synthetic.VARIANTS)
+Y = Axis("time", str)
 
 
 @pytest.fixture(scope="module")
@@ -27,45 +33,45 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(results):
-    drawings, absent = draw_all(results)
+    drawings, absent = draw_all(results, SHOWN["linear"])
     assert not absent
     return {drawing.name: drawing for drawing in drawings}
 
 
-def lines_of(drawing):
-    """(axes, line, label) of all lines with a marker."""
-    for axes in drawing.figure.axes:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            line = handle.lines[0] if hasattr(handle, "lines") else handle
-            if hasattr(line, "get_marker") and line.get_marker() not in (None, "None"):
-                yield axes, line, label
+def only(name, tmp_path, entries, **options):
+    (drawing,) = FIGURES[name](load(synthetic.write(tmp_path / "a.json", entries, **options)))
+    return drawing
 
 
-def look_of(line):
-    return (line.get_color(), line.get_marker(), line.get_markerfacecolor(), line._dash_pattern)
+def line(label, values, **options):
+    return Line(label, tuple(Point(x, y) for x, y in enumerate(values)), **options)
 
 
-def test_each_label_looks_the_same_everywhere_and_like_no_other(drawn):
+def test_each_method_looks_the_same_everywhere_and_like_no_other(drawn):
     looks_of: dict[str, set] = {}
-    for name, drawing in drawn.items():
-        if not name.startswith(("step_breakdown", "speedup_map")):
-            for _, line, label in lines_of(drawing):
-                looks_of.setdefault(label, set()).add(str(look_of(line)))
-    assert len(looks_of) > LABELS
+    for drawing in drawn.values():
+        if drawing.name != "step_breakdown":
+            for panel in drawing.panels:
+                for one in panel.lines:
+                    label = one.label.split(" ≈ ")[0]
+                    if not one.bound and label.split(" · ")[0] in synthetic.METHODS:
+                        look = {k: v for k, v in one.look.items() if k != "markevery"}
+                        looks_of.setdefault(label, set()).add(str(look))
+    looks_of = {label: found for label, found in looks_of.items() if "layout fix" not in label}
+    assert len(looks_of) >= LABELS
     assert all(len(found) == 1 for found in looks_of.values())
-    for drawing in (drawn["forward_vs_N"], drawn["training_vs_N"]):
-        axes = drawing.figure.axes[0]
-        panel = {label: str(look_of(line)) for a, line, label in lines_of(drawing) if a is axes}
-        assert len(set(panel.values())) == len(panel) >= 10
+    for name in ("forward_vs_N", "training_vs_N"):
+        here = [one for one in drawn[name].panels[0].lines if not one.bound]
+        assert len({str(one.look) for one in here}) == len(here) >= 5
 
 
 def test_variants_of_a_method_stay_in_its_family_of_colours(results):
-    for line in style.lines(results.of("forward")):
-        colour = looks.line_style(line[0])["color"]
-        base = looks.METHOD_STYLES[line[0].case.method][0]
+    for found in style.lines(results.of("forward")):
+        colour = looks.line_style(found[0])["color"]
+        base = looks.STYLES[found[0].case.method][0]
         hues = [colorsys.rgb_to_hls(*to_rgb(one))[0] for one in (colour, base)]
         assert abs(hues[0] - hues[1]) < 0.02
-        assert (colour == base) == (not line[0].unusual)
+        assert (colour == base) == (not found[0].unusual)
 
 
 def test_an_unusual_kernel_has_its_marker_and_an_unusual_reduce_a_hollow_one(results):
@@ -74,34 +80,86 @@ def test_an_unusual_kernel_has_its_marker_and_an_unusual_reduce_a_hollow_one(res
     assert found["block_shock · cusparselt"]["marker"] != base["marker"]
     hollow = found["block_shock · collective"]
     assert hollow["marker"] == base["marker"]
-    assert hollow["markerfacecolor"] == looks.PAPER
+    assert hollow["markerfacecolor"] == style.PAPER
     assert "markerfacecolor" not in base
 
 
-def test_the_relative_panel_shows_the_intervals_of_the_tables(results, drawn):
-    figure = drawn["forward_vs_N"].figure
-    axes = next(a for a in figure.axes if a.get_ylabel().startswith("speed against"))
-    at = {(r.label, r.case.N): r for r in results.of("forward") if r.case.B == 64}
-    bars = {bar.get_label(): bar for bar in axes.containers}
-    assert len(bars) == LABELS
-    for label, bar in bars.items():
-        (segments,) = (lines.get_segments() for lines in bar.lines[2])
-        for n, segment in zip((4096, 8192), segments, strict=True):
-            time = over(at[label, n], at["dense_tp_row", n])
-            assert segment[0][1] == pytest.approx(1 / time.high)
-            assert segment[1][1] == pytest.approx(1 / time.low)
+def test_lines_that_coincide_everywhere_are_one_that_names_both():
+    far = 1 + 1.2 * SAME
+    near = 1 + 0.8 * SAME
+    first = Panel(
+        "a", (line("one", [1, 2]), line("two", [near, 2]), line("far", [1, 2 * far])), "N", Y
+    )
+    second = Panel("b", (line("one", [3]), line("two", [3]), line("far", [3])), "N", Y)
+    a, b = merged([first, second])
+    assert [one.label for one in a.lines] == ["one ≈ two", "far"]
+    assert [one.label for one in b.lines] == ["one ≈ two", "far"]
+    apart = Panel("b", (line("one", [3]), line("two", [3 * far])), "N", Y)
+    assert [one.label for one in merged([first, apart])[0].lines] == ["one", "two", "far"]
 
 
-def test_the_legend_of_twelve_lines_covers_no_panel(drawn):
-    for name in ("forward_vs_N", "training_vs_N", "forward_over_floor"):
-        figure = drawn[name].figure
-        (legend,) = figure.legends
-        assert len(legend.get_texts()) >= 9
-        box = legend.get_window_extent()
-        assert box.x0 >= 0
-        assert box.x1 <= figure.bbox.width
-        for axes in figure.axes:
-            assert axes.get_tightbbox().y0 >= box.y1
+def test_the_longer_of_coinciding_lines_is_drawn_and_shown_where_any_of_them_was():
+    short, long = line("short", [1, 2]), line("long", [1, 2, 3], main=False)
+    (panel,) = merged([Panel("a", (short, long), "N", Y)])
+    (one,) = panel.lines
+    assert (one.label, len(one.points), one.main) == ("short ≈ long", 3, True)
+
+
+def test_the_main_plot_shows_the_ratios_of_the_tables_with_their_intervals(results, drawn):
+    drawing = drawn["forward_vs_N"]
+    at = {(r.label, r.case.N, r.case.B): r for r in results.of("forward")}
+    seen = set()
+    for panel in drawing.panels:
+        b = int(panel.title.removeprefix("B = "))
+        for one in panel.lines:
+            if not one.bound:
+                for p in one.points:
+                    label = one.label.split(" ≈ ")[0]
+                    ratio = over(at[label, p.x, b], at["dense_tp_row", p.x, b])
+                    assert (p.y, p.low, p.high) == (ratio.value, ratio.low, ratio.high)
+                    seen.add(label)
+    assert "dense_tp_row" not in seen
+    assert len(seen) == LABELS - 1
+    assert "below 1" in drawing.panels[0].y.label
+
+
+def test_the_main_plot_begins_with_five_lines_at_most(drawn):
+    drawing = drawn["forward_vs_N"]
+    main = [one for one in drawing.only_main().panels[0].lines if not one.bound]
+    assert [one.label.split(" ≈ ")[0] for one in main] == [
+        "dense_single",
+        "dense_tp_row · auto reduce",
+        "dense_tp_column",
+        "block_shock",
+        "block_shock · 1100",
+    ]
+    assert len(drawing.labels) > 6
+
+
+def test_without_one_gpu_alone_the_masked_split_is_drawn(tmp_path):
+    methods = ("dense_tp_row", "masked_split", "block_shock", "a_new_one")
+    entries = [
+        synthetic.entry(m, n, 64) for m in methods if m in synthetic.METHODS for n in (64, 128)
+    ]
+    entries += [synthetic.entry("a_new_one", n, 64, seconds=1.0) for n in (64, 128)]
+    drawing = only("forward_vs_N", tmp_path, entries)
+    main = {one.label for one in drawing.panels[0].lines if one.main and not one.bound}
+    assert main == {"masked_split", "block_shock", "a_new_one"}
+
+
+@pytest.mark.parametrize("name", list(FIGURES))
+def test_nothing_is_cut_and_the_legend_covers_no_panel(drawn, name):
+    figure = render.figure(drawn[name].only_main())
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
+    for axes in figure.axes:
+        assert axes.get_tightbbox().y0 >= box.y1 - 1
+        assert axes.get_window_extent().height > 0.9 * figure.dpi
+        shown = [t.get_window_extent() for t in axes.get_yticklabels() if t.get_text()]
+        bottoms = sorted((one.y0, one.y1) for one in shown)
+        assert all(a[1] <= b[0] + 3 for a, b in itertools.pairwise(bottoms))
 
 
 def test_lines_left_out_are_told_and_do_not_change_the_file_name(tmp_path):
@@ -109,47 +167,100 @@ def test_lines_left_out_are_told_and_do_not_change_the_file_name(tmp_path):
     variants = synthetic.VARIANTS + tuple(("block_shock", {"mask": mask}) for mask in masks)
     entries = synthetic.everything((256, 512), (16,), variants=variants)
     entries += synthetic.everything((256, 512), (16,), variants=variants, dtypes=("fp16",))[:-2]
-    loaded = load(synthetic.write(tmp_path / "a.json", entries))
-    drawings = FIGURES["forward_vs_N"](loaded)
-    assert [drawing.name for drawing in drawings] == ["forward_vs_N", "forward_vs_N_fp16"]
+    drawings = FIGURES["forward_vs_N"](load(synthetic.write(tmp_path / "a.json", entries)))
+    assert [d.name for d in drawings] == ["forward_vs_N", "forward_vs_N_fp16"]
+    assert [d.setting for d in drawings] == [False, True]
     for drawing in drawings:
-        labels = {label for _, _, label in lines_of(drawing)}
-        texts = " ".join(text.get_text() for text in drawing.figure.texts)
-        assert f"{len(labels)} of {len(variants)} lines, the others are in the tables" in texts
+        labels = " ≈ ".join(drawing.labels)
+        told = re.search(rf"(\d+) of {len(variants)} lines, the others are in", drawing.subtitle)
+        assert int(told[1]) <= style.MOST_LINES
         assert "block_shock · cusparselt" in labels
         assert "block_shock · random" not in labels
 
 
 @pytest.mark.parametrize("phase", ["forward", "training"])
 def test_time_over_floor_is_the_median_over_the_floor_of_the_same_case(results, drawn, phase):
-    figure = drawn[f"{phase}_over_floor"].figure
-    titles = [axes.get_title() for axes in figure.axes]
-    assert titles == ["B = 64", "B = 1024", "N = 8192"]
-    axes = figure.axes[1]
-    found = {
-        (r.label, r.case.N): r.median / r.floor["seconds"]
-        for r in results.of(phase)
-        if r.case.B == 1024
-    }
-    drawn_ = {
-        (label, int(n)): y
-        for a, line, label in lines_of(drawn[f"{phase}_over_floor"])
-        if a is axes
-        for n, y in zip(*line.get_data(), strict=True)
-    }
-    assert drawn_ == pytest.approx(found)
-    ticks_ = [float(tick) for tick in figure.axes[0].get_yticks()]
-    assert ticks_[0] == 1
-    assert {1, 2} <= set(ticks_)
-    assert figure.axes[0].get_ylim()[0] == pytest.approx(1, rel=0.03)
+    drawing = drawn[f"{phase}_over_floor"]
+    assert [panel.title for panel in drawing.panels] == ["B = 64", "B = 1024", "N = 8192"]
+    found = {(r.label, r.case.N): r for r in results.of(phase) if r.case.B == 1024}
+    for one in drawing.panels[1].lines:
+        for p in one.points:
+            r = found[one.label.split(" ≈ ")[0], p.x]
+            assert p.y == r.median / r.floor["seconds"]
+    assert any(one.label.startswith("dense_tp_row") for one in drawing.panels[1].lines)
 
 
 def test_a_time_below_its_floor_is_seen(tmp_path):
     entries = [synthetic.entry("dense_tp_row", n, 64, seconds=1e-6) for n in (4096, 8192)]
-    (drawing,) = FIGURES["forward_over_floor"](load(synthetic.write(tmp_path / "a.json", entries)))
-    (axes,) = drawing.figure.axes
-    lowest = min(min(line.get_ydata()) for _, line, _ in lines_of(drawing))
+    drawing = only("forward_over_floor", tmp_path, entries)
+    (axes,) = render.figure(drawing).axes
+    lowest = min(p.y for one in drawing.panels[0].lines for p in one.points)
     assert axes.get_ylim()[0] < lowest < 1
+
+
+def test_every_point_of_a_page_lies_where_it_is_drawn(drawn):
+    drawing = drawn["forward_vs_N"]
+    chart = page.chart(drawing, "k")
+    lines = json.loads(chart["points"])["lines"]
+    assert len(lines) == len(chart["entries"]) == len(drawing.labels)
+    parts = r'<g(?: class="off")? id="k-l(\d+)-p(\d+)">(.*?)</g>'
+    found = {(int(i), int(panel)): inner for i, panel, inner in re.findall(parts, chart["svg"])}
+    for panel, one in ((i, one) for i, p in enumerate(drawing.panels) for one in p.lines):
+        i = drawing.labels.index(one.label)
+        marks = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', found[i, panel])
+        places = [point[:2] for point in lines[i] if point[2] == panel]
+        if one.main and not one.bound:
+            assert [(float(x), float(y)) for x, y in marks] == [
+                pytest.approx(place, abs=0.11) for place in places
+            ]
+            assert len(marks) == len(one.points)
+
+
+def test_every_bar_of_a_page_has_its_value(drawn):
+    drawing = drawn["step_breakdown"]
+    lines = json.loads(page.chart(drawing, "k")["points"])["lines"]
+    for label, points in zip(drawing.labels, lines, strict=True):
+        here = [one for panel in drawing.panels for one in panel.lines if one.label == label]
+        assert len(points) == sum(len(one.points) for one in here)
+
+
+def test_a_line_that_is_off_at_first_does_not_squeeze_the_others(tmp_path):
+    slow = {"masked_split": 50.0, "block_shock_folded": 1.2}
+    entries = [
+        synthetic.entry(m, n, 64, seconds=1e-3 * slow.get(m, 1.0))
+        for m in synthetic.METHODS
+        for n in (64, 128)
+    ]
+    chart = page.chart(only("forward_vs_N", tmp_path, entries), "k")
+    ticks_ = [float(text) for text in re.findall(r">([\d.]+)</text>", chart["svg"])]
+    assert 20 not in ticks_
+    lines = json.loads(chart["points"])["lines"]
+    points = {entry["label"]: points for entry, points in zip(chart["entries"], lines, strict=True)}
+    assert points["masked_split"] == []  # what lies outside of the panel cannot be pointed at
+    assert len(points["block_shock_folded"]) == 2
+
+
+def test_the_values_of_a_point_are_words_with_their_interval(drawn):
+    data = json.loads(page.chart(drawn["forward_vs_N"], "k")["points"])
+    assert data["panels"] == ["B = 64", "B = 1024"]
+    _, _, panel, where, value = data["lines"][0][0]
+    assert (panel, where) == (0, "N 4096")
+    assert re.fullmatch(r"\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\] \([\d.]+ .s\)", value)
+
+
+def test_the_svg_of_a_page_is_small_and_keeps_no_digit_that_nobody_sees(drawn):
+    drawing = drawn["forward_vs_N"]
+    svg = page.chart(drawing, "k")["svg"]
+    assert len(svg) < 0.6 * len(render.bare_svg(drawing)[0])
+    for attribute in re.findall(r' (?:d|x|y)="([^"]*)"', svg):
+        assert not re.search(r"\.\d\d", attribute)
+    ids = re.findall(r' id="([^"]*)"', svg)
+    assert len(ids) == len(set(ids))
+    assert all(name == "k" or name.startswith("k-") for name in ids)
+    assert {name[1:] for name in re.findall(r'(?:href="|url\()(#[^")]*)', svg)} <= set(ids)
+    for text in ("4096", "B = 1024", "N (weight N×N)"):
+        assert f">{text}</text>" in svg
+    assert style.INK not in svg
 
 
 @given(st.floats(0.01, 1), st.floats(1, 100))
@@ -164,6 +275,17 @@ def test_a_ratio_axis_has_one_and_a_tick_above_it_and_no_crowd(low, high):
     assert bottom <= min(found) <= max(found) <= top
     assert bottom <= low <= high <= top
     assert len(found) <= 1 + 1 / ticks.CROWDED
+
+
+@given(st.floats(1e-6, 1), st.floats(1.05, 1e4))
+def test_a_log_axis_has_two_ticks_however_narrow_it_is(low, wide):
+    axes = Figure().subplots()
+    axes.plot([low, low * wide])
+    axes.set_yscale("log")
+    axes.set_ylim(low, low * wide)
+    ticks.log_axis(axes)
+    found = [tick for tick in axes.get_yticks() if low <= tick <= low * wide]
+    assert len(found) >= 2
 
 
 def step(forward, backward, wire):
@@ -217,18 +339,19 @@ def test_the_forward_gives_up_the_share_that_its_own_phase_had(tmp_path):
     assert parts["backward"] == pytest.approx(1.25e-3)
 
 
-def test_regions_of_many_batches_show_both_ends_and_say_so(tmp_path):
+def test_regions_of_many_batches_show_both_ends_and_the_average(tmp_path):
     entries = [
         synthetic.entry(method, n, b)
         for method in ("dense_tp_row", "block_shock")
         for n in (4096, 8192)
         for b in (16, 64, 1024, 4096, 16384)
     ]
-    loaded = load(synthetic.write(tmp_path / "a.json", entries))
-    (drawing,) = FIGURES["forward_regions_vs_N"](loaded)
-    titles = [axes.get_title() for axes in drawing.figure.axes if axes.get_title()]
-    assert (len(titles), titles[0], titles[-1]) == (4, "B = 16", "B = 16384")
-    assert "some between" in drawing.caption
+    drawing = only("forward_regions_vs_N", tmp_path, entries)
+    titles = [panel.title for panel in drawing.panels]
+    assert titles[:2] == ["forward, B = 16", "forward, B = 16384"]
+    point = drawing.panels[0].lines[0].points[0]
+    assert point.low == point.y <= point.high
+    assert point.note.startswith("average ")
 
 
 def test_the_caption_of_memory_speaks_only_of_what_is_drawn(tmp_path, drawn):
@@ -238,13 +361,19 @@ def test_the_caption_of_memory_speaks_only_of_what_is_drawn(tmp_path, drawn):
         memory["peak_bytes"] = None
         if entry["extra_info"]["case"]["method"] != "dense_single":
             del memory["weight_bytes_estimated"]
-    cpu = load(synthetic.write(tmp_path / "cpu.json", entries, kind="cpu"))
-    (drawing,) = FIGURES["memory_vs_N"](cpu)
+    drawing = only("memory_vs_N", tmp_path, entries, kind="cpu")
     assert "peak" not in drawing.title
-    assert "Peak" not in drawing.caption
-    assert "MiB" in drawing.caption
+    assert "Peak:" not in drawing.caption
     assert "Ring" in drawing.caption
-    rings = [line for line in drawing.figure.axes[0].lines if line.get_markersize() == 13]
-    assert len(rings) == 1
-    assert "Peak" in drawn["memory_vs_N"].caption
-    assert "GiB" in drawn["memory_vs_N"].caption
+    (panel,) = drawing.panels
+    (rings,) = [one for one in panel.lines if one.look["linestyle"] == "none"]
+    assert len(rings.points) == 2
+    assert "Peak:" in drawn["memory_vs_N"].caption
+
+
+def test_a_cpu_has_host_time_and_no_device_time(tmp_path):
+    entries = synthetic.everything((256, 512), (16,))
+    loaded = load(synthetic.write(tmp_path / "cpu.json", entries, kind="cpu"))
+    captions = [d.caption for d in draw_all(loaded, SHOWN["linear"])[0]]
+    assert any("host time" in caption for caption in captions)
+    assert not any("device time" in caption for caption in captions)

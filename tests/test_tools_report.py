@@ -1,20 +1,25 @@
 """Plots, report and README table: everything measured is in them, and they stand alone."""
 
 import html.parser
+import json
 import random
 import re
+from pathlib import Path
 
 import pytest
 
 from tests import synthetic_results as synthetic
-from tools import plot, report, summary
+from tools import compact, plot, report, summary
 from tools.cases import interleaved
-from tools.families.figures import FIGURES, MAIN, draw_all
+from tools.drawing import render
+from tools.families.figures import SHOWN, draw_all
 from tools.families.linear import steps
 from tools.families.linear.hypotheses import judge_all
 from tools.files import ToolError
 from tools.results import load
 from tools.tables import milliseconds
+
+FIGURES = SHOWN["linear"].figures
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +35,16 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(file):
-    return draw_all(load(file))
+    return draw_all(load(file), SHOWN["linear"])
 
 
 @pytest.fixture(scope="module")
-def page(file, drawn):
+def page(file):
     loaded = load(file)
-    return report.page(loaded, judge_all(loaded), *drawn)
+    return report.page(loaded, judge_all(loaded))
 
 
-def test_every_plot_is_written_and_none_is_empty(file, drawn, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plot, "draw_all", lambda results: drawn)
+def test_every_plot_is_written_and_none_is_empty(file, drawn, tmp_path, capsys):
     assert plot.main([file, "-o", str(tmp_path / "plots")]) == 0
     assert "not drawn" not in capsys.readouterr().out
     for name in FIGURES:
@@ -49,6 +53,14 @@ def test_every_plot_is_written_and_none_is_empty(file, drawn, tmp_path, capsys, 
         assert png.startswith(b"\x89PNG")
         assert len(png) > 15_000
         assert svg.rstrip().endswith("</svg>")
+
+
+def test_chosen_plots_are_drawn_alone_as_png(file, tmp_path):
+    folder = tmp_path / "plots"
+    assert plot.main([file, "-o", str(folder), "--only", "drift,forward_vs_N"]) == 0
+    assert {path.name for path in folder.iterdir()} == {"drift.png", "forward_vs_N.png"}
+    with pytest.raises(ToolError, match="no plot nothing of these files; there are forward_vs_N"):
+        plot.main([file, "-o", str(folder), "--only", "drift,nothing"])
 
 
 def test_a_plot_without_data_is_not_drawn_and_says_why(tmp_path, capsys):
@@ -61,36 +73,44 @@ def test_a_plot_without_data_is_not_drawn_and_says_why(tmp_path, capsys):
         assert re.search(rf"not drawn: {name}: .+", printed)
     assert "not drawn: drift: no drift results" in printed
     assert "two values of N" in printed
-    assert "speedup_map" in drawn
-
-
-def test_a_method_looks_the_same_in_every_plot(drawn):
-    looks: dict[str, set] = {}
-    for drawing in drawn[0]:
-        if drawing.name.startswith(("step_breakdown", "speedup_map")):
-            continue
-        for axes in drawing.figure.axes:
-            for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                line = line.lines[0] if hasattr(line, "lines") else line
-                if label.split(" · ")[0] in synthetic.METHODS and "layout fix" not in label:
-                    method = label.split(" · ")[0]
-                    looks.setdefault(method, set()).add((line.get_color(), line.get_marker()))
-    assert set(looks) == set(synthetic.METHODS)
-    assert all(len(look) == 1 for look in looks.values())
-    assert len(set.union(*looks.values())) == len(looks)
 
 
 def test_titles_say_the_device_and_a_cpu_says_nothing_about_gpus(tmp_path):
     entries = synthetic.everything((256, 512), (16,))
     path = synthetic.write(tmp_path / "cpu.json", entries, kind="cpu")
-    drawing = FIGURES[MAIN](load(path))[0]
-    texts = [text.get_text() for text in drawing.figure.texts]
-    assert any("CPU (2 gloo ranks) · CPU: says nothing about GPUs" in text for text in texts)
+    drawing = FIGURES["forward_vs_N"](load(path))[0]
+    assert "CPU (2 gloo ranks) · CPU: says nothing about GPUs" in drawing.subtitle
 
 
 def test_the_same_results_give_the_same_svg(file):
-    first, second = (FIGURES["speedup_map"](load(file))[0].svg() for _ in range(2))
+    first, second = (render.svg(FIGURES["forward_vs_N"](load(file))[0]) for _ in range(2))
     assert first == second
+
+
+def test_a_compact_file_is_read_as_the_same_results(file, tmp_path, capsys):
+    small = tmp_path / "small.json"
+    small.write_text(json.dumps(json.loads(Path(file).read_text()), indent=4))
+    before = load(small)
+    size = small.stat().st_size
+    assert compact.main([str(small)]) == 0
+    assert load(small) == before
+    assert small.stat().st_size < 0.8 * size
+    assert "MB, now" in capsys.readouterr().out
+    content = json.loads(small.read_text())
+    assert content["machine_info"] == json.loads(Path(file).read_text())["machine_info"]
+    assert not any("options" in entry for entry in content["benchmarks"])
+    again = small.read_bytes()
+    assert compact.main([str(small)]) == 0
+    assert small.read_bytes() == again
+
+
+def test_what_is_no_result_file_leaves_every_file_as_it_was(file, tmp_path):
+    wrong, right = tmp_path / "wrong.json", tmp_path / "right.json"
+    wrong.write_text("{}")
+    right.write_text(Path(file).read_text())
+    with pytest.raises(ToolError, match=r"wrong\.json is JSON, but no benchmark file"):
+        compact.main([str(right), str(wrong)])
+    assert (wrong.read_text(), right.read_text()) == ("{}", Path(file).read_text())
 
 
 def test_segments_of_a_step_add_up_to_its_total(file):
@@ -120,6 +140,8 @@ class Page(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        if tag in ("td", "tr"):  # which end where the next begins
+            self._end_cells("td" if tag == "td" else "tr")
         attributes = dict(attrs)
         self.links += [v for k, v in attrs if k in ("href", "src", "xlink:href", "action", "data")]
         self.ids += [attributes["id"]] if "id" in attributes else []
@@ -132,32 +154,80 @@ class Page(html.parser.HTMLParser):
             self.open.pop()
 
     def handle_endtag(self, tag):
+        if tag == "tbody":
+            self._end_cells("tr")
         assert self.open.pop() == tag
+
+    def _end_cells(self, most):
+        while self.open[-1] == "td" or (most == "tr" and self.open[-1] == "tr"):
+            self.open.pop()
 
 
 def test_the_report_needs_nothing_outside_itself(page):
-    assert "http:" not in page
     assert "https:" not in page
+    assert re.findall(r"http:[^\"]*", page) == ["http://www.w3.org/2000/svg"]  # a name, never asked
     parsed = Page()
     parsed.feed(page)
     assert not parsed.open
-    assert parsed.tags.count("script") == 1
     assert not {"link", "iframe", "img"} & set(parsed.tags)
     assert all(link.startswith("#") for link in parsed.links)
     assert len(parsed.ids) == len(set(parsed.ids))
     assert {link[1:] for link in parsed.links} <= set(parsed.ids)
-    assert not re.search(r"@import|url\((?!#)", page)
+    assert not re.search(r"@import|url\((?!#)|<script src", page)
 
 
-def test_the_report_holds_every_case_and_every_plot(file, drawn, page):
-    loaded = load(file)
-    for result in loaded.results:
+def test_the_report_holds_every_case_and_every_plot_in_order(file, drawn, page):
+    for result in load(file).results:
         if "<" not in result.id:
-            assert f"<td>{result.id}</td>" in page
+            assert f">{result.id}<" in page
     for drawing in drawn[0]:
         assert f'id="plot-{drawing.name}"' in page
-    assert page.index('id="verdict"') < page.index(f'id="plot-{MAIN}"') < page.index('id="plots"')
+    places = ["verdict", "plot-forward_vs_N", "tables-linear", "plot-forward_vs_B", "checks"]
+    places += ["plot-quality_adjusted_speed_vs_N", "plot-drift", "environment"]
+    found = [page.index(f'id="{place}"') for place in places]
+    assert found == sorted(found)
     assert "NV18" in page
+
+
+def test_each_chart_has_a_legend_of_its_lines_and_its_values(page):
+    charts = re.findall(r'<figure class="plot" id="plot-(.*?)">(.*?)</figure>', page, re.DOTALL)
+    assert len(charts) == len(FIGURES)
+    for _, chart in charts:
+        pressed = re.findall(r'class="key" aria-pressed="(true|false)"', chart)
+        (data,) = re.findall(r'<script type="application/json">(.*?)</script>', chart)
+        assert len(json.loads(data)["lines"]) == len(pressed)
+        (key,) = re.findall(r'<svg tabindex="0" [^>]* id="([^"]*)"', chart)
+        for i, state in enumerate(pressed):
+            parts = re.findall(rf'<g( class="off")? id="{re.escape(key)}-l{i}-', chart)
+            assert parts
+            assert {bool(off) for off in parts} == {state == "false"}
+
+
+def some(**options):
+    """A forward of two methods at two sizes."""
+    methods = ("dense_tp_row", "block_shock")
+    return [synthetic.entry(m, n, 16, **options) for m in methods for n in (256, 512)]
+
+
+def test_a_setting_with_fewer_results_is_named_and_not_drawn(tmp_path):
+    entries = some() + some(dtype="fp16")[:-1] + [synthetic.entry("dense_single", 256, 16)]
+    entries.append(synthetic.entry("block_shock", 512, 16, dtype="fp16"))
+    text = report.page(load(synthetic.write(tmp_path / "a.json", entries)), [])
+    assert "<code>forward_vs_N_fp16</code>" in text
+    assert 'id="plot-forward_vs_N_fp16"' not in text
+    assert 'id="plot-forward_vs_N"' in text
+
+
+def test_an_unknown_family_is_told_and_the_rest_is_shown(tmp_path, capsys):
+    entries = some()
+    entries += [synthetic.entry("some_method", n, 16, family="made_up") for n in (256, 512)]
+    path = synthetic.write(tmp_path / "a.json", entries)
+    told = "2 cases of the family made_up are not shown"
+    text = report.page(load(path), [])
+    assert told in text
+    assert 'id="plot-forward_vs_N"' in text
+    assert plot.main([path, "-o", str(tmp_path), "--only", "forward_vs_N"]) == 0
+    assert f"note: {told}" in capsys.readouterr().out
 
 
 def test_what_a_file_says_never_becomes_markup(page):
@@ -217,10 +287,11 @@ def test_results_of_any_shape_are_drawn_or_named(tmp_path):
     """Random subsets of a sweep: every figure is drawn or has its reason, never an exception."""
     entries, chance = synthetic.everything((256, 512, 1024), (16, 64)), random.Random(0)
     for i in range(4):
-        some = chance.sample(entries, chance.choice([1, 3, 20]))
-        for entry in some[::3]:
+        chosen = chance.sample(entries, chance.choice([1, 3, 20]))
+        for entry in chosen[::3]:
             for key in ("regions", "errors", "memory", "floor", "drift"):
                 entry["extra_info"].pop(key, None)
-        drawings, absent = draw_all(load(synthetic.write(tmp_path / f"{i}.json", some)))
+        loaded = load(synthetic.write(tmp_path / f"{i}.json", chosen))
+        drawings, absent = draw_all(loaded, SHOWN["linear"])
         assert {d.name.partition("_bf16")[0] for d in drawings} | set(absent) == set(FIGURES)
         assert all(reason for reason in absent.values())

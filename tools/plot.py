@@ -1,15 +1,16 @@
 """All plots of one or more benchmark JSON files, as PNG and SVG.
 
-    python -m tools.plot FILE... [-o DIR]
+    python -m tools.plot FILE... [-o DIR] [--only NAME,NAME]
 
-The main plot is forward_vs_N. A plot without data is not drawn, and the reason is printed.
+A plot without data is not drawn, and the reason is printed. --only draws the named ones, as PNG.
 """
 
 import argparse
 from pathlib import Path
 
 from tools.cases import CPU_CAVEAT
-from tools.families.figures import draw_all
+from tools.drawing import render
+from tools.families.figures import draw_all, held, unknown
 from tools.files import ToolError, run, save
 from tools.results import load_all
 
@@ -21,13 +22,22 @@ def main(argv: list[str]) -> int:
     folder = Path(options.out)
     if folder.exists() and not folder.is_dir():
         raise ToolError(f"{folder} is a file; -o names the folder that takes the plots")
-    for note in results.notes:
+    for note in (*results.notes, *unknown(results)):
         print(f"note: {note}")
-    drawings, absent = draw_all(results)
-    for drawing in drawings:
-        save(folder / f"{drawing.name}.png", drawing.png())
-        save(folder / f"{drawing.name}.svg", drawing.svg())
-        print(f"{folder / drawing.name}.png, .svg: {drawing.title}")
+    drawings, absent = [], {}
+    for family in held(results).values():
+        drawn, missing = draw_all(results, family)
+        drawings, absent = drawings + drawn, absent | missing
+    wanted = options.only.split(",") if options.only else [d.name for d in drawings]
+    if unheard := set(wanted) - {drawing.name for drawing in drawings}:
+        names = ", ".join(drawing.name for drawing in drawings)
+        raise ToolError(f"no plot {', '.join(sorted(unheard))} of these files; there are {names}")
+    for drawing in (drawing for drawing in drawings if drawing.name in wanted):
+        save(folder / f"{drawing.name}.png", render.png(drawing))
+        if not options.only:
+            save(folder / f"{drawing.name}.svg", render.svg(drawing))
+        suffixes = ".png" if options.only else ".png, .svg"
+        print(f"{folder / drawing.name}{suffixes}: {drawing.title}")
     for name, reason in absent.items():
         print(f"not drawn: {name}: {reason}")
     if results.cpu:
@@ -42,6 +52,7 @@ def _options(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "-o", "--out", default="plots", metavar="DIR", help="folder for the plots (default plots)"
     )
+    parser.add_argument("--only", metavar="NAMES", help="these plots, by name, as PNG alone")
     return parser.parse_args(argv)
 
 

@@ -1,17 +1,18 @@
-"""Tables: the same columns and rows as terminal text, Markdown, CSV or HTML.
+"""Tables: the same columns and rows as terminal text, Markdown, CSV or in a page.
 
-A row is a dict; a column picks a key and says how its value is written. Text, Markdown and HTML
-carry the written value, CSV the value itself, to the last digit.
+A row is a dict; a column picks a key and says how its value is written. Text, Markdown and
+pages carry the written value, CSV the value itself, to the last digit.
 """
 
 import csv
-import html
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tools.stats import Interval
+
+FEW = 12  # rows in which a value may be repeated
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,49 @@ class Column:
 def number(key: str, title: str, write: Callable[[Any], str] = str) -> Column:
     """A column of numbers."""
     return Column(key, title, write, right=True)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the report; `unit` is what its rows are. Columns without a value are left out, and
+    in a long table those with the same value in every row are told in `note` once.
+    """
+
+    title: str
+    every: Sequence[Column]
+    rows: list[dict]
+    unit: str = "cases"
+    opened: bool = False
+    example: str = "4096"
+    note: str = ""
+
+    @property
+    def columns(self) -> list[Column]:
+        """The columns that are shown."""
+        return [column for column in self._filled if column not in self._same]
+
+    @property
+    def words(self) -> str:
+        """The note, with what is the same in all rows."""
+        same = ", ".join(f"{c.title} {_written(c, self.rows[0])}" for c in self._same)
+        told = f"In every row: {same}." if same else ""
+        return " ".join(part for part in (self.note, told) if part)
+
+    @property
+    def cells(self) -> list[list[tuple[Column, str]]]:
+        """The written cells of each row, with their columns."""
+        columns = self.columns
+        return [[(column, _written(column, row)) for column in columns] for row in self.rows]
+
+    @property
+    def _filled(self) -> list[Column]:
+        return [c for c in self.every if any(row.get(c.key) is not None for row in self.rows)]
+
+    @property
+    def _same(self) -> list[Column]:
+        if len(self.rows) < FEW:
+            return []
+        return [c for c in self._filled if len({_written(c, row) for row in self.rows}) == 1]
 
 
 def as_text(columns: Sequence[Column], rows: Iterable[dict]) -> str:
@@ -82,32 +126,6 @@ def as_csv(columns: Sequence[Column], rows: Iterable[dict]) -> str:
                 line += ["", "", ""]
         writer.writerow(line)
     return out.getvalue()
-
-
-def as_html(columns: Sequence[Column], rows: Iterable[dict], *, sortable: bool = True) -> str:
-    """An HTML table; numbers carry their value in data-sort, so that sorting is by value."""
-    order = ' aria-sort="none"' if sortable else ""
-    head = ""
-    for column in columns:
-        title = html.escape(column.title)
-        title = f'<button type="button">{title}</button>' if sortable else title
-        head += f"<th{_side(column)}{order}>{title}</th>"
-    body = []
-    for row in rows:
-        cells = []
-        for column in columns:
-            value = row.get(column.key)
-            raw = value.value if isinstance(value, Interval) else value
-            numeric = isinstance(raw, int | float) and not isinstance(raw, bool)
-            sort = f' data-sort="{raw!r}"' if numeric else ""
-            text = html.escape(_written(column, row))
-            cells.append(f"<td{_side(column)}{sort}>{text}</td>")
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    name = ' class="sortable"' if sortable else ""
-    return (
-        f'<div class="scroll"><table{name}><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
 
 
 def seconds(value: float) -> str:
@@ -180,7 +198,3 @@ def _escape(text: str) -> str:
     for mark in ("\\", "|", "`", "*", "<"):
         text = text.replace(mark, "\\" + mark)
     return text.replace("\n", " ")
-
-
-def _side(column: Column) -> str:
-    return ' class="number"' if column.right else ""

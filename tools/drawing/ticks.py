@@ -1,19 +1,20 @@
 """Axes of sizes, times and ratios: logarithmic, with plain numbers at places worth a number."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from tools.tables import count, size
 
 # Ticks of a ratio, the most welcome first; one is drawn where it does not crowd those before it.
 RATIOS = (1, 2, 0.5, 5, 0.2, 10, 0.1, 20, 50, 100, 1.5, 3, 0.7, 0.3, 1.25, 0.8, 1.1, 0.9, 30)
 CROWDED = 0.07  # of the axis
+NAMES = {"N": "N (weight N×N)", "B": "B (tokens)", "T": "T (queries and keys)"}
 
 
-def size_axis(axes: Axes, name: str, values: Iterable[int], *, label: bool = True) -> None:
+def size_axis(axes: Axes, name: str, values: Iterable[int]) -> None:
     """A log axis with ticks at the measured sizes and nowhere else."""
     ticks = sorted(set(values))
     axes.set_xscale("log", base=2)
@@ -22,18 +23,13 @@ def size_axis(axes: Axes, name: str, values: Iterable[int], *, label: bool = Tru
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
     if len(ticks) > 5:
         axes.tick_params(axis="x", labelrotation=45)
-    if label:
-        words = {"N": "N (weight N×N)", "B": "B (tokens)"}
-        axes.set_xlabel(words.get(name, name))
+    axes.set_xlabel(NAMES.get(name, name))
 
 
-def log_axis(axes: Axes, write=count, limits: tuple[float, float] | None = None) -> None:
-    """A log y axis with plain numbers as ticks, three at least.
-
-    limits: of an axis that does not know its own yet.
-    """
+def log_axis(axes: Axes, write=count) -> None:
+    """A log y axis with plain numbers as ticks: three at least, or two of a narrow one."""
     axes.set_yscale("log")
-    low, high = limits or axes.get_ylim()
+    low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _trimmed(write(value))))
     decades = [10.0**d for d in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     ticks: list[float] = []
@@ -42,6 +38,8 @@ def log_axis(axes: Axes, write=count, limits: tuple[float, float] | None = None)
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= 3:
             break
+    if len(ticks) < 2:
+        ticks = [tick for tick in MaxNLocator(3).tick_values(low, high) if low <= tick <= high]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -95,15 +93,3 @@ def chosen_ticks(low: float, high: float) -> list[float]:
         ):
             ticks.append(tick)
     return sorted(ticks)
-
-
-def of_a_map(axes: Axes, x: tuple[str, Sequence], y: tuple[str, Sequence]) -> None:
-    """Names each cell's column and row: (label, sizes)."""
-    axes.set_xticks([i + 0.5 for i in range(len(x[1]))], [str(size) for size in x[1]])
-    axes.set_yticks([i + 0.5 for i in range(len(y[1]))], [str(size) for size in y[1]])
-    axes.set_xlabel(x[0])
-    axes.set_ylabel(y[0])
-    axes.grid(False)
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)

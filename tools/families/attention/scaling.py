@@ -1,41 +1,40 @@
 """How attention grows with the sequence: time, memory and share of the matrix rate against T."""
 
 from collections import defaultdict
-from collections.abc import Sequence
-
-from matplotlib.axes import Axes
+from collections.abc import Callable, Sequence
 
 from tools.cases import Result, Results
-from tools.drawing import style, ticks
-from tools.drawing.style import Absent, Drawing
+from tools.drawing import series
+from tools.drawing.chart import Absent, Axis, Drawing, Line
+from tools.drawing.series import Words
+from tools.families.attention.looks import line_style
 from tools.families.attention.points import PHASES, point_of
-from tools.families.attention.speed import dense, drawing, groups_of, panels_of
-from tools.families.linear import looks
-from tools.tables import seconds
+from tools.families.attention.speed import dense, groups_of, panels_of
+from tools.tables import seconds, size
 
 ENOUGH = 4  # lengths of a line
 
 
 def time_vs_tokens(results: Results, phase: str) -> list[Drawing]:
     """Time against T, both logarithmic, with the floor; a panel for each D and mask."""
-    title = f"Attention, {PHASES[phase]}: time against sequence length"
     caption = (
         "Median time of one call, as many queries as keys. Where batch and heads change with T, it "
         "is the time over their number: per head. Both axes are logarithmic. Dashed: the floor, "
         "the larger of arithmetic and memory traffic at the rates measured on this machine."
     )
+    title = f"Attention, {PHASES[phase]}: time against sequence length"
+    words = Words(f"attention_{phase}_vs_T", title, caption)
+    axis = ("time", seconds, "log")
     found = dense(results, phase)
-    draw = (lambda r: r.median, _floor, lambda axes: ticks.log_axis(axes, seconds))
-    return _against_tokens(results, found, phase, ("vs_T", "time", title, caption), draw)
+    return _against_tokens(results, found, phase, words, axis, lambda r: r.median, _floor)
 
 
 def memory_vs_tokens(results: Results, phase: str) -> list[Drawing]:
-    """Peak memory against T, with the inputs; a panel for each D and mask."""
-    title = f"Attention, {PHASES[phase]}: memory against sequence length"
+    """Peak memory against T, with the inputs; a panel for each D."""
     caption = (
-        "The most that was allocated during a call, inputs included; lines that coincide are moved "
-        "a little sideways. Dotted: the inputs alone. What climbs as they do is linear in T; twice "
-        "as steep, the method holds the scores."
+        "The most that was allocated during a call beside its inputs. Dashed: the inputs. "
+        "What climbs as they do is linear in T; twice as steep, the method holds the scores. Lines "
+        "that differ by less than 1.5% are one."
     )
     found = [r for r in dense(results, phase) if r.memory.get("peak_bytes")]
     # The mask changes nothing here: of each setting and D the one measured more is drawn.
@@ -44,82 +43,61 @@ def memory_vs_tokens(results: Results, phase: str) -> list[Drawing]:
         kinds[_kind(result)] |= _lengths([result])
     most = {kind[:2]: kind for kind in sorted(kinds, key=lambda kind: (len(kinds[kind]), kind))}
     found = [r for r in found if _kind(r) == most[_kind(r)[:2]]]
-    draw = (lambda r: r.memory["peak_bytes"], _inputs, ticks.byte_axis)
-    return _against_tokens(results, found, phase, ("memory_vs_T", "memory", title, caption), draw)
+    title = f"Attention, {PHASES[phase]}: memory against sequence length"
+    words = Words(f"attention_{phase}_memory_vs_T", title, caption)
+    axis = ("memory", size, "bytes")
+    peak = lambda r: r.memory["peak_bytes"]  # noqa: E731
+    return _against_tokens(results, found, phase, words, axis, peak, _inputs)
 
 
 def matrix_share(results: Results, phase: str) -> list[Drawing]:
     """The share of the machine's matrix rate that each method reaches, against T."""
-    title = f"Attention, {PHASES[phase]}: share of the matrix rate"
     found = [r for r in dense(results, phase) if "matrix_fraction" in r.rates]
-    drawings = []
+    groups = {}
     for text, group in groups_of(found, phase).items():
-        panels = [(words, _largest(panel)) for words, panel in panels_of(group)]
-        panels = [(words, panel) for words, panel in panels if len(_lengths(panel)) > 1]
-        if not panels:
-            continue
-        canvas = style.canvas(*style.folded(len(panels), 2), sharey=True)
-        top = 100 * max(r.rates["matrix_fraction"] for _, panel in panels for r in panel)
-        for axes, (words, panel) in style.placed(canvas, panels):
-            axes.set_title(words)
-            axes.axhline(100, color=style.FLOOR, linewidth=1.2)
-            for line in style.lines(panel):
-                line = sorted(line, key=_length)
-                shares = [100 * r.rates["matrix_fraction"] for r in line]
-                axes.plot([_length(r) for r in line], shares, **looks.line_style(line[0]))
-            _tokens_axis(axes, panel)
-            axes.set_ylim(0, 1.05 * max(100, top))
-        for row in canvas.axes:
-            row[0].set_ylabel("of the matrix rate (%)")
-        caption = (
-            "Arithmetic of the pairs that attend, over the time, as a share of what a dense matrix "
-            "product reaches on this machine. The softmax is not counted: it takes time and adds "
-            "nothing here, so 100% is out of reach. At each length the batch with the most heads."
-        )
-        figure = style.finish(canvas, title, results, text)
-        name = f"attention_{phase}_matrix_share"
-        drawings.append(drawing(name, text, drawings, (title, caption, figure)))
-    if not drawings:
-        raise Absent("a line needs two values of T with as many queries as keys, and their rates")
-    return drawings
+        panels = [(words, "T", _largest(panel)) for words, panel in panels_of(group)]
+        groups[text] = [panel for panel in panels if len(_lengths(panel[2])) > 1]
+    caption = (
+        "Arithmetic of the pairs that attend, over the time, as a share of what a dense matrix "
+        "product reaches on this machine. The softmax is not counted: it takes time and adds "
+        "nothing here, so 100% is out of reach. At each length the batch with the most heads."
+    )
+    title = f"Attention, {PHASES[phase]}: share of the matrix rate"
+    words = Words(f"attention_{phase}_matrix_share", title, caption)
+    y = Axis("of the matrix rate (%)", "{:.1f}%".format, "linear", 100)
+    share = lambda r: 100 * r.rates["matrix_fraction"]  # noqa: E731
+    return _charts(results, groups, words, y, share)
 
 
-def _against_tokens(results: Results, found, phase: str, words, draw) -> list[Drawing]:
-    """Lines of a value against T, and a grey line beside; a panel for each D and mask.
-
-    draw: the value of a result, the function that draws the grey line, and that of the y axis.
-    """
-    name, measured, title, caption = words
-    value, beside, axis = draw
-    drawings = []
-    for text, group in groups_of(found, phase).items():
-        panels, per_head = _comparable([(words, panel) for words, panel in panels_of(group)])
-        if not panels:
-            continue
-        canvas = style.canvas(*style.folded(len(panels), 2), height=3.2)
+def _against_tokens(
+    results: Results, found, phase: str, words: Words, axis: tuple, value: Callable, bound: Callable
+) -> list[Drawing]:
+    """Lines of a value against T, and what bounds it; a panel for each D and mask."""
+    measured, write, scale = axis
+    drawings, settings = [], groups_of(found, phase)
+    for text, group in settings.items():
+        panels, per_head = _comparable(panels_of(group))
         part = _heads if per_head else lambda _: 1
-        for axes, (of, panel) in style.placed(canvas, panels):
-            axes.set_title(of)
-            lines = style.lines(panel)
-            for i, line in enumerate(lines):
-                line = sorted(line, key=_length)
-                aside = style.beside(i, len(lines)) if measured == "memory" else 1
-                where, values = (
-                    [aside * _length(r) for r in line],
-                    [value(r) / part(r) for r in line],
-                )
-                axes.plot(where, values, **looks.line_style(line[0]))
-            beside(axes, panel, part)
-            _tokens_axis(axes, panel)
-            axis(axes)
-        for row in canvas.axes:
-            row[0].set_ylabel(f"{measured} per head" if per_head else f"{measured} of a call")
-        figure = style.finish(canvas, title, results, text)
-        name_ = f"attention_{phase}_{name}"
-        drawings.append(drawing(name_, text, drawings, (title, caption, figure)))
+        y = Axis(f"{measured} per head" if per_head else f"{measured} of a call", write, scale)
+        groups = {key: [] for key in settings}
+        groups[text] = [(of, "T", panel) for of, panel in panels]
+        if panels:
+            drawings += _charts(
+                results,
+                groups,
+                words,
+                y,
+                lambda r, part=part: value(r) / part(r),
+                extra=lambda panel, part=part: bound(panel, part),
+            )
     if not drawings:
         raise Absent("a line needs two values of T with as many queries as keys")
     return drawings
+
+
+def _charts(results: Results, groups: dict, words: Words, y: Axis, value, **options):
+    length = lambda result, name: _length(result)  # noqa: E731
+    return series.charts(results, groups, words, y, value, look=line_style, x=length, **options)
 
 
 def _comparable(panels: list[tuple]) -> tuple[list[tuple[str, list[Result]]], bool]:
@@ -148,29 +126,17 @@ def _largest(panel: Sequence[Result]) -> list[Result]:
     return [r for r in square if _heads(r) == most[_length(r)]]
 
 
-def _floor(axes: Axes, panel: Sequence[Result], part) -> None:
+def _floor(panel: Sequence[Result], part: Callable) -> list[Line]:
     floors = defaultdict(list)
     for r in panel:
         if r.floor.get("seconds", 0) > 0:
             floors[_length(r)].append(r.floor["seconds"] / part(r))
-    look = {"linestyle": (0, (4, 2)), "linewidth": 1.4, "label": "floor"}
-    _grey(axes, {T: min(values) for T, values in floors.items()}, look)
+    return series.grey("floor", {T: min(values) for T, values in floors.items()})
 
 
-def _inputs(axes: Axes, panel: Sequence[Result], part) -> None:
+def _inputs(panel: Sequence[Result], part: Callable) -> list[Line]:
     sizes = {_length(r): r.memory.get("input_bytes", 0) / part(r) for r in panel}
-    look = {"linestyle": (0, (1, 1.4)), "linewidth": 1.8, "label": "inputs"}
-    _grey(axes, {T: value for T, value in sizes.items() if value}, look)
-
-
-def _grey(axes: Axes, values: dict[int, float], look: dict) -> None:
-    if values:
-        where = sorted(values)
-        axes.plot(where, [values[T] for T in where], color=style.FLOOR, zorder=1, **look)
-
-
-def _tokens_axis(axes: Axes, panel: Sequence[Result]) -> None:
-    ticks.size_axis(axes, "T (queries and keys)", _lengths(panel))
+    return series.grey("inputs", {T: value for T, value in sizes.items() if value})
 
 
 def _heads(result: Result) -> int:

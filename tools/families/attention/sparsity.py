@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
 
 from tools.cases import Result, Results
-from tools.drawing import style, ticks
-from tools.drawing.style import Absent, Drawing
+from tools.drawing import render, series, style, ticks
+from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point
+from tools.drawing.series import Words
+from tools.families.attention.looks import line_style
 from tools.families.attention.points import (
     FLEX,
     PHASES,
@@ -22,8 +24,7 @@ from tools.families.attention.points import (
     point_of,
     speed,
 )
-from tools.families.attention.speed import drawing, groups_of
-from tools.families.linear import looks
+from tools.families.attention.speed import groups_of
 
 MOST_PANELS = 4
 SERIES = 3  # patterns that make a line
@@ -33,7 +34,6 @@ SHARES = (0, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
 def speedup_vs_sparsity(results: Results, phase: str) -> list[Drawing]:
     """Speedup of pattern kernels over the best dense one, beside the ideal."""
     every = attention(results, phase)
-    title = f"Attention, {PHASES[phase]}: speedup against sparsity"
     sparse = [
         r
         for r in every
@@ -44,77 +44,77 @@ def speedup_vs_sparsity(results: Results, phase: str) -> list[Drawing]:
     ]
     if not sparse:
         raise Absent(f"needs {SPARSE} or {FLEX} with a pattern, and a dense kernel at its sizes")
-    drawings = []
-    for text, group in groups_of(sparse, phase).items():
+    caption = (
+        "Time of the fastest kernel without the pattern, at the same sizes and causal where "
+        "the pattern is, over that of the method, with 95% intervals. The line is 1 / (1 - s): "
+        f"time in proportion to the pairs that are left. {SPARSE} stands at the sparsity of the "
+        f"tiles that it touches, {FLEX} at that of the pairs; a thin line joins the two of one "
+        f"pattern. A coloured line joins {SERIES} or more patterns that differ in their last "
+        "number only. The axis is logarithmic in 1 / (1 - s). The sizes with the most patterns "
+        "are drawn."
+    )
+    title = f"Attention, {PHASES[phase]}: speedup against sparsity"
+    words = Words(f"attention_{phase}_vs_sparsity", title, caption)
+    groups, drawings = groups_of(sparse, phase), []
+    for text, group in groups.items():
         places = defaultdict(list)
         for result in group:
             p = point_of(result.case)
             places[p.D, p.Tq * p.Tk, p.tokens, p.batch * p.heads, dense_of(p).causal].append(result)
         # The panels with the most patterns, in the order of their sizes.
         kept = sorted(places, key=lambda place: -len(places[place]))[:MOST_PANELS]
-        canvas = style.canvas(*style.folded(len(kept), 2), height=4.3)
-        for axes, place in style.placed(canvas, sorted(kept)):
-            D, _, tokens, heads, causal = place
-            words = f"T = {tokens}, D = {D}, {heads} heads in all" + ", over causal" * causal
-            axes.set_title(words)
-            _speedups(axes, places[place], every)
-        for row in canvas.axes:
-            row[0].set_ylabel("speedup over the best dense kernel")
-        caption = (
-            "Time of the fastest kernel without the pattern, at the same sizes and causal where "
-            "the pattern is, over that of the method, with 95% intervals. The line is 1 / (1 - s): "
-            "time in proportion to the pairs "
-            f"that are left. {SPARSE} stands at the sparsity of the tiles that it touches, {FLEX} "
-            "at that of the pairs; a thin line joins the two of one pattern. A coloured line joins "
-            f"{SERIES} or more patterns that differ in their last number only. The axis is "
-            "logarithmic in 1 / (1 - s)."
-        )
-        if len(kept) < len(places):
-            caption += f" The {len(kept)} sizes with the most patterns are drawn."
-        figure = style.finish(canvas, title, results, text)
-        name = f"attention_{phase}_vs_sparsity"
-        drawings.append(drawing(name, text, drawings, (title, caption, figure)))
+        panels = [_panel(place, places[place], every) for place in sorted(kept)]
+        options = {"height": 4.3, "draw": _speedups}
+        drawings.append(series.drawn(results, words, text, groups, panels, **options))
     return drawings
 
 
-def _speedups(axes: Axes, group: Sequence[Result], every: Sequence[Result]) -> None:
-    spots = defaultdict(list)  # pattern: [(x, y, whether it is ours)]
-    series: dict[str, str] = {}
-    axes.set_xscale("log")
-    for line in style.lines(group):
-        line = sorted(line, key=ideal)
-        of_method = _series({point_of(r.case).pattern for r in line})
-        series |= of_method
-        ratios = [speed(r, best_dense(r, every)) for r in line]
-        y = np.array([ratio.value for ratio in ratios])
-        ends = np.array([[ratio.low, ratio.high] for ratio in ratios]).T
-        spread = np.abs(ends - y) * [1 if ratio.enough else 0 for ratio in ratios]
-        look = looks.line_style(line[0]) | {"linestyle": "none"}
-        axes.errorbar([ideal(r) for r in line], y, yerr=spread, capsize=2.5, elinewidth=1, **look)
+def _panel(place: tuple, group: Sequence[Result], every: Sequence[Result]) -> Panel:
+    D, _, tokens, heads, causal = place
+    title = f"T = {tokens}, D = {D}, {heads} heads in all" + ", over causal" * causal
+
+    def value(result: Result) -> Point:
+        ratio = speed(result, best_dense(result, every))
+        ends = (ratio.low, ratio.high) if ratio.enough else (None, None)
+        return Point(0, ratio.value, *ends, point_of(result.case).pattern)
+
+    lines = [series.line(one, ideal, value, line_style) for one in style.lines(group)]
+    reach = [p.x for line in lines for p in line.points]
+    ends = tuple(Point(x, x) for x in (max(0.93, 0.6 * min(reach)), 1.3 * max(reach)))
+    lines.append(Line("ideal: 1 / (1 - s)", ends, {"color": style.FLOOR, "linewidth": 1.6}))
+    y = Axis("speedup over the best dense kernel", "{:.2f}".format, "ratio", 1)
+    return Panel(title, tuple(lines), "1 / (1 - s) =", y)
+
+
+def _speedups(axes: Axes, panel: Panel, ids: dict[str, str]) -> dict[str, list]:
+    """Draws a panel: methods without lines, what joins their points, and the patterns' names."""
+    *methods, bound = panel.lines
+    patterns = {p.note for line in methods for p in line.points}
+    names = _series(patterns)
+    loose = [Line(m.label, m.points, m.look | {"linestyle": "none"}) for m in methods]
+    spots = render.lines(axes, Panel("", (*loose, bound), "step", panel.y), ids)
+    for line in methods:
         along = defaultdict(list)
-        for r, value in zip(line, y, strict=True):
-            pattern = point_of(r.case).pattern
-            spots[pattern].append((ideal(r), value, r.case.method == SPARSE))
-            if pattern in of_method:
-                along[of_method[pattern]].append((ideal(r), value))
-        for places in along.values():
-            axes.plot(*zip(*places, strict=True), color=look["color"], linewidth=1.4, zorder=1.5)
-    every_x = [x for spot in spots.values() for x, _, _ in spot]
-    every_y = [y for spot in spots.values() for _, y, _ in spot]
-    left, right = max(0.93, 0.6 * min(every_x)), 1.3 * max(every_x)
-    axes.plot(
-        [left, right], [left, right], color=style.FLOOR, linewidth=1.6, label="ideal: 1 / (1 - s)"
-    )
-    axes.axhline(1, color=style.MUTED, linewidth=1)
+        for p in line.points:
+            if p.note in names:
+                along[names[p.note]].append((p.x, p.y))
+        for i, places in enumerate(along.values()):
+            look = {"color": line.look["color"], "linewidth": 1.4, "zorder": 1.5}
+            axes.plot(*zip(*places, strict=True), gid=f"{ids[line.label]}-along{i}", **look)
+    (left, _), (right, _) = ((p.x, p.y) for p in bound.points)
+    every = [p.y for line in methods for p in line.points]
+    axes.set_xscale("log")
     axes.set_xlim(left, right)
-    axes.set_ylim(min(0.9, 0.85 * min(every_y)), 1.2 * max(right, *every_y))
+    axes.set_ylim(min(0.9, 0.85 * min(every)), 1.2 * max(right, *every))
     ticks.ratio_axis(axes)
     joined = {"color": style.MUTED, "linewidth": 0.9, "linestyle": (0, (1, 1.6)), "zorder": 1}
-    for spot in spots.values():
+    named: dict[str, tuple] = {}
+    for pattern in patterns:
+        spot = [
+            (p.x, p.y, m.label == SPARSE) for m in methods for p in m.points if p.note == pattern
+        ]
         axes.plot(*list(zip(*spot, strict=True))[:2], **joined)
-    named = {}
-    for pattern, spot in spots.items():
-        place, name = max(spot, key=lambda s: s[2])[:2], series.get(pattern, pattern)
+        place, name = max(spot, key=lambda s: s[2])[:2], names.get(pattern, pattern)
         named[name] = min(named.get(name, place), place)  # a line has its name where it begins
     _pattern_names(axes, named)
     shown = [s for s in SHARES if left <= 1 / (1 - s) <= right]
@@ -122,6 +122,8 @@ def _speedups(axes: Axes, group: Sequence[Result], every: Sequence[Result]) -> N
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * (1 - 1 / x):.4g}%"))
     axes.set_xlabel(f"sparsity s ({SPARSE}: of its tiles, {FLEX}: of the pairs)")
+    axes.set_ylabel(panel.y.label)
+    return spots
 
 
 def _series(patterns: set[str]) -> dict[str, str]:

@@ -1,18 +1,13 @@
 """The report's tables: every case of a phase with all its figures, a row each."""
 
-import html
-from collections.abc import Sequence
-
 from tools.cases import Result, Results
-from tools.families.attention.points import FAMILY
 from tools.tables import (
     Column,
-    as_html,
+    Table,
     count,
     figure,
     milliseconds,
     number,
-    percent,
     size,
 )
 
@@ -29,17 +24,13 @@ COLUMNS = (
     Column("method", "method"),
     number("N", "N"),
     number("B", "B"),
-    Column("dtype", "dtype"),
     Column("mask", "mask"),
-    Column("kernel", "kernel"),
-    Column("reduce", "reduce"),
     Column("optimizer", "optimizer"),
     number("median", "median ms", milliseconds),
     number("p95", "p95 ms", milliseconds),
     number("samples", "samples"),
     number("tokens", "tokens/s", count),
     number("tflops", "TFLOP/s", figure),
-    number("limit", "of its limit", percent),
     number("over_floor", "over floor", figure),
     number("forward", "forward ms", milliseconds),
     number("backward", "backward ms", milliseconds),
@@ -61,32 +52,11 @@ COLUMNS = (
 )
 
 
-def phase_table(results: Results, phase: str) -> str:
-    """A folded box with the sortable table of a phase, each case of a linear layer in a row."""
-    found = [r for r in results.results if r.case.phase == phase and r.case.family != FAMILY]
-    rows = [_row(result) for result in found]
-    columns = [c for c in COLUMNS if any(row.get(c.key) is not None for row in rows)]
+def phase_table(results: Results, phase: str) -> Table:
+    """The table of a phase, each case of a linear layer in a row."""
+    found = [r for r in results.results if r.case.phase == phase and r.case.family == "linear"]
     title = PHASE_TITLES.get(phase, phase)
-    return folded_table(title, columns, rows, "cases", opened=phase == "forward")
-
-
-def folded_table(
-    title: str,
-    columns: Sequence[Column],
-    rows: list[dict],
-    unit: str,
-    *,
-    opened: bool,
-    example: str = "block_shock 4096",
-) -> str:
-    """A folded box with a table that sorts and is searched; the title counts its rows."""
-    title = html.escape(title)
-    return (
-        f'<details class="box"{" open" if opened else ""}>'
-        f"<summary>{title} ({len(rows)} {unit})</summary>"
-        f'<input type="search" placeholder="Search, e.g. {example}" '
-        f'aria-label="Search {title}">{as_html(columns, rows)}</details>'
-    )
+    return Table(title, COLUMNS, [_row(r) for r in found], example="block_shock 4096")
 
 
 def _row(result: Result) -> dict:
@@ -100,17 +70,13 @@ def _row(result: Result) -> dict:
         "method": result.label,
         "N": case.N,
         "B": case.B,
-        "dtype": case.dtype,
         "mask": case.mask,
-        "kernel": case.kernel,
-        "reduce": case.reduce,
         "optimizer": case.optimizer,
         "median": result.median,
         "p95": ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))],
         "samples": len(ordered),
         "tokens": result.rates.get("tokens_per_s"),
         "tflops": result.rates.get("dense_tflops"),
-        "limit": result.rates.get("limit_fraction"),
         "over_floor": result.median / floor if floor else None,
         **{
             k: regions.get(k)

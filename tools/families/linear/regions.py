@@ -1,12 +1,14 @@
 """Where the forward's time goes: all of it, the reduce, and copies made for a collective's sake."""
 
 from tools.cases import Result, Results
-from tools.drawing import style, ticks
-from tools.drawing.style import Absent, Drawing
-from tools.families.linear import looks
+from tools.drawing import series, style
+from tools.drawing.chart import Absent, Axis, Drawing, Panel, Point, merged
+from tools.drawing.series import Words
+from tools.families.linear.looks import line_style
+from tools.families.linear.speed import few
 from tools.tables import seconds
 
-MOST = 4
+MOST = 2
 SHOWN = {
     "forward": "forward",
     "allreduce": "all-reduce",
@@ -16,37 +18,27 @@ SHOWN = {
 
 
 def regions_vs_size(results: Results) -> list[Drawing]:
-    """Forward, all-reduce and layout-fix time against N: average, p50 and p95."""
+    """Forward, all-reduce and layout-fix time against N: p50, up to p95, and the average."""
     found = [r for r in results.of("forward") if r.regions]
-    groups = style.settings(found, "instrumented forward")
-    title = "Forward: regions of a call"
+    groups = series.by_size(few(found), "instrumented forward", most=MOST)
+    caption = (
+        "Regions are timed in a pass of their own and never change the reported total. Line: p50; "
+        "whisker: up to p95. Of the batches the smallest and the largest are drawn."
+    )
+    if not any("layout_fix" in r.regions for r in found):
+        caption += " No method made a copy for layout's sake."
+    words = Words("forward_regions_vs_N", "Forward: regions of a call", caption)
     drawings = []
-    for text, group in groups.items():
-        names = [name for name in SHOWN if any(name in r.regions for r in group)]
-        every = style.panels_over(group, "N")
-        panels = style.spread(every, MOST)
-        canvas = style.canvas(len(names), len(panels), height=2.6, sharex="col")
-        for row, name in zip(canvas.axes, names, strict=True):
-            for axes, (b, panel) in zip(row, panels, strict=True):
-                if name == names[0]:
-                    axes.set_title(f"B = {b}")
-                _region(axes, name, panel)
-                ticks.size_axis(axes, "N", [r.case.N for r in panel], label=name == names[-1])
-                if axes.has_data():
-                    ticks.log_axis(axes, seconds)
-            row[0].set_ylabel(SHOWN[name])
-        figure = style.finish(canvas, title, results, text)
-        caption = (
-            "Regions are timed in a pass of their own and never change the reported total. "
-            "Line and marker: p50; horizontal stroke: average; whisker: up to p95. Methods "
-            "are moved a little sideways so that whiskers do not cover each other."
-        )
-        if len(panels) < len(every):
-            caption += " Of the batches the smallest, the largest and some between are drawn."
-        if "layout_fix" not in names:
-            caption += " No method made a copy for layout's sake."
-        name = style.file_name("forward_regions_vs_N", text, groups)
-        drawings.append(Drawing(name, title, caption, figure))
+    for text, panels in groups.items():
+        made = [
+            _panel(name, f"{SHOWN[name]}, {of}", panel)
+            for name in SHOWN
+            for of, _, panel in panels
+            if any(name in r.regions for r in panel)
+        ]
+        whole = [panel for panel in merged(made) if panel.lines]
+        options = {"columns": len(panels), "height": 2.6}
+        drawings.append(series.drawn(results, words, text, groups, whole, **options))
     return drawings
 
 
@@ -55,65 +47,48 @@ def less_layout_fix_vs_size(results: Results) -> list[Drawing]:
     found = [r for r in results.of("forward") if "forward" in r.regions]
     if not any("layout_fix" in r.regions for r in found):
         raise Absent("no forward result has a layout_fix region: no such copy was made")
-    groups = style.settings(found, "instrumented forward")
-    title = "Forward less layout-fix copies"
-    drawings = []
-    for text, group in groups.items():
-        panels = style.panels_over(group, "N")
-        bands, columns = style.folded(len(panels))
-        canvas = style.canvas(bands, columns)
-        axes_ = [one for row in canvas.axes for one in row]
-        for unused in axes_[len(panels) :]:
-            unused.set_visible(False)
-        for axes, (b, panel) in zip(axes_, panels, strict=False):
-            axes.set_title(f"B = {b}")
-            for line in style.lines(panel):
-                sizes, look = [r.case.N for r in line], looks.line_style(line[0])
-                axes.plot(sizes, [_less_layout(r) for r in line], **look)
-                if any("layout_fix" in r.regions for r in line):
-                    look |= {"marker": None, "linewidth": 0.9, "linestyle": (0, (1, 1))}
-                    look["label"] = f"{line[0].label}, layout fix included"
-                    axes.plot(sizes, [r.regions["forward"].avg for r in line], **look)
-            ticks.size_axis(axes, "N", [r.case.N for r in panel])
-            ticks.log_axis(axes, seconds)
-        for row in canvas.axes:
-            row[0].set_ylabel("average time a call")
-        figure = style.finish(canvas, title, results, text)
-        caption = (
-            "Average forward less the average of copies made only to please a collective: "
-            "what the method would take if the collective read the layout as it is. Dotted: "
-            "with them."
-        )
-        name = style.file_name("forward_less_layout_fix_vs_N", text, groups)
-        drawings.append(Drawing(name, title, caption, figure))
-    return drawings
+
+    def whole(panel) -> list:
+        thin = {"marker": None, "linewidth": 0.9, "linestyle": (0, (1, 1))}
+        copied = [
+            line for line in style.lines(panel) if any("layout_fix" in r.regions for r in line)
+        ]
+        lines = [series.line(one, lambda r: r.case.N, _whole, line_style) for one in copied]
+        return [
+            type(one)(f"{one.label}, layout fix included", one.points, one.look | thin)
+            for one in lines
+        ]
+
+    caption = (
+        "Average forward less the average of copies made only to please a collective: what the "
+        "method would take if the collective read the layout as it is. Dotted: with them."
+    )
+    words = Words("forward_less_layout_fix_vs_N", "Forward less layout-fix copies", caption)
+    y, groups = (
+        Axis("average time a call", seconds),
+        series.by_size(few(found), "instrumented forward", most=MOST),
+    )
+    options = {"look": line_style, "extra": whole, "checks": True}
+    return series.charts(results, groups, words, y, _less_layout, **options)
+
+
+def _whole(result: Result) -> float:
+    return result.regions["forward"].avg
 
 
 def _less_layout(result: Result) -> float:
     layout = result.regions.get("layout_fix")
-    return result.regions["forward"].avg - (layout.avg if layout else 0.0)
+    return _whole(result) - (layout.avg if layout else 0.0)
 
 
-def _region(axes, name: str, panel: list[Result]) -> None:
-    lines = style.lines(panel)
-    for i, line in enumerate(lines):
-        line = [r for r in line if name in r.regions and r.regions[name].p50 > 0]
-        if not line:
-            continue
-        sizes = [r.case.N * style.beside(i, len(lines)) for r in line]
-        regions = [r.regions[name] for r in line]
-        look = looks.line_style(line[0])
-        middle = [region.p50 for region in regions]
-        above = [max(0.0, region.p95 - region.p50) for region in regions]
-        axes.errorbar(
-            sizes, middle, yerr=[[0] * len(line), above], capsize=2.5, elinewidth=1, **look
-        )
-        axes.plot(
-            sizes,
-            [region.avg for region in regions],
-            linestyle="none",
-            marker="_",
-            markersize=11,
-            markeredgecolor=look["color"],
-            markeredgewidth=1.2,
-        )
+def _panel(name: str, title: str, panel: list[Result]) -> Panel:
+    def value(result: Result) -> Point | None:
+        region = result.regions.get(name)
+        if region is None or region.p50 <= 0:
+            return None
+        above = max(region.p50, region.p95)
+        return Point(0, region.p50, region.p50, above, f"average {seconds(region.avg)}")
+
+    found = (series.line(one, lambda r: r.case.N, value, line_style) for one in style.lines(panel))
+    lines = tuple(one for one in found if one.points)
+    return Panel(title, lines, "N", Axis(SHOWN[name], seconds))

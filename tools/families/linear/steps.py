@@ -1,12 +1,12 @@
 """What happens within a training step, and over the steps of a drift run."""
 
-from matplotlib.axes import Axes
-
 from tools.cases import Result, Results
-from tools.drawing import style
-from tools.drawing.style import Drawing
-from tools.families.linear import looks
+from tools.drawing import bars, series, style
+from tools.drawing.chart import Axis, Drawing, Line, Panel, Point, merged
+from tools.drawing.series import Words
+from tools.families.linear.looks import line_style
 from tools.families.linear.opponents import way
+from tools.tables import figure
 
 SEGMENTS = {
     "forward": "#0072b2",
@@ -17,41 +17,33 @@ SEGMENTS = {
     "other": "#c3c8ce",
 }
 COMMUNICATION = ("allreduce", "allgather", "layout_fix")
-MOST = 3
+MOST, MOST_DRIFTS = 2, 6
+REPORTED = {"marker": "d", "linestyle": "none", "color": style.INK, "markersize": 6}
 
 
 def step_breakdown(results: Results) -> list[Drawing]:
     """Stacked bars of a training step, a panel for each N and B."""
-    found = [r for r in results.of("training") if "total" in r.regions]
+    found = [r for r in results.of("training") if "total" in r.regions and r.as_usual]
     groups = style.settings(found, "instrumented training")
-    title = "Training step: where the time goes"
     ahead = {_place(r): r for r in results.of("forward") if r.regions}
+    caption = (
+        "Averages of the instrumented pass. Communication is the collectives and the copies made "
+        "for their layout; it happens within forward and backward, and is taken out of them. The "
+        "diamond is the median step that was reported, measured without instruments. The smallest "
+        "and the largest sizes are drawn."
+    )
+    words = Words("step_breakdown", "Training step: where the time goes", caption)
     drawings = []
     for text, group in groups.items():
-        sizes = style.spread(sorted({r.case.N for r in group}), MOST)
-        batches = style.spread(sorted({r.case.B for r in group}), MOST)
         labels = [line[0].label for line in style.lines(group)]
-        canvas = style.canvas(
-            len(sizes), len(batches), height=0.27 * len(labels) + 0.95, sharey=True
-        )
-        for row, n in zip(canvas.axes, sizes, strict=True):
-            for axes, b in zip(row, batches, strict=True):
+        panels = []
+        for n in style.spread(sorted({r.case.N for r in group}), MOST):
+            for b in style.spread(sorted({r.case.B for r in group}), MOST):
                 here = {r.label: r for r in group if (n, b) == (r.case.N, r.case.B)}
-                _bars(axes, here, labels, ahead)
-                axes.set_title(f"N = {n}, B = {b}")
-                if n == sizes[-1]:
-                    axes.set_xlabel("ms")
-        figure = style.finish(canvas, title, results, text)
-        caption = (
-            "Averages of the instrumented pass. Communication is the collectives and "
-            "the copies made for their layout; it happens within forward and backward, and is taken"
-            " out of them. The diamond is the median step that was reported, measured without"
-            " instruments."
-        )
-        if len(sizes) * len(batches) < len({(r.case.N, r.case.B) for r in group}):
-            caption += " The smallest, a middle and the largest sizes are drawn."
-        name = style.file_name("step_breakdown", text, groups)
-        drawings.append(Drawing(name, title, caption, figure))
+                if here:
+                    panels.append(_bars(f"N = {n}, B = {b}", here, labels, ahead))
+        options = {"columns": 2, "height": 0.24 * len(labels) + 0.9, "draw": bars.stacked}
+        drawings.append(series.drawn(results, words, text, groups, panels, **options))
     return drawings
 
 
@@ -59,30 +51,19 @@ def drift_by_step(results: Results) -> list[Drawing]:
     """Error after each of T forward-only steps, for the method and for plain dense."""
     found = [r for r in results.of("drift") if r.drift.get("method")]
     groups = style.settings(found, "drift")
-    title = "Drift: error after repeated forward steps"
+    caption = (
+        "The output is normalised and fed back as the next input; the error is against the same "
+        "steps in the reference. Dashed: plain dense in the same dtype, which drifts as well."
+    )
+    words = Words("drift", "Drift: error after repeated forward steps", caption)
     drawings = []
     for text, group in groups.items():
-        places = sorted({(r.case.N, r.case.B) for r in group})
-        shown = places if len(places) <= 9 else style.spread(places, 9)
-        bands, columns = style.folded(len(shown), 3)
-        canvas = style.canvas(bands, columns)
-        axes_ = [one for row in canvas.axes for one in row]
-        for unused in axes_[len(shown) :]:
-            unused.set_visible(False)
-        for axes, (n, b) in zip(axes_, shown, strict=False):
-            axes.set_title(f"N = {n}, B = {b}")
-            axes.set_xlabel("step")
-            _drift(axes, [r for r in group if (n, b) == (r.case.N, r.case.B)])
-        for row in canvas.axes:
-            row[0].set_ylabel("relative error")
-        figure = style.finish(canvas, title, results, text)
-        caption = (
-            "The output is normalised and fed back as the next input; the error is against "
-            "the same steps in the reference. Dashed: plain dense in the same dtype, which "
-            "drifts as well."
-        )
-        name = style.file_name("drift", text, groups)
-        drawings.append(Drawing(name, title, caption, figure))
+        places = style.spread(sorted({(r.case.N, r.case.B) for r in group}), MOST_DRIFTS)
+        panels = [
+            _drift(f"N = {n}, B = {b}", [r for r in group if (n, b) == (r.case.N, r.case.B)])
+            for n, b in places
+        ]
+        drawings.append(series.drawn(results, words, text, groups, merged(panels), checks=True))
     return drawings
 
 
@@ -116,57 +97,37 @@ def _communication(result: Result) -> float:
     return sum(result.regions[name].avg for name in COMMUNICATION if name in result.regions)
 
 
-def _bars(axes: Axes, here: dict[str, Result], labels: list[str], ahead: dict) -> None:
-    for y, label in enumerate(labels):
-        if label not in here:
-            axes.text(0, y, " not measured", va="center", color=style.MUTED, fontsize=8)
-            continue
-        left = 0.0
-        for name, value in segments(here[label], ahead.get(_place(here[label]))).items():
-            axes.barh(
-                y,
-                1e3 * value,
-                left=left,
-                height=0.72,
-                color=SEGMENTS[name],
-                edgecolor=style.PAPER,
-                linewidth=0.5,
-                label=name,
-            )
-            left += 1e3 * value
-        axes.plot(
-            [1e3 * here[label].median],
-            [y],
-            marker="d",
-            linestyle="none",
-            color=style.INK,
-            markersize=6,
-            label="reported step",
-        )
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.4, -0.6)
-    axes.grid(axis="y", visible=False)
-    longest = [max(r.median, r.regions["total"].avg) for r in here.values()]
-    axes.set_xlim(0, 1.04e3 * max(longest, default=1e-3))
+def _bars(title: str, here: dict[str, Result], labels: list[str], ahead: dict) -> Panel:
+    """A panel of stacked segments; x is the place of the label."""
+    points: dict[str, list[Point]] = {name: [] for name in [*SEGMENTS, "reported step"]}
+    for i, label in enumerate(labels):
+        if label in here:
+            result = here[label]
+            for name, value in segments(result, ahead.get(_place(result))).items():
+                if value > 0:
+                    points[name].append(Point(i, 1e3 * value))
+            points["reported step"].append(Point(i, 1e3 * result.median))
+    looks = {name: {"color": colour} for name, colour in SEGMENTS.items()}
+    looks["reported step"] = REPORTED
+    lines = tuple(Line(name, tuple(points[name]), look) for name, look in looks.items())
+    return Panel(title, lines, "", Axis("ms", lambda ms: f"{figure(ms)} ms"), tuple(labels))
 
 
-def _drift(axes: Axes, found: list[Result]) -> None:
+def _drift(title: str, found: list[Result]) -> Panel:
+    lines = []
     for line in style.lines(found):
         values = line[0].drift["method"]
-        steps = range(1, len(values) + 1)
-        every = max(1, len(values) // 6)
-        axes.plot(steps, values, markevery=every, **looks.line_style(line[0]))
+        look = line_style(line[0]) | {"markevery": max(1, len(values) // 6)}
+        lines.append(Line(line[0].label, _steps(values), look))
     dense = next((r.drift["dense"] for r in found if r.drift.get("dense")), ())
     if dense:
-        axes.plot(
-            range(1, len(dense) + 1),
-            dense,
-            color=style.INK,
-            linestyle=(0, (4, 2)),
-            linewidth=1.4,
-            label="plain dense, same dtype",
-        )
-    axes.set_ylim(bottom=0)
+        look = {"color": style.INK, "linestyle": (0, (4, 2)), "linewidth": 1.4}
+        lines.append(Line("plain dense, same dtype", _steps(dense), look))
+    return Panel(title, tuple(lines), "step", Axis("relative error", figure, "linear"))
+
+
+def _steps(values: tuple[float, ...]) -> tuple[Point, ...]:
+    return tuple(Point(i, value) for i, value in enumerate(values, 1))
 
 
 def _place(result: Result) -> tuple:

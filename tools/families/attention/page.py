@@ -1,9 +1,24 @@
-"""The report's section on attention: speed, ratios, patterns and errors, then its figures."""
+"""What attention shows: figures in the order of the report, its tables, and how to read them."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 
 from tools.cases import Result, Results
-from tools.families.attention.points import FLEX, PHASES, SPARSE, attention, by_point, point_of
+from tools.families.attention.points import (
+    FLEX,
+    OURS,
+    PEERS,
+    PHASES,
+    SPARSE,
+    attention,
+    by_point,
+    fastest,
+    point_of,
+    speed,
+)
+from tools.families.attention.scaling import matrix_share, memory_vs_tokens, time_vs_tokens
+from tools.families.attention.sparsity import speedup_vs_sparsity
+from tools.families.attention.speed import speed_by_tier
 from tools.families.attention.tables import (
     PLACE,
     RATIOS,
@@ -12,43 +27,46 @@ from tools.families.attention.tables import (
     place,
     ratio_rows,
 )
-from tools.families.figures import ATTENTION_FIGURES, Drawing
-from tools.families.linear.case_table import folded_table
+from tools.families.shown import TIMES, Shown
 from tools.stats import Interval, combine
-from tools.tables import Column, count, figure, milliseconds, number, percent, seconds, size
+from tools.tables import Column, Table, count, figure, milliseconds, number, percent, seconds, size
 
 READING = (
-    "softmax(scale · Q Kᵀ) V, by several kernels. TFLOP/s count the pairs that attend, so masked "
-    "pairs add nothing. Ratios here are of <b>speed</b>: above 1 the first method named is the "
-    "faster. A pattern hides the share <b>s</b> of all pairs (sparsity); a list of blocks computes "
-    "every tile that it touches, so its ideal is 1 / (1 - s) of the tiles. <b>dense</b> is the "
-    "fastest kernel of these results without the pattern, at the same sizes: a causal one where "
-    "the pattern is causal."
+    *TIMES,
+    (
+        "TFLOP/s",
+        "count the pairs that attend in softmax(scale · Q Kᵀ) V, so masked pairs add nothing.",
+    ),
+    ("Ratios here", "are of speed: above 1 the first method named is the faster."),
+    (
+        "s, the sparsity",
+        "is the share of all pairs that a pattern hides; a list of blocks computes every tile that "
+        "it touches, so its ideal is 1 / (1 - s) of the tiles.",
+    ),
+    (
+        "dense",
+        "is the fastest kernel of these results without the pattern, at the same sizes: a causal "
+        "one where the pattern is causal.",
+    ),
 )
+EXAMPLE = "causal 4096"
 TENSORS = ("output", "grad_q", "grad_k", "grad_v")
 WHERE = (*PLACE[:4], Column("dtype", "dtype"), PLACE[4])
 
 
-def section(results: Results, drawings: list[Drawing], plot: Callable[[Drawing], str]) -> str:
-    """The section as HTML; `plot` gives that of one drawing. Empty without attention."""
-    found = attention(results)
-    if not found:
-        return ""
-    figures = [d for d in drawings if d.name.startswith(tuple(ATTENTION_FIGURES))]
-    main, others = figures[:1], figures[1:]
-    parts = ['<h2 id="attention">Attention</h2>', f'<p class="muted">{READING}</p>']
-    parts += map(plot, main)
+def tables(results: Results) -> list[Table]:
+    """Ratios, cases and errors of each phase, then the patterns."""
+    found, made = attention(results), []
     for phase, words in PHASES.items():
-        parts += _phase(f"Attention, {words}", [r for r in found if r.case.phase == phase])
-    parts.append(_patterns(found))
-    parts += map(plot, others)
-    return "\n".join(part for part in parts if part)
+        made += _phase(f"Attention, {words}", [r for r in found if r.case.phase == phase])
+    return [table for table in (*made, _patterns(found)) if table.rows]
 
 
-def _phase(title: str, here: Sequence[Result]) -> list[str]:
+def _phase(title: str, here: Sequence[Result]) -> list[Table]:
     ratios = [
         *WHERE,
         *(number(f"{a} / {b}", f"{a} / {b}", interval) for a, b in RATIOS),
+        number("best peer", f"{OURS} / best peer", interval),
         number("dense", "dense", lambda result: result.case.method),
         *(
             column
@@ -60,12 +78,20 @@ def _phase(title: str, here: Sequence[Result]) -> list[str]:
             )
         ),
     ]
-    rows = [row for row in ratio_rows(here, here) if any(" / " in key for key in row)]
+    rows = [_best(row) for row in ratio_rows(here, here) if any(" / " in key for key in row)]
     return [
-        _table(f"{title}: ratios of speed", ratios, rows, "points", opened=True),
-        _table(title, CASES, [_case(result) for result in here], "cases"),
-        _table(f"{title}: errors", _error_columns(), [_errors(r) for r in here], "cases"),
+        Table(f"{title}: ratios of speed", ratios, rows, "points", example=EXAMPLE),
+        Table(title, CASES, [_case(result) for result in here], example=EXAMPLE),
+        Table(f"{title}: errors", _error_columns(), list(map(_errors, here)), example=EXAMPLE),
     ]
+
+
+def _best(row: dict) -> dict:
+    """The row with the speed of our kernel over that of the fastest peer, for dense attention."""
+    peer = fastest(row[name] for name in PEERS if name in row)
+    if peer and OURS in row and point_of(peer.case).pattern is None:
+        row["best peer"] = speed(row[OURS], peer)
+    return row
 
 
 CASES = (
@@ -135,7 +161,7 @@ def _errors(result: Result) -> dict:
     return row
 
 
-def _patterns(found: Sequence[Result]) -> str:
+def _patterns(found: Sequence[Result]) -> Table:
     """A row for each pattern and size; phases, dtypes and D share one where the table is shared."""
     rows: dict[tuple, dict] = {}
     for point, methods in by_point(found).items():
@@ -154,10 +180,26 @@ def _patterns(found: Sequence[Result]) -> str:
         number("table_seconds", "table built in", seconds),
         number("table_bytes", "table", size),
     ]
-    return _table("Attention: patterns and their tables", columns, list(rows.values()), "patterns")
+    title = "Attention: patterns and their tables"
+    return Table(title, columns, list(rows.values()), "patterns", example=EXAMPLE)
 
 
-def _table(title: str, columns, rows: list[dict], unit: str, *, opened: bool = False) -> str:
-    filled = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
-    example = {"example": "causal 4096"}
-    return folded_table(title, filled, rows, unit, opened=opened, **example) if rows else ""
+KINDS = {
+    "by_tier": speed_by_tier,
+    "vs_T": time_vs_tokens,
+    "vs_sparsity": speedup_vs_sparsity,
+    "matrix_share": matrix_share,
+    "memory_vs_T": memory_vs_tokens,
+}
+SHOWN = Shown(
+    "Attention",
+    "How near do attention kernels come to what the machine could do, and how much of its sparsity "
+    "does a pattern turn into speed?",
+    READING,
+    {
+        f"attention_{phase}_{name}": functools.partial(draw, phase=phase)
+        for phase in PHASES
+        for name, draw in KINDS.items()
+    },
+    tables,
+)

@@ -1,0 +1,116 @@
+"""From results to lines: one for each label, a panel for each size, a drawing for each setting."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from tools.cases import Result, Results
+from tools.drawing import style
+from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point, merged
+
+Value = Callable[[Result], float | Point | None]
+# (title, name of the x axis, results) of each panel
+Panels = list[tuple[str, str, list[Result]]]
+
+
+class Words(NamedTuple):
+    """What a figure is called, and how it is read."""
+
+    name: str
+    title: str
+    caption: str
+
+
+def clock(results: Results) -> str:
+    """Whose time it is: a CPU's numbers are its host's."""
+    return "host time" if results.cpu else "device time"
+
+
+def by_size(
+    found: Sequence[Result], what: str, x: str = "N", most: int = 4, **options
+) -> dict[str, Panels]:
+    """The panels of each setting: against N, one for each B, or the other way round; of more than
+    `most` the ends and some between. options: those of `style.settings`.
+
+    Raises Absent where no setting has a line to draw.
+    """
+    other = "B" if x == "N" else "N"
+    groups: dict[str, Panels] = {}
+    reason = Absent("")
+    for text, group in style.settings(found, what, **options).items():
+        try:
+            panels = style.spread(style.panels_over(group, x), most)
+        except Absent as error:
+            reason = error
+            continue
+        groups[text] = [(f"{other} = {value}", x, panel) for value, panel in panels]
+    if not groups:
+        raise reason
+    return groups
+
+
+def line(results: Sequence[Result], x: Callable[[Result], float], value: Value, look) -> Line:
+    """The line of one label; a result without a value has no point."""
+    points = []
+    for result in results:
+        y = value(result)
+        if y is not None:
+            points.append(y._replace(x=x(result)) if isinstance(y, Point) else Point(x(result), y))
+    return Line(results[0].label, tuple(sorted(points, key=lambda p: p.x)), look(results[0]))
+
+
+def charts(
+    results: Results,
+    groups: dict[str, Panels],
+    words: Words,
+    y: Axis,
+    value: Value,
+    *,
+    look: Callable[[Result], dict],
+    x: Callable[..., float] = lambda result, name: getattr(result.case, name),
+    extra: Callable[[Sequence[Result]], Iterable[Line]] = lambda panel: (),
+    main: Callable[[Sequence[Result]], set[str]] | None = None,
+    **options,
+) -> list[Drawing]:
+    """A drawing for each setting. extra: lines of other things, such as a limit, in each panel;
+    main: the labels of a setting that are drawn at first; options: those of Drawing.
+    """
+    drawings = []
+    for text, panels in groups.items():
+        every = [result for *_, panel in panels for result in panel]
+        shown = main(every) if main else {result.label for result in every}
+        made, beside = [], []
+        for title, name, panel in panels:
+            place = functools.partial(x, name=name)
+            found = (line(one, place, value, look) for one in style.lines(panel))
+            lines = tuple(replace(one, main=one.label in shown) for one in found if one.points)
+            made.append(Panel(title, lines, name, y))
+            beside.append(tuple(extra(panel)))
+        whole = [
+            Panel(p.title, p.lines + more, p.x, p.y)
+            for p, more in zip(merged(made), beside, strict=True)
+            if p.lines
+        ]
+        if whole:
+            drawings.append(drawn(results, words, text, groups, whole, **options))
+    if not drawings:
+        raise Absent("no result has what it shows")
+    return drawings
+
+
+def drawn(
+    results: Results, words: Words, text: str, groups: Iterable[str], panels, **options
+) -> Drawing:
+    """A Drawing of one setting; the first setting has the plain name."""
+    name = style.file_name(words.name, text, groups)
+    subtitle = " · ".join(part for part in (results.title, text) if part)
+    options["setting"] = name != words.name
+    return Drawing(name, words.title, subtitle, words.caption, tuple(panels), **options)
+
+
+def grey(label: str, values: dict[float, float], **look) -> list[Line]:
+    """A grey dashed line of what bounds the others; none without values."""
+    look = {"color": style.FLOOR, "linestyle": (0, (4, 2)), "linewidth": 1.4, "zorder": 1} | look
+    points = tuple(Point(x, y) for x, y in sorted(values.items()))
+    return [Line(label, points, look, bound=True)] if points else []

@@ -1,0 +1,75 @@
+"""What linear layers show: figures in the order of the report, tables, and how to read them."""
+
+import functools
+
+from tools.cases import PHASES, Results
+from tools.families.linear.case_table import phase_table
+from tools.families.linear.costs import (
+    errors_vs_size,
+    memory_vs_size,
+    quality_speed_vs_size,
+    time_per_weight_byte_vs_size,
+)
+from tools.families.linear.limits import over_floor
+from tools.families.linear.regions import less_layout_fix_vs_size, regions_vs_size
+from tools.families.linear.speed import phase_vs_batch, phase_vs_size
+from tools.families.linear.speed_table import speed_table
+from tools.families.linear.steps import drift_by_step, step_breakdown
+from tools.families.shown import TIMES, Shown
+from tools.tables import Table
+
+READING = (
+    *TIMES,
+    (
+        "A name",
+        "such as block_shock · 1100 · cusparselt · exchange tells the mask, the kernel of the "
+        "product and the way of summing over ranks (reduce), each only where it is not what the "
+        "method uses when nothing is asked. path in the tables says which code ran.",
+    ),
+    (
+        "dense TP",
+        "against which the hypotheses are decided, sums as users do today, with the library's "
+        "collective. Beside it stands dense TP with the same reduce as Block-Shock. Ratios are of "
+        "time: below 1 the first method named is the faster.",
+    ),
+    (
+        "block_shock",
+        "is what the hypotheses are about: 2:4 kernels. block_shock_folded is the fixed pattern "
+        "computed as a dense product of its kept columns, and stands beside it.",
+    ),
+)
+FIGURES = {
+    "forward_vs_N": functools.partial(phase_vs_size, phase="forward"),
+    "forward_vs_B": functools.partial(phase_vs_batch, phase="forward"),
+    "forward_over_floor": functools.partial(over_floor, phase="forward"),
+    "forward_regions_vs_N": regions_vs_size,
+    "backward_vs_N": functools.partial(phase_vs_size, phase="backward"),
+    "training_vs_N": functools.partial(phase_vs_size, phase="training"),
+    "training_over_floor": functools.partial(over_floor, phase="training"),
+    "step_breakdown": step_breakdown,
+    "memory_vs_N": memory_vs_size,
+    # For the last page: asked for, and a check of what is told above.
+    "forward_less_layout_fix_vs_N": less_layout_fix_vs_size,
+    "forward_per_weight_byte_vs_N": time_per_weight_byte_vs_size,
+    "quality_adjusted_speed_vs_N": quality_speed_vs_size,
+    "errors_vs_N": errors_vs_size,
+    "drift": drift_by_step,
+}
+
+
+def tables(results: Results) -> list[Table]:
+    """Speed at every N and B, then every case, phase by phase."""
+    found = {r.case.phase for r in results.results if r.case.family == "linear"}
+    phases = [p for p in PHASES if p in found] + sorted(found - set(PHASES))
+    speeds = speed_table(results)
+    return [speeds] * bool(speeds.rows) + [phase_table(results, phase) for phase in phases]
+
+
+SHOWN = Shown(
+    "Linear layers",
+    "When does a dense layer, held as a sum of 2:4-sparse terms on several GPUs, beat the ordinary "
+    "ways of splitting it?",
+    READING,
+    FIGURES,
+    tables,
+)
