@@ -9,6 +9,7 @@ from tests import synthetic_attention as made
 from tests import synthetic_results as linear
 from tools import compare, plot, report, summary, verdict
 from tools.drawing import render
+from tools.families import FAMILIES
 from tools.families.attention import looks
 from tools.families.attention.page import tables
 from tools.families.attention.points import (
@@ -23,13 +24,13 @@ from tools.families.attention.points import (
 from tools.families.attention.scaling import _comparable
 from tools.families.attention.sparsity import _pushed
 from tools.families.attention.tables import readme_tables
-from tools.families.figures import SHOWN, draw_all
+from tools.family import draw_all
 from tools.files import ToolError
 from tools.results import load, load_all
 from tools.stats import ratio
 
 METHODS = tuple(made.RATES)
-FIGURES = SHOWN["attention"].figures
+FIGURES = FAMILIES["attention"].figures
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def results(file):
 
 @pytest.fixture(scope="module")
 def drawn(results):
-    drawings, absent = draw_all(results, SHOWN["attention"])
+    drawings, absent = draw_all(results, FAMILIES["attention"])
     assert not absent
     return {drawing.name: drawing for drawing in drawings}
 
@@ -250,11 +251,11 @@ def test_methods_of_attention_have_colours_and_markers_of_their_own():
 def test_linear_figures_tables_and_verdicts_do_not_see_attention(file, linear_file):
     both, alone = load_all([linear_file, file]), load(linear_file)
     for name in ("forward_vs_N", "errors_vs_N"):
-        draw = SHOWN["linear"].figures[name]
-        assert list(map(render.svg, draw(both))) == list(map(render.svg, draw(alone)))
-    assert both.of("forward") == alone.of("forward")
+        draw = FAMILIES["linear"].figures[name]
+        found = draw(both.only("linear"))
+        assert list(map(render.svg, found)) == list(map(render.svg, draw(alone)))
     assert summary.section(both) == summary.section(alone)
-    assert SHOWN["linear"].tables(both) == SHOWN["linear"].tables(alone)
+    assert FAMILIES["linear"].tables(both.only("linear")) == FAMILIES["linear"].tables(alone)
 
 
 def test_a_report_of_attention_alone_has_its_section_and_no_verdict(tmp_path, file, results):
@@ -347,5 +348,5 @@ def test_an_incomplete_case_is_left_out_and_breaks_nothing(tmp_path):
     del entries[1]["extra_info"]["case"]["heads"]
     results = read(tmp_path, entries)
     assert [r.case.method for r in attention(results)] == ["flex"]
-    drawings, absent = draw_all(results, SHOWN["attention"])
+    drawings, absent = draw_all(results, FAMILIES["attention"])
     assert {d.name for d in drawings} | set(absent) == set(FIGURES)

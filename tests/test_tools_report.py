@@ -12,14 +12,15 @@ from tests import synthetic_results as synthetic
 from tools import compact, plot, report, summary
 from tools.cases import interleaved
 from tools.drawing import render
-from tools.families.figures import SHOWN, draw_all
+from tools.families import FAMILIES
 from tools.families.linear import steps
 from tools.families.linear.hypotheses import judge_all
+from tools.family import draw_all
 from tools.files import ToolError
 from tools.results import load
 from tools.tables import milliseconds
 
-FIGURES = SHOWN["linear"].figures
+FIGURES = FAMILIES["linear"].figures
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(file):
-    return draw_all(load(file), SHOWN["linear"])
+    return draw_all(load(file), FAMILIES["linear"])
 
 
 @pytest.fixture(scope="module")
@@ -220,11 +221,13 @@ def test_an_unknown_family_is_told_and_the_rest_is_shown(tmp_path, capsys):
     entries = synthetic.everything((256, 512), (16,))
     entries += [synthetic.entry("some_method", n, 16, family="made_up") for n in (256, 512)]
     path = synthetic.write(tmp_path / "a.json", entries)
-    told = "2 cases of the family made_up are not shown"
-    assert told in report.page(load(path), [])
-    assert 'id="plot-forward_vs_N"' in report.page(load(path), [])
+    told = "a.json has 2 cases of the family made_up, which these tools do not know"
+    text = report.page(load(path), [])
+    assert told in text
+    assert 'id="plot-forward_vs_N"' in text
+    assert 'id="tables-made_up"' in text
     assert plot.main([path, "-o", str(tmp_path), "--only", "forward_vs_N"]) == 0
-    assert f"note: {told}" in capsys.readouterr().out
+    assert told in capsys.readouterr().out
 
 
 def test_what_a_file_says_never_becomes_markup(page):
@@ -289,6 +292,6 @@ def test_results_of_any_shape_are_drawn_or_named(tmp_path):
             for key in ("regions", "errors", "memory", "floor", "drift"):
                 entry["extra_info"].pop(key, None)
         loaded = load(synthetic.write(tmp_path / f"{i}.json", some))
-        drawings, absent = draw_all(loaded, SHOWN["linear"])
+        drawings, absent = draw_all(loaded, FAMILIES["linear"])
         assert {d.name.partition("_bf16")[0] for d in drawings} | set(absent) == set(FIGURES)
         assert all(reason for reason in absent.values())

@@ -10,8 +10,9 @@ from blockshock.linear import METHODS
 from blockshock.phases.linear.case import Case, choices, usual
 from tests import synthetic_results as synthetic
 from tools import compare, summary
-from tools.cases import VARIANTS, interleaved, over, setting
+from tools.cases import interleaved, over
 from tools.families.linear.hypotheses import judge_all
+from tools.families.linear.naming import VARIANTS, setting
 from tools.families.linear.opponents import BETTER, SAME_REDUCE
 from tools.families.linear.readme_tables import forward_table
 from tools.results import load, load_all, load_by_device

@@ -18,8 +18,9 @@ from tools import verdict as words
 from tools.cases import CPU_CAVEAT, Results
 from tools.drawing.chart import Drawing
 from tools.drawing.page import chart
-from tools.families.figures import draw_all, held, unknown
+from tools.families import held
 from tools.families.linear.hypotheses import Finding, Verdict, judge_all
+from tools.family import draw_all
 from tools.files import run, save
 from tools.results import load_all
 from tools.tables import Table
@@ -30,8 +31,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 def page(results: Results, verdicts: list[Verdict]) -> str:
     """The whole report as HTML."""
     families, checks, settings, absent = [], [], [], {}
-    for name, family in held(results).items():
-        drawings, missing = draw_all(results, family)
+    for name, (family, own) in held(results).items():
+        drawings, missing = draw_all(own, family)
         absent |= missing
         settings += [drawing for drawing in drawings if drawing.setting]
         charts = [
@@ -47,7 +48,7 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
                 "title": family.title,
                 "question": family.question,
                 "reading": family.reading,
-                "tables": family.tables(results),
+                "tables": family.tables(own),
                 "main": charts[0] if charts else None,
                 "plots": charts[1:],
             }
@@ -103,7 +104,7 @@ def _warnings(results: Results) -> list[str]:
         f"{CPU_CAVEAT}. Correctness means the same everywhere; times and ratios are host time of "
     )
     said += "this CPU."
-    return [said] * results.cpu + [*results.notes, *unknown(results)]
+    return [said] * results.cpu + list(results.notes)
 
 
 def _points(finding: Finding) -> Table:

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from tools.cases import Result, order, setting_text
+from tools.cases import Result, order
 from tools.drawing.chart import Absent
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#59636e", "#dce1e6", "#fffffe"
@@ -57,7 +57,7 @@ def settings(results: Iterable[Result], phase: str) -> dict[str, list[Result]]:
     for result in results:
         # Where nothing but a bias is trained is a question of its own.
         frozen = ", weights frozen" if result.case.policy == "frozen" else ""
-        groups[setting_text(result.case) + frozen].append(result)
+        groups[result.setting + frozen].append(result)
     if not groups:
         raise Absent(f"no {phase} results")
     ranked = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -102,7 +102,7 @@ def spread(values: list, most: int) -> list:
 def lines(results: Iterable[Result]) -> list[list[Result]]:
     """The results of a panel, one list for each label, in the order of legends."""
     found: dict[str, list[Result]] = defaultdict(list)
-    for result in sorted(results, key=lambda r: (order(r)[-2], r.label)):
+    for result in sorted(results, key=lambda r: (r.line_order, r.label)):
         found[result.label].append(result)
     return list(found.values())
 

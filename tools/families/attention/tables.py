@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from tools.cases import Result, Results, method_order
+from tools.cases import Result, Results
 from tools.families.attention.points import (
     FLEX,
+    NAMING,
     OURS,
     PHASES,
     SPARSE,
@@ -140,7 +141,7 @@ def _by_size(result: Result) -> tuple:
 def _dense_table(rows: list[dict]) -> str:
     methods = sorted(
         {key for row in rows for key, cell in row.items() if isinstance(cell, Result)},
-        key=method_order,
+        key=NAMING.place,
     )
     columns = [*PLACE, *(number(method, method, _rate) for method in methods)]
     columns += [number(f"{a} / {b}", f"{a} / {b}", interval) for a, b in RATIOS]

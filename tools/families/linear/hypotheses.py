@@ -31,8 +31,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tools.cases import Result, Results, interleaved, order, over, setting, setting_text
-from tools.families.attention.points import only_attention
+from tools.cases import Result, Results, interleaved, order, over
+from tools.families.linear.naming import setting, setting_text
 from tools.families.linear.opponents import (
     BETTER,
     DENSE,
@@ -94,8 +94,9 @@ class Verdict:
 def judge_all(
     results: Results, *, threshold: float = THRESHOLD, small_upkeep: float = SMALL_UPKEEP
 ) -> list[Verdict]:
-    """H1, H2 and H3 on these results; none where all of them are of attention."""
-    if only_attention(results):
+    """H1, H2 and H3 on these results; none where no linear layer was measured."""
+    results = results.only("linear")
+    if not results.results:
         return []
     return [
         _verdict("H1", beats_dense(results, threshold)),

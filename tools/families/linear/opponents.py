@@ -5,9 +5,9 @@ that methods which sum in different ways still meet.
 """
 
 from collections.abc import Iterable
-from dataclasses import replace
 
-from tools.cases import VARIANTS, Result, setting
+from tools.cases import Result
+from tools.families.linear.naming import VARIANTS, setting
 
 BETTER, SAME_REDUCE = "the better dense TP", "the better dense TP with the same reduce"
 DENSE = ("dense_tp_row", "dense_tp_column")
@@ -61,7 +61,7 @@ def place(result: Result) -> tuple:
 
 def forward_place(result: Result) -> tuple:
     """The place of the forward of a training result: it has no loss and no optimizer."""
-    case = replace(result.case, loss=None, optimizer=None)
+    case = result.case.but(loss=None, optimizer=None)
     return (case.N, case.B, setting(case))
 
 

@@ -6,9 +6,9 @@ have a column only where the comparison is about them.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
-from tools.cases import METHODS, Result, Results, method_order, over, setting_text
+from tools.cases import Result, Results, over
+from tools.families.linear.naming import METHODS, NAMING, setting_text
 from tools.families.linear.opponents import DENSE
 from tools.stats import Interval
 from tools.tables import Column, as_markdown, milliseconds, number
@@ -22,8 +22,8 @@ Pick = Callable[[list[Result]], Result | None]
 
 def forward_table(results: Results) -> tuple[str, str]:
     """(setting in words, Markdown) of the setting with the most forward results; empty without."""
-    text, found = _largest_setting(results.of("forward"))
-    methods = sorted({r.case.method for r in found}, key=method_order)
+    text, found = _largest_setting(results.only("linear").of("forward"))
+    methods = sorted({r.case.method for r in found}, key=NAMING.place)
     masks = _masks(found)
     main = {mask: f"{SHOCK} ({mask})" if len(masks) > 1 else SHOCK for mask in masks}
     picks: list[tuple[str, Pick]] = [
@@ -48,7 +48,7 @@ def forward_table(results: Results) -> tuple[str, str]:
 
 def training_table(results: Results) -> tuple[str, str]:
     """(setting in words, Markdown) of training steps, all optimizers; empty without."""
-    trained = [r for r in results.of("training") if r.case.policy != "frozen"]
+    trained = [r for r in results.only("linear").of("training") if r.case.policy != "frozen"]
     text, found = _largest_setting(trained)
     plain, masks = _usual(REFERENCE), _masks(found)
     shocks = {
@@ -70,7 +70,7 @@ def _largest_setting(found: Iterable[Result]) -> tuple[str, list[Result]]:
     """The setting, whatever the optimizer, with the most results."""
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in found:
-        groups[setting_text(replace(result.case, optimizer=None))].append(result)
+        groups[setting_text(result.case.but(optimizer=None))].append(result)
     return max(groups.items(), key=lambda item: len(item[1]), default=("", []))
 
 

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 
-from tools.cases import METHODS, Result, Results, over
-from tools.drawing import series, style
+from tools.cases import Result, Results, over
+from tools.drawing import series
 from tools.drawing.chart import Absent, Axis, Drawing, Point
 from tools.drawing.series import Words
 from tools.families.linear.hypotheses import SHOCKS
 from tools.families.linear.looks import line_style
+from tools.families.linear.naming import METHODS
 from tools.families.linear.opponents import DENSE
 from tools.tables import seconds
 
@@ -108,4 +109,4 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
 def _place(result: Result) -> tuple:
     case = result.case
     frozen = case.policy == "frozen"
-    return (case.N, case.B, style.setting_text(case), frozen)
+    return (case.N, case.B, result.setting, frozen)
