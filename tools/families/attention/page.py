@@ -203,5 +203,5 @@ FAMILY = Family(
         for name, draw in KINDS.items()
     },
     tables,
-    NAMING,
+    naming=NAMING,
 )

@@ -73,5 +73,5 @@ FAMILY = Family(
     READING,
     FIGURES,
     tables,
-    NAMING,
+    naming=NAMING,
 )
