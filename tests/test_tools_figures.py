@@ -260,6 +260,17 @@ def test_a_ratio_axis_has_one_and_a_tick_above_it_and_no_crowd(low, high):
     assert len(found) <= 1 + 1 / ticks.CROWDED
 
 
+@given(st.floats(1e-6, 1), st.floats(1.05, 1e4))
+def test_a_log_axis_has_two_ticks_however_narrow_it_is(low, wide):
+    axes = Figure().subplots()
+    axes.plot([low, low * wide])
+    axes.set_yscale("log")
+    axes.set_ylim(low, low * wide)
+    ticks.log_axis(axes)
+    found = [tick for tick in axes.get_yticks() if low <= tick <= low * wide]
+    assert len(found) >= 2
+
+
 def step(forward, backward, wire):
     """A training result's regions in ms, and those of the forward phase beside it."""
     regions = {"forward": forward, "backward": backward, "allreduce": wire}

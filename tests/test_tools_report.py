@@ -216,6 +216,17 @@ def test_a_setting_with_fewer_results_is_named_and_not_drawn(tmp_path):
     assert 'id="plot-forward_vs_N_fp16"' not in text
 
 
+def test_an_unknown_family_is_told_and_the_rest_is_shown(tmp_path, capsys):
+    entries = synthetic.everything((256, 512), (16,))
+    entries += [synthetic.entry("some_method", n, 16, family="made_up") for n in (256, 512)]
+    path = synthetic.write(tmp_path / "a.json", entries)
+    told = "2 cases of the family made_up are not shown"
+    assert told in report.page(load(path), [])
+    assert 'id="plot-forward_vs_N"' in report.page(load(path), [])
+    assert plot.main([path, "-o", str(tmp_path), "--only", "forward_vs_N"]) == 0
+    assert f"note: {told}" in capsys.readouterr().out
+
+
 def test_what_a_file_says_never_becomes_markup(page):
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert" in page

@@ -18,7 +18,7 @@ from tools import verdict as words
 from tools.cases import CPU_CAVEAT, Results
 from tools.drawing.chart import Drawing
 from tools.drawing.page import chart
-from tools.families.figures import draw_all, held
+from tools.families.figures import draw_all, held, unknown
 from tools.families.linear.hypotheses import Finding, Verdict, judge_all
 from tools.files import run, save
 from tools.results import load_all
@@ -103,7 +103,7 @@ def _warnings(results: Results) -> list[str]:
         f"{CPU_CAVEAT}. Correctness means the same everywhere; times and ratios are host time of "
     )
     said += "this CPU."
-    return [said] * results.cpu + list(results.notes)
+    return [said] * results.cpu + [*results.notes, *unknown(results)]
 
 
 def _points(finding: Finding) -> Table:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from tools.tables import count, size
 
@@ -26,13 +26,10 @@ def size_axis(axes: Axes, name: str, values: Iterable[int]) -> None:
     axes.set_xlabel(NAMES.get(name, name))
 
 
-def log_axis(axes: Axes, write=count, limits: tuple[float, float] | None = None) -> None:
-    """A log y axis with plain numbers as ticks, three at least.
-
-    limits: of an axis that does not know its own yet.
-    """
+def log_axis(axes: Axes, write=count) -> None:
+    """A log y axis with plain numbers as ticks: three at least, or two of a narrow one."""
     axes.set_yscale("log")
-    low, high = limits or axes.get_ylim()
+    low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _trimmed(write(value))))
     decades = [10.0**d for d in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     ticks: list[float] = []
@@ -41,6 +38,8 @@ def log_axis(axes: Axes, write=count, limits: tuple[float, float] | None = None)
         ticks = [tick for tick in ticks if low <= tick <= high]
         if len(ticks) >= 3:
             break
+    if len(ticks) < 2:
+        ticks = [tick for tick in MaxNLocator(3).tick_values(low, high) if low <= tick <= high]
     axes.yaxis.set_major_locator(FixedLocator(ticks))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())

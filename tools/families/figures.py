@@ -15,6 +15,15 @@ def held(results: Results) -> dict[str, Shown]:
     return {name: family for name, family in SHOWN.items() if name in found}
 
 
+def unknown(results: Results) -> list[str]:
+    """A line for each family that the results hold and these tools do not know."""
+    found = [result.case.family for result in results.results if result.case.family not in SHOWN]
+    return [
+        f"{found.count(name)} cases of the family {name} are not shown: these tools do not know it"
+        for name in dict.fromkeys(found)
+    ]
+
+
 def draw_all(results: Results, family: Shown) -> tuple[list[Drawing], dict[str, str]]:
     """Every figure of a family that has data, in order, and the others with the reason."""
     drawings: list[Drawing] = []
