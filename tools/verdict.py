@@ -17,7 +17,7 @@ from typing import Any
 
 from tools.cases import CPU_CAVEAT, Results
 from tools.compare import percentage
-from tools.families.figures import held
+from tools.families.figures import held, unknown
 from tools.families.judged import Judgement, Verdict
 from tools.files import run, save
 from tools.results import load_all
@@ -71,7 +71,8 @@ def as_page(verdicts: list[Verdict], results: Results, every: bool = False) -> s
 
 
 def as_data(verdicts: list[Verdict], results: Results) -> dict:
-    """The verdicts as plain data for JSON; what a point lacks is left out."""
+    """The verdicts as plain data for JSON; what a point lacks is left out, six digits are
+    kept."""
     return {
         "schema": 2,
         "files": list(results.files),
@@ -89,7 +90,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if dataclasses.is_dataclass(value):
         return {name: _plain(item) for name, item in vars(value).items() if item is not None}
-    return value
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _head(verdicts: list[Verdict], results: Results) -> list[str]:
@@ -112,7 +113,7 @@ def main(argv: list[str]) -> int:
     if options.out:
         save(Path(options.out) / "verdict.json", data)
         save(Path(options.out) / "verdict.md", as_page(verdicts, results, options.all))
-    for note in results.notes:
+    for note in (*results.notes, *unknown(results)):
         print(f"note: {note}")
     print(as_plain(verdicts, results, options.all), end="")
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 
 from tools.tables import Column, Table
 
-HOLDS, FAILS, MIXED, UNDECIDED = "holds", "fails", "mixed", "undecided"
+STATUSES = HOLDS, FAILS, MIXED, UNDECIDED = "holds", "fails", "mixed", "undecided"
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,15 @@ def sentence(judgements: Iterable[Judgement], needed: str) -> str:
     if not lines:
         return f"Not measured: it needs {needed}."
     parts = [
-        f"against {opponent}, "
-        + " and ".join(f"{status} for {', '.join(names)}" for status, names in found.items())
+        " and ".join(
+            f"{status} for {_listed(found[status])}" for status in STATUSES if status in found
+        )
+        + f" against {opponent}"
         for opponent, found in lines.items()
     ]
     text = "; ".join(parts) + "."
     return text[0].upper() + text[1:]
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)

@@ -16,6 +16,7 @@ from tools.families.attention.points import (
     point_of,
     speed,
 )
+from tools.families.attention.readme_tables import full, readme
 from tools.families.attention.scaling import matrix_share, memory_vs_tokens, time_vs_tokens
 from tools.families.attention.sparsity import speedup_vs_sparsity
 from tools.families.attention.speed import speed_by_tier
@@ -202,4 +203,6 @@ SHOWN = Shown(
         for name, draw in KINDS.items()
     },
     tables,
+    readme=readme,
+    full=full,
 )

@@ -143,9 +143,7 @@ def masked_is_slower(results: Results, threshold: float) -> Verdict:
     )
 
 
-def _lines(
-    results: Iterable[Result], methods: tuple[str, ...]
-) -> list[tuple[str, list[Result]]]:
+def _lines(results: Iterable[Result], methods: tuple[str, ...]) -> list[tuple[str, list[Result]]]:
     """(name, results sorted by size) of each line: a mask in a setting where it decides, else what
     its label says. A name says the setting where there are several.
     """
@@ -178,8 +176,9 @@ def _opponents(
 
 def _point(result: Result, other: Result, threshold: float, **more) -> Point:
     ratio, case = over(result, other), result.case
+    of = ", ".join(part for part in (result.label, setting_text(case)) if part)
     more = {"verdict": judge(ratio, threshold)} | more
-    return Point(case.N, case.B, result.label, other.label, ratio, **more)
+    return Point(case.N, case.B, of, other.label, ratio, **more)
 
 
 def _forward_point(result: Result, dense: list[Result], threshold: float) -> Point:

@@ -78,20 +78,19 @@ def corners(points: list[Point]) -> Iterator[list[Point]]:
     """The corners (N >= N0, B >= B0) of two points or more, the largest first. Each reaches the
     largest N and the largest B that were measured.
     """
-    most_n, most_b = max(p.N for p in points), max(p.B for p in points)
-    made = (
-        [p for p in points if p.N >= n0 and p.B >= b0]
-        for n0 in sorted({p.N for p in points})
-        for b0 in sorted({p.B for p in points})
-    )
-    reaching = (
+    sizes, batches = ({getattr(p, axis) for p in points} for axis in "NB")
+    made = [
+        [p for p in points if least_n <= p.N and least_b <= p.B]
+        for least_n in sorted(sizes)
+        for least_b in sorted(batches)
+    ]
+    yield from (
         inside
-        for inside in made
-        if len(inside) >= 2
-        and max(p.N for p in inside) == most_n
-        and max(p.B for p in inside) == most_b
+        for inside in sorted(made, key=len, reverse=True)
+        if len(inside) > 1
+        and max(p.N for p in inside) == max(sizes)
+        and max(p.B for p in inside) == max(batches)
     )
-    yield from sorted(reaching, key=len, reverse=True)
 
 
 def training_verdict(change: str, forward: str, upkeep: float | None, small: float) -> str:
@@ -111,15 +110,16 @@ def shrinking(points: list[Point], small: float) -> tuple[str, str]:
     if not points:
         return UNDECIDED, "no point where the forward and dense training were measured as well"
     tests = [p for p in points if p.verdict in ("shrinks", "kept")]
-    unsure = sum(p.verdict == "unsure" for p in points)
+    unsure = _count(points, "unsure")
     if tests:
-        shrunk = sum(p.verdict == "shrinks" for p in tests)
+        shrunk = _count(tests, "shrinks")
         status = MIXED if 0 < shrunk < len(tests) else HOLDS if shrunk else FAILS
-        status = status if status == MIXED or len(tests) > unsure else UNDECIDED
         words = f"shrinks at {_of(shrunk, tests)} that have an advantage and upkeep over "
         words += f"{100 * small:g}%"
+        if status != MIXED and len(tests) <= unsure:
+            status, words = UNDECIDED, f"{words}, but {_of(unsure, points)} are unsure"
     elif unsure > len(points) / 2:
-        status, words = UNDECIDED, f"{unsure} of {len(points)} points are unsure"
+        status, words = UNDECIDED, f"{_of(unsure, points)} are unsure"
     elif any("small" in p.verdict for p in points):
         status, words = UNDECIDED, "where it has an advantage, upkeep is small: nothing tests it"
     else:
@@ -137,12 +137,17 @@ def told(points: list[Point], word: str, inside: list[Point] | None = None) -> s
     if len(inside) < len(points):
         where = f" with N ≥ {min(p.N for p in inside)} and B ≥ {min(p.B for p in inside)}"
     ratios = [p.ratio.value for p in inside]
-    text = f"{word} at {_of(sum(p.verdict == word for p in inside), inside)}{where}, "
+    text = f"{word} at {_of(_count(inside, word), inside)}{where}, "
     text += f"time ratio {min(ratios):.3f}" + f" to {max(ratios):.3f}" * (len(inside) > 1)
     for other in ("faster", "slower", "same", "unsure"):
         if other != word and (places := _places(inside, other)):
             text += f"; {other} at {places}"
-    return text
+    rest = [p for p in points if p not in inside]
+    return text + (f"; elsewhere {word} at {_of(_count(rest, word), rest)}" if rest else "")
+
+
+def _count(points: list[Point], word: str) -> int:
+    return sum(p.verdict == word for p in points)
 
 
 def _of(count: int, points: list[Point]) -> str:
