@@ -158,6 +158,7 @@ class Results:
     dates: tuple[str, ...]
     results: tuple[Result, ...]
     notes: tuple[str, ...] = ()
+    commits: tuple[str, ...] = ()  # of the code that measured, short; "+ changes" where dirty
 
     @property
     def device(self) -> str:
@@ -168,6 +169,11 @@ class Results:
     def cpu(self) -> bool:
         """Whether the times are a CPU's, and so say nothing about GPUs."""
         return self.machine["kind"] == "cpu"
+
+    @property
+    def clock(self) -> str:
+        """What the times are of: "device time", or "host time" on a CPU."""
+        return "host time" if self.cpu else "device time"
 
     @property
     def title(self) -> str:

@@ -1,12 +1,14 @@
-"""A family: what a reader sees of its results in plots, tables and reports."""
+"""A family: what a reader sees of its results in plots, reports, verdicts and the README."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tools.cases import PLAIN, Naming, Results
 from tools.drawing.chart import Absent, Drawing
+from tools.judged import Verdict
 from tools.tables import Column, Table, milliseconds, number
 
+README_ROWS, README_COLUMNS = 8, 8
 TIMES = (
     (
         "Times",
@@ -52,15 +54,26 @@ def plain_tables(results: Results) -> list[Table]:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A Markdown table with what it shows, in sentences, and the setting of its cases."""
+
+    words: str
+    setting: str
+    table: str
+
+
+@dataclass(frozen=True)
 class Family:
     """title: the family in words; question: what it asks; reading: (term, what it means).
 
     figures: the main one first; each gives its drawings, or raises Absent with the reason.
     tables: every case, in the tables of the report.
-    naming: how its cases are named, ordered and compared.
+    judge: the verdicts on its hypotheses at a threshold; None without a hypothesis. readme: one
+    table of at most README_ROWS and README_COLUMNS, or None where nothing fits. full: every table
+    of results/README.md. naming: how its cases are named, ordered and compared.
 
-    Figures and tables are given the results of this family alone. The defaults serve a family that
-    the tools do not know.
+    Each is given the results of this family alone. The defaults serve a family that the tools do
+    not know.
     """
 
     title: str
@@ -68,6 +81,9 @@ class Family:
     reading: tuple[tuple[str, str], ...] = TIMES
     figures: dict[str, Callable[[Results], list[Drawing]]] = field(default_factory=dict)
     tables: Callable[[Results], list[Table]] = plain_tables
+    judge: Callable[[Results, float], list[Verdict]] | None = None
+    readme: Callable[[Results], Written | None] = lambda results: None
+    full: Callable[[Results], list[Written]] = lambda results: []
     naming: Naming = PLAIN
 
 

@@ -14,16 +14,15 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from tools import verdict as words
 from tools.cases import CPU_CAVEAT, Results
 from tools.drawing.chart import Drawing
 from tools.drawing.page import chart
 from tools.families import held
-from tools.families.linear.hypotheses import Finding, Verdict, judge_all
 from tools.family import draw_all
 from tools.files import run, save
+from tools.judged import Verdict
 from tools.results import load_all
-from tools.tables import Table
+from tools.verdict import judged
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -61,11 +60,6 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {
-        "sentence": _sentence,
-        "title_of": words.title,
-        "table_of": _points,
-    }
     return environment.get_template("page.html").render(
         results=results,
         facts=_facts(results),
@@ -107,10 +101,6 @@ def _warnings(results: Results) -> list[str]:
     return [said] * results.cpu + list(results.notes)
 
 
-def _points(finding: Finding) -> Table:
-    return Table(words.title(finding), words.columns(finding), words.rows(finding), "points")
-
-
 def _environment(results: Results) -> list[tuple[str, str]]:
     items = []
     for name, value in {"files": list(results.files), **results.machine}.items():
@@ -127,10 +117,6 @@ def _environment(results: Results) -> list[tuple[str, str]]:
     return items
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
-
-
 def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__)
@@ -144,7 +130,7 @@ def main(argv: list[str]) -> int:
     path = Path(options.out)
     if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
         path = path / "report.html"
-    save(path, page(results, judge_all(results)))
+    save(path, page(results, judged(results)))
     print(path)
     return 0
 

@@ -58,7 +58,7 @@ def load(path: str | Path) -> Results:
         if name not in FAMILIES
     ]
     ordered = tuple(sorted(results, key=order))
-    return Results((str(path),), machine, (date,), ordered, tuple(notes))
+    return Results((str(path),), machine, (date,), ordered, tuple(notes), _commit(content))
 
 
 def load_all(paths: Iterable[str | Path]) -> Results:
@@ -111,7 +111,17 @@ def _merged(loaded: list[Results]) -> Results:
         tuple(date for results in loaded for date in results.dates),
         tuple(sorted(merged.values(), key=order)),
         tuple(notes),
+        tuple(dict.fromkeys(commit for results in loaded for commit in results.commits)),
     )
+
+
+def _commit(content: dict) -> tuple[str, ...]:
+    """The commit that pytest-benchmark noted; none where it found no repository."""
+    info = content.get("commit_info")
+    name = info.get("id") if isinstance(info, dict) else None
+    if not isinstance(name, str) or name == "unknown":
+        return ()
+    return (name[:7] + " + changes" * bool(info.get("dirty")),)
 
 
 def _result(entry: Any, path: str | Path) -> Result:

@@ -96,7 +96,7 @@ def spread(values: list, most: int) -> list:
     """At most `most` of the values: the ends, and evenly between."""
     if len(values) <= most:
         return values
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+    return [values[round(i * (len(values) - 1) / max(most - 1, 1))] for i in range(most)]
 
 
 def lines(results: Iterable[Result]) -> list[list[Result]]:

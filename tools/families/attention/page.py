@@ -17,6 +17,7 @@ from tools.families.attention.points import (
     point_of,
     speed,
 )
+from tools.families.attention.readme_tables import full, readme
 from tools.families.attention.scaling import matrix_share, memory_vs_tokens, time_vs_tokens
 from tools.families.attention.sparsity import speedup_vs_sparsity
 from tools.families.attention.speed import speed_by_tier
@@ -203,5 +204,7 @@ FAMILY = Family(
         for name, draw in KINDS.items()
     },
     tables,
+    readme=readme,
+    full=full,
     naming=NAMING,
 )

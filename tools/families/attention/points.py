@@ -80,16 +80,6 @@ class Point:
         return ", ".join(parts)
 
 
-def has_attention(results: Results) -> bool:
-    """Whether any result is one of attention."""
-    return any(result.case.family == FAMILY for result in results.results)
-
-
-def only_attention(results: Results) -> bool:
-    """Whether every result is one of attention."""
-    return all(result.case.family == FAMILY for result in results.results)
-
-
 @functools.cache
 def point_of(case: Case) -> Point | None:
     """The point of a case; None where it is not attention, or lacks a size."""

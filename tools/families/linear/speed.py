@@ -90,11 +90,10 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
                 floors[at] = min(floors.get(at, share), share)
         return series.grey("limit of the machine (floor)", floors)
 
-    clock = series.clock(results)
     caption = (
         f"Time of each method over that of {REFERENCE} with the library's collective, which is the "
-        f"grey rule at 1; below 1 the method is faster. Medians of {clock}, the slowest rank "
-        "counts, with 95% intervals. The dashed grey line is the limit of the machine for the "
+        f"grey rule at 1; below 1 the method is faster. Medians of {results.clock}, the slowest "
+        "rank counts, with 95% intervals. The dashed grey line is the limit of the machine for the "
         "method that it would let run fastest, where it lies within the axis. "
         "Lines that differ by less than 1.5% everywhere are one."
     )
