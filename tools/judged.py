@@ -69,7 +69,7 @@ def sentence(judgements: Iterable[Judgement], needed: str) -> str:
     if not lines:
         return f"Not measured: it needs {needed}."
     parts = [
-        " and ".join(
+        ", ".join(
             f"{status} for {_listed(found[status])}" for status in STATUSES if status in found
         )
         + f" against {opponent}"

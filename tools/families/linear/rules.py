@@ -135,7 +135,9 @@ def told(points: list[Point], word: str, inside: list[Point] | None = None) -> s
     inside = points if inside is None else inside
     where = ""
     if len(inside) < len(points):
-        where = f" with N ≥ {min(p.N for p in inside)} and B ≥ {min(p.B for p in inside)}"
+        least = [(axis, min(getattr(p, axis) for p in inside)) for axis in "NB"]
+        ends = [f"{a} ≥ {n}" for a, n in least if any(getattr(p, a) < n for p in points)]
+        where = f" with {' and '.join(ends)}"
     ratios = [p.ratio.value for p in inside]
     text = f"{word} at {_of(_count(inside, word), inside)}{where}, "
     text += f"time ratio {min(ratios):.3f}" + f" to {max(ratios):.3f}" * (len(inside) > 1)
@@ -157,6 +159,8 @@ def _of(count: int, points: list[Point]) -> str:
 def _places(points: list[Point], word: str) -> str:
     """The places whose verdict is `word`; N alone where all its points are."""
     there = [p for p in points if p.verdict == word]
+    if len(there) == len(points):
+        return "all"
     others = {p.N for p in points if p.verdict != word}
     places = [f"N={p.N}" + f" B={p.B}" * (p.N in others) for p in there]
     places = list(dict.fromkeys(places))
