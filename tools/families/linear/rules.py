@@ -114,7 +114,7 @@ def shrinking(points: list[Point], small: float) -> tuple[str, str]:
     if tests:
         shrunk = _count(tests, "shrinks")
         status = MIXED if 0 < shrunk < len(tests) else HOLDS if shrunk else FAILS
-        words = f"shrinks at {_of(shrunk, tests)} that have an advantage and upkeep over "
+        words = f"shrinks at {_of(shrunk, tests)} with an advantage and upkeep over "
         words += f"{100 * small:g}%"
         if status != MIXED and len(tests) <= unsure:
             status, words = UNDECIDED, f"{words}, but {_of(unsure, points)} are unsure"
