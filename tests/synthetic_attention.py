@@ -180,7 +180,7 @@ def everything():
 
 def read_write(path, entries, **machine_options):
     """Writes the file as of one GPU and gives its path."""
-    options = {"device": "1x NVIDIA H200"} | machine_options
+    options = {"device": "1x NVIDIA H200", "ranks": 1} | machine_options
     write(path, entries, **options)
     return str(path)
 

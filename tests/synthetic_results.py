@@ -228,14 +228,14 @@ def model(method, n, b, case):
     return regions, total
 
 
-def machine(kind="cuda", device="2x NVIDIA H200"):
+def machine(kind="cuda", device="2x NVIDIA H200", ranks=2):
     """machine_info["blockshock"]."""
     if kind == "cpu":
         device = "CPU (2 gloo ranks)"
     return {
         "device": device,
         "kind": kind,
-        "ranks": 2,
+        "ranks": ranks,
         "backend": "nccl" if kind == "cuda" else "gloo",
         "torch": "2.11.0",
         "cuda": "13.0" if kind == "cuda" else None,

@@ -135,10 +135,7 @@ def named(text):
     "patterns",
     [
         ("blockshock/phases/*.py", "bench/*.py", "conftest.py"),
-        pytest.param(
-            ("tools/*.py", "tools/drawing/*.py"),
-            marks=pytest.mark.xfail(reason="tools still name families", strict=True),
-        ),
+        ("tools/*.py", "tools/drawing/*.py"),
     ],
     ids=["laboratory", "tools"],
 )

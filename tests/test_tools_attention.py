@@ -7,8 +7,9 @@ import pytest
 
 from tests import synthetic_attention as made
 from tests import synthetic_results as linear
-from tools import compare, plot, report, summary, verdict
+from tools import compare, plot, report, verdict
 from tools.drawing import render
+from tools.families import FAMILIES, held
 from tools.families.attention import looks
 from tools.families.attention.page import tables
 from tools.families.attention.points import (
@@ -20,16 +21,15 @@ from tools.families.attention.points import (
     point_of,
     speed,
 )
+from tools.families.attention.readme_tables import full
 from tools.families.attention.scaling import _comparable
 from tools.families.attention.sparsity import _pushed
-from tools.families.attention.tables import readme_tables
-from tools.families.figures import SHOWN, draw_all
-from tools.files import ToolError
+from tools.family import draw_all
 from tools.results import load, load_all
 from tools.stats import ratio
 
 METHODS = tuple(made.RATES)
-FIGURES = SHOWN["attention"].figures
+FIGURES = FAMILIES["attention"].figures
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def results(file):
 
 @pytest.fixture(scope="module")
 def drawn(results):
-    drawings, absent = draw_all(results, SHOWN["attention"])
+    drawings, absent = draw_all(results, FAMILIES["attention"])
     assert not absent
     return {drawing.name: drawing for drawing in drawings}
 
@@ -248,13 +248,14 @@ def test_methods_of_attention_have_colours_and_markers_of_their_own():
 
 
 def test_linear_figures_tables_and_verdicts_do_not_see_attention(file, linear_file):
-    both, alone = load_all([linear_file, file]), load(linear_file)
+    family, own = held(load_all([linear_file, file]))["linear"]
+    alone = load(linear_file)
     for name in ("forward_vs_N", "errors_vs_N"):
-        draw = SHOWN["linear"].figures[name]
-        assert list(map(render.svg, draw(both))) == list(map(render.svg, draw(alone)))
-    assert both.of("forward") == alone.of("forward")
-    assert summary.section(both) == summary.section(alone)
-    assert SHOWN["linear"].tables(both) == SHOWN["linear"].tables(alone)
+        draw = family.figures[name]
+        assert list(map(render.svg, draw(own))) == list(map(render.svg, draw(alone)))
+    assert own.of("forward") == alone.of("forward")
+    for shown in (family.readme, family.full, family.tables):
+        assert shown(own) == shown(alone)
 
 
 def test_a_report_of_attention_alone_has_its_section_and_no_verdict(tmp_path, file, results):
@@ -285,53 +286,31 @@ def test_plot_verdict_and_compare_take_a_file_of_attention_alone(tmp_path, file,
     assert "0 slower, 0 faster, 0 unsure" in capsys.readouterr().out
 
 
-def test_the_readme_tables_show_throughput_and_ratios_of_speed(results):
-    tables = readme_tables(results)
-    assert len(tables) == 4
-    words, setting, markdown = tables[0]
-    assert setting == "bf16"
-    rows = table_of(markdown)
+def test_the_full_tables_show_throughput_and_ratios_of_speed(results):
+    tables = full(results)
+    assert len(tables) == 8
+    assert tables[0].setting == "bf16"
+    rows, ratios, patterns, speeds = (table_of(written.table) for written in tables[:4])
     points = {p: m for p, m in by_point(attention(results, "forward")).items() if not p.pattern}
-    assert len(rows) <= len(points)
-    assert f"{len(rows)} of {len(points)} points" in words
-    row = next(r for r in rows if (r["tier"], r["D"], r["mask"]) == ("large", "128", "causal"))
+    assert len(ratios) == len(rows) <= len(points)
+    assert f"{len(rows)} of {len(points)} points" in tables[0].words
+
+    def large(rows):
+        wanted = ("large", "128", "causal")
+        return next(r for r in rows if (r["tier"], r["D"], r["mask"]) == wanted)
+
     at = next(m for p, m in points.items() if (p.tier, p.D, p.causal) == ("large", 128, True))
-    assert row["sdpa_cudnn"] == f"{at['sdpa_cudnn'].rates['tflops']:.0f}"
-    assert row["flash_triton / sdpa_flash"] == str(speed(at["flash_triton"], at["sdpa_flash"]))
-    assert "block_sparse" not in row
-    patterns = table_of(tables[1][2])
-    assert len(patterns) == 2 * len(made.PATTERNS) + len(made.SHARES)
+    assert large(rows)["sdpa_cudnn"] == f"{at['sdpa_cudnn'].rates['tflops']:.0f}"
+    ratio = str(speed(at["flash_triton"], at["sdpa_flash"]))
+    assert large(ratios)["flash_triton / sdpa_flash"] == ratio
+    assert "block_sparse" not in rows[0]
+    assert len(patterns) == len(speeds) == 2 * len(made.PATTERNS) + len(made.SHARES)
     longer = [row["pattern"] for row in patterns if row["T"] == "16384"]
     assert longer == sorted(longer)  # of whatever tier
-    assert patterns[0]["pattern"] == "band(256)"
+    assert patterns[0]["pattern"] == speeds[0]["pattern"] == "band(256)"
     assert patterns[0]["dense"].endswith("(sdpa_cudnn)")
-    share = float(patterns[0]["block_sparse / dense"].split()[0]) / float(patterns[0]["ideal"])
-    assert float(patterns[0]["of ideal"].strip("%")) == pytest.approx(100 * share, abs=0.2)
-
-
-def test_the_readme_keeps_the_place_whose_results_are_not_given(tmp_path, file, linear_file):
-    readme = tmp_path / "README.md"
-    places = [f"<!-- {n}:begin -->\nold {n}\n<!-- {n}:end -->\n" for n in ("results", "attention")]
-    readme.write_text("".join(places))
-    assert summary.main([file, "--readme", str(readme)]) == 0
-    text = readme.read_text()
-    assert "old results" in text
-    assert "old attention" not in text
-    assert "### Attention, 1x NVIDIA H200\n" in text
-    assert summary.main([linear_file, "--readme", str(readme)]) == 0
-    assert "old results" not in readme.read_text()
-    both = ["--readme", str(readme), "--check"]
-    assert summary.main([linear_file, file, *both]) == 0
-    readme.write_text(places[0])
-    with pytest.raises(ToolError, match="attention:begin"):
-        summary.main([file, "--readme", str(readme)])
-
-
-def test_a_cpu_says_so_in_the_attention_tables(tmp_path):
-    entries = [made.entry(method, 64) for method in ("reference", "flash_torch")]
-    text = summary.attention_summary([read(tmp_path, entries, kind="cpu")])
-    assert "CPU: says nothing about GPUs" in text
-    assert "host time" in text
+    share = float(speeds[0]["block_sparse / dense"].split()[0]) / float(speeds[0]["ideal"])
+    assert float(speeds[0]["of ideal"].strip("%")) == pytest.approx(100 * share, abs=0.2)
 
 
 def test_a_wrong_guest_becomes_no_markup(tmp_path):
@@ -347,5 +326,5 @@ def test_an_incomplete_case_is_left_out_and_breaks_nothing(tmp_path):
     del entries[1]["extra_info"]["case"]["heads"]
     results = read(tmp_path, entries)
     assert [r.case.method for r in attention(results)] == ["flex"]
-    drawings, absent = draw_all(results, SHOWN["attention"])
+    drawings, absent = draw_all(results, FAMILIES["attention"])
     assert {d.name for d in drawings} | set(absent) == set(FIGURES)

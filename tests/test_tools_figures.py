@@ -15,11 +15,12 @@ from tests import synthetic_results as synthetic
 from tools.cases import over
 from tools.drawing import page, render, style, ticks
 from tools.drawing.chart import SAME, Axis, Line, Panel, Point, merged
-from tools.families.figures import SHOWN, draw_all
+from tools.families import FAMILIES
 from tools.families.linear import looks, steps
+from tools.family import draw_all
 from tools.results import load
 
-FIGURES = SHOWN["linear"].figures
+FIGURES = FAMILIES["linear"].figures
 LABELS = len(synthetic.VARIANTS)
 Y = Axis("time", str)
 
@@ -33,7 +34,7 @@ def results(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(results):
-    drawings, absent = draw_all(results, SHOWN["linear"])
+    drawings, absent = draw_all(results, FAMILIES["linear"])
     assert not absent
     return {drawing.name: drawing for drawing in drawings}
 
@@ -374,6 +375,6 @@ def test_the_caption_of_memory_speaks_only_of_what_is_drawn(tmp_path, drawn):
 def test_a_cpu_has_host_time_and_no_device_time(tmp_path):
     entries = synthetic.everything((256, 512), (16,))
     loaded = load(synthetic.write(tmp_path / "cpu.json", entries, kind="cpu"))
-    captions = [d.caption for d in draw_all(loaded, SHOWN["linear"])[0]]
+    captions = [d.caption for d in draw_all(loaded, FAMILIES["linear"])[0]]
     assert any("host time" in caption for caption in captions)
     assert not any("device time" in caption for caption in captions)

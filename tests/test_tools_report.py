@@ -1,5 +1,6 @@
-"""Plots, report and README table: everything measured is in them, and they stand alone."""
+"""Plots and report: everything measured is in them, and they stand alone."""
 
+import html
 import html.parser
 import json
 import random
@@ -9,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from tests import synthetic_results as synthetic
-from tools import compact, plot, report, summary
+from tools import compact, plot, report
 from tools.cases import interleaved
 from tools.drawing import render
-from tools.families.figures import SHOWN, draw_all
+from tools.families import FAMILIES
 from tools.families.linear import steps
-from tools.families.linear.hypotheses import judge_all
+from tools.family import draw_all
 from tools.files import ToolError
 from tools.results import load
-from tools.tables import milliseconds
+from tools.verdict import judged
 
-FIGURES = SHOWN["linear"].figures
+FIGURES = FAMILIES["linear"].figures
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +36,13 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def drawn(file):
-    return draw_all(load(file), SHOWN["linear"])
+    return draw_all(load(file), FAMILIES["linear"])
 
 
 @pytest.fixture(scope="module")
 def page(file):
     loaded = load(file)
-    return report.page(loaded, judge_all(loaded))
+    return report.page(loaded, judged(loaded))
 
 
 def test_every_plot_is_written_and_none_is_empty(file, drawn, tmp_path, capsys):
@@ -222,12 +223,13 @@ def test_an_unknown_family_is_told_and_the_rest_is_shown(tmp_path, capsys):
     entries = some()
     entries += [synthetic.entry("some_method", n, 16, family="made_up") for n in (256, 512)]
     path = synthetic.write(tmp_path / "a.json", entries)
-    told = "2 cases of the family made_up are not shown"
+    told = "a.json has 2 cases of the family made_up, which these tools do not know"
     text = report.page(load(path), [])
     assert told in text
     assert 'id="plot-forward_vs_N"' in text
+    assert 'id="tables-made_up"' in text
     assert plot.main([path, "-o", str(tmp_path), "--only", "forward_vs_N"]) == 0
-    assert f"note: {told}" in capsys.readouterr().out
+    assert told in capsys.readouterr().out
 
 
 def test_what_a_file_says_never_becomes_markup(page):
@@ -247,40 +249,27 @@ def test_the_report_warns_on_a_cpu_and_follows_the_theme(tmp_path, page):
     assert "var(--ink)" in page
 
 
-def test_the_readme_table_is_written_between_its_markers_and_nowhere_else(file, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    before = f"# Title\n\n{summary.BEGIN}\nold\n{summary.END}\n\nEnd.\n"
-    readme.write_text(before)
-    assert summary.main([file, "--readme", str(readme), "--check"]) == 1
-    assert readme.read_text() == before
-    assert summary.main([file, "--readme", str(readme)]) == 0
-    after = readme.read_text()
-    assert summary.main([file, "--readme", str(readme), "--check"]) == 0
-    assert summary.main([file, "--readme", str(readme)]) == 0
-    assert readme.read_text() == after
-    assert after.startswith(f"# Title\n\n{summary.BEGIN}\n")
-    assert after.endswith(f"{summary.END}\n\nEnd.\n")
-    assert "old" not in after.split(summary.END)[0].splitlines()
-    assert "2x NVIDIA H200" in after
-    assert after.count("\n| 4096 |") == 4  # two sizes, forward and training
-    assert after.count("\n| 8192 |") == 2
-    for result in load(file).of("forward"):
-        # Between the table's edges: a number by chance elsewhere is no cell.
-        if "<" not in result.id and result.case.method != "dense_tp_column":
-            assert f"| {milliseconds(result.median)} |" in after
-    assert "PyTorch 2.11.0" in capsys.readouterr().out or "PyTorch 2.11.0" in after
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", summary.BEGIN, f"{summary.END}\n{summary.BEGIN}", 2 * f"{summary.BEGIN}{summary.END}"],
-)
-def test_a_readme_without_its_markers_is_left_alone(file, tmp_path, text):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(ToolError, match=r"README\.md has"):
-        summary.main([file, "--readme", str(readme)])
-    assert readme.read_text() == text
+def test_each_mask_and_opponent_has_its_own_badge(tmp_path):
+    entries = synthetic.everything((4096, 8192), (64, 1024), variants=synthetic.VARIANTS)
+    loaded = load(synthetic.write(tmp_path / "a.json", entries))
+    verdicts = judged(loaded)
+    page = report.page(loaded, verdicts)
+    cards = re.findall(r'<section class="card">(.*?)</section>', page, re.DOTALL)
+    assert len(cards) == len(verdicts) == 3
+    for card, verdict in zip(cards, verdicts, strict=True):
+        assert verdict.claim in html.unescape(card)
+        assert verdict.sentence in html.unescape(card)
+        badges = re.findall(r'<span class="status (\w+)">(\w+)</span> *<b>(.*?)</b>', card)
+        assert badges == [(one.status, one.status, one.title) for one in verdict.deciding]
+        (evidence,) = re.findall(
+            rf"<details class=\"box\"><summary>Evidence for {verdict.name}.*?</details>",
+            page,
+            re.DOTALL,
+        )
+        assert evidence.count("<h3>") == len(verdict.judgements)
+        assert evidence.count("<h3>Beside: ") == len(verdict.beside) > 0
+        rows = evidence.count("<tr>") - evidence.count("<thead>")
+        assert rows == sum(len(one.points) for one in verdict.judgements)
 
 
 def test_results_of_any_shape_are_drawn_or_named(tmp_path):
@@ -292,6 +281,6 @@ def test_results_of_any_shape_are_drawn_or_named(tmp_path):
             for key in ("regions", "errors", "memory", "floor", "drift"):
                 entry["extra_info"].pop(key, None)
         loaded = load(synthetic.write(tmp_path / f"{i}.json", chosen))
-        drawings, absent = draw_all(loaded, SHOWN["linear"])
+        drawings, absent = draw_all(loaded, FAMILIES["linear"])
         assert {d.name.partition("_bf16")[0] for d in drawings} | set(absent) == set(FIGURES)
         assert all(reason for reason in absent.values())

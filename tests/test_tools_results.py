@@ -40,14 +40,16 @@ def test_median_and_samples_are_what_was_written(tmp_path):
     assert result.median == 2.5
 
 
-def test_unknown_fields_and_families_are_kept_apart_not_refused(tmp_path):
+def test_a_case_has_the_fields_of_its_file_and_no_others(tmp_path):
     entry = synthetic.entry("dense_single", 64, 1)
-    entry["extra_info"]["case"] |= {"family": "attention", "method": "flash", "heads": 16}
-    for key in ("N", "K", "B"):
-        del entry["extra_info"]["case"][key]
+    entry["extra_info"]["case"] |= {"heads": 16, "tile": [128, 64]}
+    del entry["extra_info"]["case"]["K"]
     loaded = results.load(synthetic.write(tmp_path / "a.json", [entry]))
-    assert dict(loaded.results[0].case.other) == {"heads": "16"}
-    assert loaded.of("forward") == ()
+    case = loaded.results[0].case
+    assert (case.N, case.heads, case.tile, case.K, case.depth) == (64, 16, "[128, 64]", None, None)
+    assert copy.copy(case) == case
+    assert len({case, case.but(heads=16), case.but(heads=8)}) == 2
+    assert loaded.of("forward") == ()  # without a size it has no place in figures
 
 
 def _cut(text):

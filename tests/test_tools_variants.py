@@ -2,7 +2,6 @@
 
 import itertools
 import random
-import re
 
 import pytest
 
@@ -11,13 +10,15 @@ from blockshock.phases.linear.case import LinearCase as Case
 from blockshock.phases.linear.case import choices, usual
 from tests import synthetic_results as synthetic
 from tools import compare, summary
-from tools.cases import VARIANTS, interleaved, over, setting
+from tools.cases import interleaved, over
 from tools.families.linear.hypotheses import judge_all
-from tools.families.linear.opponents import BETTER, SAME_REDUCE
-from tools.families.linear.readme_tables import forward_table
+from tools.families.linear.naming import VARIANTS, setting
+from tools.families.linear.opponents import SAME_SUM
+from tools.families.linear.readme_tables import readme
 from tools.results import load, load_all, load_by_device
 
 NEW_FIELDS = ("kernel", "reduce")
+NCCL = "dense TP (NCCL)"
 
 
 def old(entry):
@@ -58,12 +59,16 @@ def test_a_label_names_what_is_unusual_and_nothing_else(tmp_path, method, change
     assert result.label == label
 
 
+def told(results):
+    return [(v.sentence, [(j.title, j.words) for j in v.judgements]) for v in judge_all(results)]
+
+
 def test_an_old_file_has_the_same_labels_points_and_verdict(tmp_path):
     entries = synthetic.everything((4096, 8192), (64, 1024), optimizers=("sgd",))
     new = read(tmp_path, entries)
     before = read(tmp_path, [old(entry) for entry in entries], "old")
     assert [r.label for r in before.results] == [r.label for r in new.results]
-    assert [v.headline for v in judge_all(before)] == [v.headline for v in judge_all(new)]
+    assert told(before) == told(new)
 
 
 def test_kernel_and_reduce_belong_to_the_line_not_to_the_setting(tmp_path):
@@ -147,7 +152,7 @@ def test_cold_caches_are_named_and_never_mixed_in_silence(tmp_path):
         paths.append(synthetic.write(tmp_path / f"{name}.json", [entry]))
     assert "cold L2" in load(paths[1]).title
     assert "cold L2" not in load(paths[0]).title
-    assert "cold L2" in summary.summary(load_by_device(paths[1:]))
+    assert "cold L2" in summary.full_tables(load_by_device(paths[1:]))
     assert any("warm caches" in note for note in load_all(paths).notes)
     (row,) = compare.compare([load(paths[0])], [load(paths[1])]).rows
     assert row.note == "timing l2: warm → cold"
@@ -172,15 +177,19 @@ def h(tmp_path, name, lines):
     return next(v for v in judge_all(read(tmp_path, grid(lines))) if v.name == name)
 
 
-def test_h1_is_decided_against_dense_tp_as_users_run_it(tmp_path):
+def statuses(judgements):
+    return {one.title: one.status for one in judgements}
+
+
+def test_h1_is_judged_against_dense_tp_as_users_run_it_and_with_the_same_sum(tmp_path):
     lines = [*DENSE, ("dense_tp_row", {"reduce": "auto"}, 0.5), ("block_shock", {}, 0.8)]
     found = h(tmp_path, "H1", lines)
-    assert {f.against: (f.status, f.main) for f in found.findings} == {
-        BETTER: ("holds", True),
-        SAME_REDUCE: ("fails", False),
+    assert statuses(found.deciding) == {
+        f"tile vs {NCCL}": "holds",
+        f"tile vs {SAME_SUM}": "fails",
     }
-    assert found.status == "holds"
-    same = next(f for f in found.findings if f.against == SAME_REDUCE)
+    assert found.sentence == f"Holds for tile against {NCCL}; fails for tile against {SAME_SUM}."
+    same = found.deciding[1]
     assert {point.against for point in same.points} == {"dense_tp_row · auto reduce"}
     assert same.points[0].ratio.value == pytest.approx(1.6)
 
@@ -188,36 +197,33 @@ def test_h1_is_decided_against_dense_tp_as_users_run_it(tmp_path):
 def test_a_dense_method_without_that_reduce_stands_as_it_usually_is(tmp_path):
     column = [("dense_tp_row", {}, 1.0), ("dense_tp_column", {}, 0.4)]
     lines = [*column, ("dense_tp_row", {"reduce": "auto"}, 0.5), ("block_shock", {}, 0.8)]
-    same = next(f for f in h(tmp_path, "H1", lines).findings if f.against == SAME_REDUCE)
+    same = next(j for j in h(tmp_path, "H1", lines).deciding if j.opponent == SAME_SUM)
     assert {point.against for point in same.points} == {"dense_tp_column"}
     assert not any(point.note for point in same.points)
 
 
 def test_no_second_opponent_where_the_reduce_is_the_same(tmp_path):
     lines = [*DENSE, ("block_shock", {"reduce": "collective"}, 0.8)]
-    (finding,) = h(tmp_path, "H1", lines).findings
-    assert (finding.against, finding.main) == (BETTER, False)
+    (one,) = h(tmp_path, "H1", lines).judgements
+    assert (one.opponent, one.decides) == (NCCL, False)
 
 
 @pytest.mark.parametrize("changes", [{"kernel": "cusparselt"}, {"reduce": "exchange"}])
 def test_only_usual_kernels_and_reduces_decide_h1(tmp_path, changes):
     lines = [*DENSE, ("block_shock", {}, 1.5), ("block_shock", changes, 0.5)]
     found = h(tmp_path, "H1", lines)
-    assert found.status == "fails"
-    beside = next(f for f in found.findings if f.method != "block_shock")
-    assert (beside.status, beside.main) == ("holds", False)
-    assert h(tmp_path, "H1", [*DENSE, ("block_shock", changes, 0.5)]).status == "undecided"
+    assert statuses(found.deciding) == {f"tile vs {NCCL}": "fails"}
+    assert [one.status for one in found.beside] == ["holds"]
+    alone = h(tmp_path, "H1", [*DENSE, ("block_shock", changes, 0.5)])
+    assert alone.sentence.startswith("Not measured")
 
 
-def test_every_mask_decides_h1_and_the_headline_names_it(tmp_path):
+def test_each_mask_is_judged_by_itself(tmp_path):
     two = [*DENSE, ("block_shock", {}, 1.5), ("block_shock", {"mask": "1100"}, 0.5)]
     found = h(tmp_path, "H1", two)
-    assert found.status == "undecided"
-    assert "mask tile: faster at none" in found.headline
-    assert "mask 1100: faster at each" in found.headline
+    assert statuses(found.deciding) == {f"tile vs {NCCL}": "fails", f"1100 vs {NCCL}": "holds"}
     three = h(tmp_path, "H1", [*two, ("block_shock", {"mask": "random"}, 1.5)])
-    assert "holds for mask 1100; fails for mask tile, mask random" in three.headline
-    assert "mask" not in h(tmp_path, "H1", two[:3]).headline
+    assert three.sentence == f"Holds for 1100, fails for tile and random against {NCCL}."
 
 
 def trained(ms, *, dense=1.0, **changes):
@@ -231,55 +237,36 @@ def trained(ms, *, dense=1.0, **changes):
 
 
 def test_h2_compares_a_line_with_its_own_forward_and_reduces_with_their_own(tmp_path):
-    found = {v.name: v for v in judge_all(read(tmp_path, trained(1.5, dense=0.5)))}["H2"]
-    usual, same = found.findings
-    assert (usual.main, same.main) == (True, False)
+    usual, same = judge_all(read(tmp_path, trained(1.5, dense=0.5)))[1].deciding
+    assert (usual.opponent, same.opponent) == (NCCL, SAME_SUM)
     assert usual.points[0].ratio.value == pytest.approx(1.5)
     assert same.points[0].ratio.value == pytest.approx(3.0)
     assert same.points[0].forward.value == pytest.approx(1.6)
-    beside = judge_all(read(tmp_path, trained(1.5, kernel="cusparselt")))[1]
-    assert beside.status == "undecided"
-    assert beside.findings
-    assert not any(finding.main for finding in beside.findings)
+    other = judge_all(read(tmp_path, trained(1.5, kernel="cusparselt")))[1]
+    assert other.beside
+    assert not other.deciding
 
 
 def test_h3_needs_the_same_mask_and_the_same_reduce(tmp_path):
     lines = [("masked_split", {}, 1.0), ("block_shock", {}, 0.5)]
-    assert h(tmp_path, "H3", lines).status == "holds"
-    assert h(tmp_path, "H3", [lines[0], ("block_shock", {"mask": "1100"}, 0.5)]).findings == (
-        h(tmp_path, "H3", lines[:1]).findings
-    )
-    apart = [lines[0], ("block_shock", {"reduce": "exchange"}, 0.5)]
-    assert h(tmp_path, "H3", apart).status == "undecided"
+    assert statuses(h(tmp_path, "H3", lines).deciding) == {"tile vs block_shock": "holds"}
+    for apart in ({"mask": "1100"}, {"reduce": "exchange"}):
+        assert h(tmp_path, "H3", [lines[0], ("block_shock", apart, 0.5)]).judgements == ()
     both = [*lines, ("block_shock", {"kernel": "cusparselt"}, 2.0)]
-    found = h(tmp_path, "H3", both)
-    assert found.status == "holds"
-    assert [(f.against, f.status, f.main) for f in found.findings] == [
+    assert [(j.opponent, j.status, j.decides) for j in h(tmp_path, "H3", both).judgements] == [
         ("block_shock", "holds", True),
         ("block_shock · cusparselt", "fails", False),
     ]
 
 
-def test_verdict_and_table_show_one_interval_for_one_ratio(tmp_path):
+def test_verdict_and_readme_show_one_interval_for_one_ratio(tmp_path):
     results = read(tmp_path, synthetic.everything((4096, 8192), (64, 1024)))
-    table = forward_table(results)[1]
-    points = [p for f in judge_all(results)[0].findings if f.main for p in f.points]
-    assert len(points) == 4
-    for point in points:
-        assert point.against == "dense_tp_row"
+    table = readme(results).table
+    (one,) = judge_all(results)[0].deciding
+    assert len(one.points) == 4
+    for point in one.points:
         assert f"| {point.ratio} |" in table
         at = {
             r.label: r for r in results.of("forward") if (r.case.N, r.case.B) == (point.N, point.B)
         }
-        assert over(at["block_shock"], at["dense_tp_row"]) == point.ratio
-
-
-def test_counts_of_verdicts_are_sentences(tmp_path):
-    headline = judge_all(read(tmp_path, trained(4.0)))[1].headline
-    assert re.search(r"of 4 points 4 shrink\b", headline)
-    one = [
-        e
-        for e in trained(4.0)
-        if (e["extra_info"]["case"]["N"], e["extra_info"]["case"]["B"]) == GRID[0]
-    ]
-    assert "of 1 point 1 shrinks" in judge_all(read(tmp_path, one))[1].headline
+        assert over(at["block_shock"], at[point.against]) == point.ratio

@@ -1,63 +1,71 @@
 """Measured cases as plain dataclasses: what a benchmark file says, once it has been read.
 
-Also the words for them: labels, settings, the order of legends and tables.
+What cases are called, how they are ordered and which of them stand on one line is their family's
+to say: its Naming.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tools.stats import Interval, median, ratio
 
-# Order of the legends and tables; a method that is not here follows, by name.
-METHODS = (
-    "dense_single",
-    "dense_tp_row",
-    "dense_tp_column",
-    "masked_split",
-    "block_shock",
-    "block_shock_folded",
-    # of attention
-    "reference",
-    "sdpa_flash",
-    "sdpa_cudnn",
-    "flex",
-    "flash_torch",
-    "flash_triton",
-    "block_sparse",
-    "block_sparse_unpruned",
-)
-PHASES = ("correctness", "forward", "backward", "training", "drift")
-# What a method may do in several ways; a label names those that are not the method's usual ones.
-VARIANTS = ("mask", "kernel", "reduce")
 CPU_CAVEAT = "CPU: says nothing about GPUs"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One point: what was computed, how, and at which size. Fields a family has not are None."""
+    """One point: what was computed, how, and at which size. The other fields are read as attributes
+    (`case.N`), each as its file has it; one that the file does not have is None.
+    """
 
     family: str
     phase: str
     method: str
-    N: int | None = None
-    K: int | None = None
-    B: int | None = None
-    dtype: str | None = None
-    mask: str | None = None
-    kernel: str | None = None
-    reduce: str | None = None
-    policy: str | None = None
-    optimizer: str | None = None
-    bias: bool | None = None
-    input: str | None = None
-    loss: str | None = None
-    target: str | None = None
-    weight: str | None = None
-    ranks: int | None = None
-    steps: int | None = None
-    seed: int | None = None
-    other: tuple[tuple[str, Any], ...] = ()
+    fields: dict[str, Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of Python's own protocols, such as copying
+            raise AttributeError(name)
+        return self.fields.get(name)
+
+    def __hash__(self) -> int:
+        return hash((self.family, self.phase, self.method, frozenset(self.fields.items())))
+
+    def but(self, **changes: Any) -> "Case":
+        """The same case with other values in some of its fields."""
+        return replace(self, fields=self.fields | changes)
+
+
+@dataclass(frozen=True)
+class Naming:
+    """How the cases of a family are named, ordered and compared; the defaults suit any family.
+
+    methods, phases: in reading order. Others follow, as their file has them.
+    sizes: the fields that say how large a case is, positive integers, in the order of sorting.
+    line: the fields that tell the lines of a method apart. A label names those that are unusual.
+    ways: those of them that change how it is computed, not what.
+    setting: what two cases share, beside sizes and line, that stand in one figure: in words.
+    run_label: the name that a run writes into `timing.interleaved_with`.
+    """
+
+    methods: tuple[str, ...] = ()
+    phases: tuple[str, ...] = ()
+    sizes: tuple[str, ...] = ()
+    line: tuple[str, ...] = ()
+    ways: tuple[str, ...] = ()
+    label: Callable[["Result"], str] = lambda result: " · ".join(
+        [result.case.method, *map(str, result.unusual.values())]
+    )
+    run_label: Callable[["Result"], str] = lambda result: result.case.method
+    setting: Callable[[Case], str] = lambda case: case.dtype or ""
+
+    def place(self, method: str) -> int:
+        """Sorts methods: the known ones in reading order, then the others."""
+        return _place(self.methods, method)
+
+
+PLAIN = Naming()
 
 
 @dataclass(frozen=True)
@@ -87,11 +95,11 @@ class Result:
     rates: dict[str, float] = field(default_factory=dict)
     floor: dict[str, float] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
-    pattern: dict[str, Any] = field(default_factory=dict)  # of attention
+    pattern: dict[str, Any] = field(default_factory=dict)
     clocks: dict[str, Any] | None = None
     file: str = ""
-    usual: dict[str, str | None] = field(default_factory=dict)  # of the method, by VARIANTS
-    known: frozenset[str] = frozenset()  # the fields of the case that the file has
+    usual: dict[str, str | None] = field(default_factory=dict)  # of the method, by field of a line
+    naming: Naming = PLAIN
 
     @property
     def median(self) -> float:
@@ -99,9 +107,14 @@ class Result:
         return median(self.samples)
 
     @property
+    def p95(self) -> float:
+        """The sample in seconds that 95% of the samples do not exceed."""
+        return sorted(self.samples)[round(0.95 * (len(self.samples) - 1))]
+
+    @property
     def unusual(self) -> dict[str, str]:
-        """Mask, kernel and reduce where they are not what the method uses when nothing is asked."""
-        chosen = {name: getattr(self.case, name) for name in VARIANTS}
+        """The fields of its line that are not what the method uses when nothing is asked."""
+        chosen = {name: getattr(self.case, name) for name in self.naming.line}
         return {
             name: value
             for name, value in chosen.items()
@@ -110,33 +123,28 @@ class Result:
 
     @property
     def as_usual(self) -> bool:
-        """Whether kernel and reduce are the method's usual ones; the mask may be any."""
-        return not {"kernel", "reduce"} & set(self.unusual)
+        """Whether it was computed in the method's usual way, whatever was computed."""
+        return not set(self.naming.ways) & set(self.unusual)
 
     @property
     def label(self) -> str:
-        """The name in plots and tables: method, the policy in training, and what is unusual."""
-        case, unusual = self.case, self.unusual
-        parts = [case.method]
-        if "mask" in unusual:
-            parts.append(unusual["mask"])
-        if case.phase == "training" and case.policy not in (None, "plain"):
-            parts.append(case.policy)
-        # "auto" alone would not say what is chosen.
-        parts += [
-            f"auto {name}" if unusual[name] == "auto" else unusual[name]
-            for name in ("kernel", "reduce")
-            if name in unusual
-        ]
-        return " · ".join(parts)
+        """The name in plots and tables."""
+        return self.naming.label(self)
 
     @property
     def run_label(self) -> str:
         """The name in `timing.interleaved_with`, as the run writes it."""
-        unusual = self.unusual
-        parts = [self.case.method, unusual.get("mask"), self.case.policy, unusual.get("kernel")]
-        parts.append(f"reduce={unusual['reduce']}" if "reduce" in unusual else None)
-        return "-".join(part for part in parts if part)
+        return self.naming.run_label(self)
+
+    @property
+    def setting(self) -> str:
+        """What it shares with all results of a figure, in words."""
+        return self.naming.setting(self.case)
+
+    @property
+    def line_order(self) -> tuple:
+        """Sorts lines: by method, its usual way first."""
+        return (self.naming.place(self.case.method), len(self.unusual))
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,7 @@ class Results:
     dates: tuple[str, ...]
     results: tuple[Result, ...]
     notes: tuple[str, ...] = ()
+    commits: tuple[str, ...] = ()  # of the code that measured, short; "+ changes" where dirty
 
     @property
     def device(self) -> str:
@@ -158,6 +167,11 @@ class Results:
     def cpu(self) -> bool:
         """Whether the times are a CPU's, and so say nothing about GPUs."""
         return self.machine["kind"] == "cpu"
+
+    @property
+    def clock(self) -> str:
+        """What the times are of: "device time", or "host time" on a CPU."""
+        return "host time" if self.cpu else "device time"
 
     @property
     def title(self) -> str:
@@ -182,14 +196,17 @@ class Results:
             if self.machine.get(name)
         )
 
-    def of(self, phase: str, family: str = "linear") -> tuple[Result, ...]:
-        """The results of one phase with the sizes that plots and verdicts need."""
+    def only(self, family: str) -> "Results":
+        """The results of one family."""
+        return replace(self, results=tuple(r for r in self.results if r.case.family == family))
+
+    def of(self, phase: str) -> tuple[Result, ...]:
+        """The results of one phase that have every size which plots and verdicts need."""
         return tuple(
             result
             for result in self.results
-            if (result.case.phase, result.case.family) == (phase, family)
-            and result.case.N is not None
-            and result.case.B is not None
+            if result.case.phase == phase
+            and None not in [getattr(result.case, size) for size in result.naming.sizes]
         )
 
 
@@ -218,47 +235,13 @@ def over(result: Result, reference: Result) -> Interval:
     return ratio(result.samples, reference.samples, paired=interleaved([result, reference]))
 
 
-def setting(case: Case) -> tuple:
-    """What two cases must share to be put on one line, or to be compared: all but the method, its
-    mask, kernel, reduce and policy, the sizes N and B, and the seed.
-    """
-    inner = None if case.K == case.N else case.K
-    data = (case.bias, case.input, case.loss, case.target, case.weight)
-    return (case.dtype, case.ranks, *data, inner, case.optimizer, case.other)
-
-
-def setting_text(case: Case) -> str:
-    """The setting in words, without what is usual (gaussian input, bias, two ranks, K=N)."""
-    parts = [case.dtype or ""]
-    if case.optimizer and case.phase == "training":
-        parts.append(case.optimizer)
-    if case.ranks not in (None, 2):
-        parts.append(f"{case.ranks} ranks")
-    if case.bias is False:
-        parts.append("no bias")
-    if case.input not in (None, "gaussian"):
-        parts.append(f"input {case.input}")
-    if case.loss not in (None, "mse_target"):
-        parts.append(f"loss {case.loss}")
-    if case.target not in (None, "normal"):
-        parts.append(f"target {case.target}")
-    if case.weight is not None:
-        parts.append(f"weight {case.weight}")
-    if case.K not in (None, case.N):
-        parts.append(f"K={case.K}")
-    parts += [f"{name}={value}" for name, value in case.other]
-    return ", ".join(part for part in parts if part)
-
-
-def method_order(method: str) -> tuple[int, str]:
-    """Sorts methods: the known ones in reading order, then the others by name."""
-    return (METHODS.index(method) if method in METHODS else len(METHODS), method)
-
-
 def order(result: Result) -> tuple:
-    """Sorts results: phase, sizes, method, its usual way first, then whatever else differs."""
-    case = result.case
-    phase = PHASES.index(case.phase) if case.phase in PHASES else len(PHASES)
-    sizes = (case.dtype or "", case.N or 0, case.K or 0, case.B or 0)
-    line = (method_order(case.method), len(result.unusual))
-    return (case.family, phase, case.phase, *sizes, line, result.id)
+    """Sorts results: family, phase, sizes, line; the rest as their file has it."""
+    case, naming = result.case, result.naming
+    sizes = [getattr(case, size) or 0 for size in naming.sizes]
+    phase = _place(naming.phases, case.phase)
+    return (case.family, phase, case.dtype or "", *sizes, result.line_order)
+
+
+def _place(names: tuple[str, ...], name: str) -> int:
+    return names.index(name) if name in names else len(names)

@@ -22,7 +22,7 @@ Exit codes: 0; 1 where --fail-slower found a case that is slower, missing from N
 import argparse
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tools.cases import CPU_CAVEAT, Result, Results
@@ -264,8 +264,9 @@ def _median(runs: tuple[Result, ...]) -> float:
 
 def _options_of(result: Result) -> dict:
     """What was asked for, as far as the file says; a seed only tells which bits were used."""
-    case = {**asdict(result.case), **dict(result.case.other)}
-    found = {key: case[key] for key in sorted(result.known - {"seed"})}
+    case = result.case
+    known = {"family": case.family, "phase": case.phase, "method": case.method, **case.fields}
+    found = {key: known[key] for key in sorted(known.keys() - {"seed"})}
     timing = {f"timing {key}": result.timing.get(key) for key in ("mode", "l2")}
     return found | {key: value for key, value in timing.items() if value is not None}
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tools.cases import CPU_CAVEAT
 from tools.drawing import render
-from tools.families.figures import draw_all, held, unknown
+from tools.families import held
+from tools.family import draw_all
 from tools.files import ToolError, run, save
 from tools.results import load_all
 
@@ -22,16 +23,16 @@ def main(argv: list[str]) -> int:
     folder = Path(options.out)
     if folder.exists() and not folder.is_dir():
         raise ToolError(f"{folder} is a file; -o names the folder that takes the plots")
-    for note in (*results.notes, *unknown(results)):
+    for note in results.notes:
         print(f"note: {note}")
     drawings, absent = [], {}
-    for family in held(results).values():
-        drawn, missing = draw_all(results, family)
+    for family, own in held(results).values():
+        drawn, missing = draw_all(own, family)
         drawings, absent = drawings + drawn, absent | missing
     wanted = options.only.split(",") if options.only else [d.name for d in drawings]
-    if unheard := set(wanted) - {drawing.name for drawing in drawings}:
+    if unknown := set(wanted) - {drawing.name for drawing in drawings}:
         names = ", ".join(drawing.name for drawing in drawings)
-        raise ToolError(f"no plot {', '.join(sorted(unheard))} of these files; there are {names}")
+        raise ToolError(f"no plot {', '.join(sorted(unknown))} of these files; there are {names}")
     for drawing in (drawing for drawing in drawings if drawing.name in wanted):
         save(folder / f"{drawing.name}.png", render.png(drawing))
         if not options.only:

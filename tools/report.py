@@ -14,15 +14,15 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from tools import verdict as words
 from tools.cases import CPU_CAVEAT, Results
 from tools.drawing.chart import Drawing
 from tools.drawing.page import chart
-from tools.families.figures import draw_all, held, unknown
-from tools.families.linear.hypotheses import Finding, Verdict, judge_all
+from tools.families import held
+from tools.family import draw_all
 from tools.files import run, save
+from tools.judged import Verdict
 from tools.results import load_all
-from tools.tables import Table
+from tools.verdict import judged
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -30,8 +30,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 def page(results: Results, verdicts: list[Verdict]) -> str:
     """The whole report as HTML."""
     families, checks, settings, absent = [], [], [], {}
-    for name, family in held(results).items():
-        drawings, missing = draw_all(results, family)
+    for name, (family, own) in held(results).items():
+        drawings, missing = draw_all(own, family)
         absent |= missing
         settings += [drawing for drawing in drawings if drawing.setting]
         charts = [
@@ -47,7 +47,7 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
                 "title": family.title,
                 "question": family.question,
                 "reading": family.reading,
-                "tables": family.tables(results),
+                "tables": family.tables(own),
                 "main": charts[0] if charts else None,
                 "plots": charts[1:],
             }
@@ -60,11 +60,6 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {
-        "sentence": _sentence,
-        "title_of": words.title,
-        "table_of": _points,
-    }
     return environment.get_template("page.html").render(
         results=results,
         facts=_facts(results),
@@ -103,11 +98,7 @@ def _warnings(results: Results) -> list[str]:
         f"{CPU_CAVEAT}. Correctness means the same everywhere; times and ratios are host time of "
     )
     said += "this CPU."
-    return [said] * results.cpu + [*results.notes, *unknown(results)]
-
-
-def _points(finding: Finding) -> Table:
-    return Table(words.title(finding), words.columns(finding), words.rows(finding), "points")
+    return [said] * results.cpu + list(results.notes)
 
 
 def _environment(results: Results) -> list[tuple[str, str]]:
@@ -126,10 +117,6 @@ def _environment(results: Results) -> list[tuple[str, str]]:
     return items
 
 
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
-
-
 def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__)
@@ -143,7 +130,7 @@ def main(argv: list[str]) -> int:
     path = Path(options.out)
     if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
         path = path / "report.html"
-    save(path, page(results, judge_all(results)))
+    save(path, page(results, judged(results)))
     print(path)
     return 0
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tools.cases import Case, Region, Result, Results, order
+from tools.cases import PLAIN, Case, Naming, Region, Result, Results, order
+from tools.families import FAMILIES
 from tools.files import ToolError, read_text
 
 SCHEMA = 1
@@ -49,7 +50,15 @@ def load(path: str | Path) -> Results:
             "measure again with pytest bench"
         )
     date = str(content.get("datetime", ""))
-    return Results((str(path),), machine, (date,), tuple(sorted(results, key=order)))
+    found = [result.case.family for result in results]
+    notes = [
+        f"{path} has {found.count(name)} cases of the family {name}, which these tools do not "
+        "know: their times are in the report's tables, and compared; they have no figures"
+        for name in dict.fromkeys(found)
+        if name not in FAMILIES
+    ]
+    ordered = tuple(sorted(results, key=order))
+    return Results((str(path),), machine, (date,), ordered, tuple(notes), _commit(content))
 
 
 def load_all(paths: Iterable[str | Path]) -> Results:
@@ -74,6 +83,7 @@ def _merged(loaded: list[Results]) -> Results:
     merged: dict[str, Result] = {}
     notes: list[str] = []
     for results in loaded:
+        notes += results.notes
         if (results.device, results.machine["kind"]) != (first.device, first.machine["kind"]):
             raise ToolError(
                 f"{first.files[0]} was measured on {first.device}, {results.files[0]} on "
@@ -101,7 +111,17 @@ def _merged(loaded: list[Results]) -> Results:
         tuple(date for results in loaded for date in results.dates),
         tuple(sorted(merged.values(), key=order)),
         tuple(notes),
+        tuple(dict.fromkeys(commit for results in loaded for commit in results.commits)),
     )
+
+
+def _commit(content: dict) -> tuple[str, ...]:
+    """The commit that pytest-benchmark noted; none where it found no repository."""
+    info = content.get("commit_info")
+    name = info.get("id") if isinstance(info, dict) else None
+    if not isinstance(name, str) or name == "unknown":
+        return ()
+    return (name[:7] + " + changes" * bool(info.get("dirty")),)
 
 
 def _result(entry: Any, path: str | Path) -> Result:
@@ -118,12 +138,14 @@ def _result(entry: Any, path: str | Path) -> Result:
     case = info.get("case")
     if not isinstance(case, dict) or not isinstance(info.get("id"), str):
         raise ToolError(f"{where} has no id or no case: the file was changed; measure again")
+    family = FAMILIES.get(case.get("family"))
+    naming = family.naming if family else PLAIN
     return Result(
         id=info["id"],
         # Files from before `usual` name the mask alone.
         usual=_section(info, "usual", where) or {"mask": info.get("usual_mask")},
-        case=_case(case, where),
-        known=frozenset(case),
+        case=_case(case, naming, where),
+        naming=naming,
         samples=_samples(entry, where),
         device=str(info.get("device", "")),
         timing=_section(info, "timing", where),
@@ -151,18 +173,22 @@ def _result(entry: Any, path: str | Path) -> Result:
     )
 
 
-def _case(case: dict, where: str) -> Case:
-    for name in ("family", "phase", "method"):
+def _case(case: dict, naming: Naming, where: str) -> Case:
+    names = ("family", "phase", "method")
+    for name in names:
         if not isinstance(case.get(name), str):
             raise ToolError(f"{where} has no {name} in its case: measure again")
-    for name in ("N", "K", "B", "ranks"):
+    for name in (*naming.sizes, "ranks"):
         value = case.get(name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ToolError(f"{where} has {name}={value!r}, which must be a positive integer")
-    known = set(Case.__dataclass_fields__) - {"other"}
-    fields = {name: value for name, value in case.items() if name in known}
-    other = {name: value for name, value in case.items() if name not in known}
-    return Case(**fields, other=tuple(sorted((k, json.dumps(v)) for k, v in other.items())))
+    fields = {
+        # A list is kept as its text, so that cases can be keys.
+        name: json.dumps(value) if isinstance(value, list | dict) else value
+        for name, value in case.items()
+        if name not in names
+    }
+    return Case(*(case[name] for name in names), fields)
 
 
 def _samples(entry: dict, where: str) -> tuple[float, ...]:

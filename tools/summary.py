@@ -1,150 +1,149 @@
-"""The README's results tables and verdicts, from the results themselves.
+"""The README's tables and the full tables of the results, from the results themselves.
 
-    python -m tools.summary FILE... [--readme README.md] [--check]
+    python -m tools.summary FILE... [--readme README.md] [--tables results/README.md] [--check]
 
-Files of one device and number of ranks are read as one; each such group has a section of its own,
-in the order given. Writes what stands between the lines <!-- results:begin --> and
-<!-- results:end -->, and nothing else, so that no number there is typed by hand. Attention has
-tables of its own, between <!-- attention:begin --> and <!-- attention:end -->; a place whose
-results are not given stays as it is. Without --readme the tables are printed. --check writes
-nothing and exits with 1 where the README is not what these results give.
+Files of one device and number of ranks are read as one set. --readme writes one short table a
+family between the lines <!-- FAMILY:begin --> and <!-- FAMILY:end -->, from the first set that has
+the family; a family without such lines is left out, and so is told. --tables writes a whole file:
+every table and verdict of every set, in the order given. With neither the full tables are printed.
+--check writes nothing and exits with 1 where a file is not what these results give.
 """
 
 import argparse
-from collections.abc import Iterator
+from pathlib import Path
 
 from tools.cases import CPU_CAVEAT, Results
-from tools.families.attention.points import has_attention, only_attention
-from tools.families.attention.tables import readme_tables
-from tools.families.linear.hypotheses import judge_all
-from tools.families.linear.readme_tables import REFERENCE, forward_table, training_table
+from tools.families import held
+from tools.family import Written
 from tools.files import ToolError, read_text, run, save
 from tools.results import load_by_device
+from tools.verdict import judged, line
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-ATTENTION = ("<!-- attention:begin -->", "<!-- attention:end -->")
-
-
-def summary(groups: list[Results]) -> str:
-    """A section for each group of results; headed by its device where there are several."""
-    if len(groups) == 1:
-        return section(groups[0])
-    return "\n\n".join(f"### {_device(results)}\n\n{section(results)}" for results in groups)
+INTRODUCTION = (
+    "Every figure was measured on the card and at the commit that its set names. This file is "
+    "written by `python -m tools.summary FILES --tables`, never by hand."
+)
 
 
-def section(results: Results) -> str:
-    """Forward table, training table and verdicts; ToolError where neither phase was measured."""
-    text, forward = forward_table(results)
-    trained_text, training = training_table(results)
-    if not forward and not training:
-        raise ToolError(
-            f"{results.files[0]} has no forward and no training results: nothing to tabulate"
-        )
-    parts = []
-    if forward:
-        words = f"Forward, median ms of {_clock(results)} time."
-        parts += [_caption(results, words, text), forward]
-    if training:
-        words = f"Training, median ms of {_clock(results)} time of one step."
-        parts += [_caption(results, words, trained_text), training]
-    # Of a number of ranks that decides nothing, the tables are all there is to say.
-    if results.machine.get("ranks") in (None, 2):
-        parts.append(
-            "\n".join(
-                f"- **{one.name} {one.status}**: *{one.claim}* {_sentence(one.headline)}"
-                for one in judge_all(results)
-            )
-        )
-    return "\n\n".join(part.strip() for part in parts)
+def readme_tables(sets: list[Results]) -> dict[str, str]:
+    """The README's table of each family with its caption, from the first set that has one."""
+    made: dict[str, str] = {}
+    for results in sets:
+        for name, (family, own) in held(results).items():
+            written = family.readme(own) if name not in made else None
+            if written:
+                made[name] = _with_caption(written, results, f"{_facts(results)}.")
+    return made
 
 
-def attention_summary(groups: list[Results]) -> str:
-    """The tables of attention for each group of results that has any."""
-    parts = []
-    for results in groups:
-        heading = f"### Attention, {results.device}"
-        parts.append("\n\n".join([heading, *map(str.strip, _attention(results))]))
-    return "\n\n".join(parts)
+def replaced(readme: str, tables: dict[str, str], path: str) -> tuple[str, list[str]]:
+    """`readme` with each table between its family's markers, and a line for each that has none.
 
-
-def _attention(results: Results) -> Iterator[str]:
-    for words, text, table in readme_tables(results):
-        words += f" Medians of {_clock(results)} time. Ratios are of speed: above 1 the first is "
-        words += f"the faster, with 95% intervals. {_facts(results, results.device, text)}."
-        yield f"**{CPU_CAVEAT}.** {words}" if results.cpu else words
-        yield table
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
-
-
-def replaced(readme: str, content: str, path: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
-    """`readme` with `content` between the markers; ToolError unless each is there once in order."""
-    begin, end = marks
-    for mark in marks:
-        if readme.count(mark) != 1:
+    Raises ToolError where no family has its markers, or one has them twice or in the wrong order.
+    """
+    left = []
+    for name, table in tables.items():
+        begin, end = (f"<!-- {name}:{part} -->" for part in ("begin", "end"))
+        counts = readme.count(begin), readme.count(end)
+        if counts == (0, 0):
+            left.append(f"{path} has no lines {begin} and {end}: {name} is left out")
+            continue
+        if counts != (1, 1):
             raise ToolError(
-                f"{path} has {readme.count(mark)} lines {mark}, and one is needed: "
-                f"put {begin} and {end} where the table belongs"
+                f"{path} has {counts[0]} lines {begin} and {counts[1]} lines {end}: one of each is "
+                "needed, where the table belongs"
             )
-    if readme.index(begin) > readme.index(end):
-        raise ToolError(f"{path} has {end} before {begin}: exchange them")
-    head, rest = readme.split(begin)
-    return f"{head}{begin}\n{content}\n{end}{rest.split(end)[1]}"
+        if readme.index(begin) > readme.index(end):
+            raise ToolError(f"{path} has {end} before {begin}: exchange them")
+        head, rest = readme.split(begin)
+        readme = f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+    if len(left) == len(tables):
+        raise ToolError(
+            f"{path} has no place for the tables of {', '.join(tables) or 'these results'}: put "
+            "<!-- FAMILY:begin --> and <!-- FAMILY:end --> where a table belongs"
+        )
+    return readme, left
 
 
-def _caption(results: Results, words: str, text: str) -> str:
-    caption = f"{words} Ratios below 1: faster than {REFERENCE}, with their 95% intervals. "
-    device = results.device if "ranks" in text else _device(results)
-    caption += f"{_facts(results, device, text)}."
-    return f"**{CPU_CAVEAT}.** {caption}" if results.cpu else caption
+def full_tables(sets: list[Results]) -> str:
+    """Every table and verdict of every set, as a Markdown page."""
+    parts = ["# Results", INTRODUCTION]
+    for results in sets:
+        files = ", ".join(f"`{Path(file).name}`" for file in results.files)
+        parts += [f"## {_device(results)}", f"{_facts(results)}. Files: {files}."]
+        for family, own in held(results).values():
+            parts.append(f"### {family.title}")
+            for written in family.full(own):
+                parts.append(_with_caption(written, results, ""))
+        for verdict in judged(results):
+            lines = [f"- {line(judgement)}" for judgement in verdict.deciding]
+            if lines:
+                parts += [f"**{verdict.name}**: *{verdict.claim}*", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
 
 
-def _facts(results: Results, device: str, text: str) -> str:
-    dates = sorted({date[:10] for date in results.dates if date})
+def _with_caption(written: Written, results: Results, facts: str) -> str:
+    caveat = f"**{CPU_CAVEAT}.**" if results.cpu else ""
+    setting = f"Setting: {written.setting}." if written.setting else ""
+    caption = " ".join(part for part in (caveat, written.words, setting, facts) if part)
+    return f"{caption}\n\n{written.table}"
+
+
+def _facts(results: Results) -> str:
+    """Where figures come from: card, caches, versions, commits, dates."""
+    commits = f"commit {', '.join(results.commits)}" if results.commits else "commit unknown"
+    dates = ", ".join(sorted({date[:10] for date in results.dates if date}))
     cold = "cold L2" if "cold" in results.caches else ""
-    facts = [device, text, cold, results.versions, ", ".join(dates)]
+    facts = (_device(results), cold, results.versions, commits, dates)
     return "; ".join(fact for fact in facts if fact)
-
-
-def _clock(results: Results) -> str:
-    return "host" if results.cpu else "device"
 
 
 def _device(results: Results) -> str:
     ranks = results.machine.get("ranks")
-    return results.device + (f", {ranks} ranks" if ranks not in (None, 2) else "")
+    several = isinstance(ranks, int) and ranks > 1 and not results.cpu
+    return results.device + (f", {ranks} ranks" if several else "")
 
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
+    options = _options(argv)
+    sets = load_by_device(options.files)
+    for results in sets:
+        for note in results.notes:
+            print(f"note: {note}")
+    made: dict[str, str] = {}
+    if options.readme:
+        before = read_text(options.readme)
+        made[options.readme], left = replaced(before, readme_tables(sets), options.readme)
+        print(*left, sep="\n", end="\n" * bool(left))
+    if options.tables:
+        made[options.tables] = full_tables(sets)
+    if not made:
+        print(full_tables(sets), end="")
+    late = False
+    for path, text in made.items():
+        old = Path(path).exists() and read_text(path) == text
+        late |= not old
+        if options.check:
+            print(f"{path} is {'up to date' if old else 'out of date'}")
+            continue
+        if not old:
+            save(path, text)
+        print(f"{path} has the tables of {', '.join(options.files)}")
+    return int(options.check and late)
+
+
+def _options(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tools.summary", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--readme", metavar="FILE", help="the file whose tables are written")
-    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--readme", metavar="FILE", help="write one short table a family into it")
+    parser.add_argument("--tables", metavar="FILE", help="write every table of every set to it")
+    parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
     options = parser.parse_args(argv)
-    if options.check and not options.readme:
-        raise ToolError("--check needs --readme FILE: it says whether that file is up to date")
-    groups = load_by_device(options.files)
-    linear = [results for results in groups if not only_attention(results)]
-    attention = [results for results in groups if has_attention(results)]
-    contents = [((BEGIN, END), summary(linear))] if linear else []
-    contents += [(ATTENTION, attention_summary(attention))] if attention else []
-    if not options.readme:
-        print("\n\n".join(content for _, content in contents))
-        return 0
-    new = readme = read_text(options.readme)
-    for marks, content in contents:
-        new = replaced(new, content, options.readme, marks)
-    if options.check:
-        print(f"{options.readme} is {'up to date' if new == readme else 'out of date'}")
-        return 0 if new == readme else 1
-    if new != readme:
-        save(options.readme, new)
-    print(f"{options.readme} has the tables of {', '.join(options.files)}")
-    return 0
+    if options.check and not (options.readme or options.tables):
+        raise ToolError("--check needs --readme FILE or --tables FILE: it compares that file")
+    return options
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """The y axis: label, how a value is written, scale ("log", "ratio", "linear", "bytes"), a value
+    """The y axis: label, how a value is written, scale ("log", "ratio", "even", "bytes"), a value
     to mark with a grey rule.
     """
 

@@ -144,14 +144,14 @@ def _whiskers(axes: Axes, line: Line, name: str) -> None:
 
 def _y_axes(axes: list[Axes], panels: tuple[Panel, ...], across: int) -> None:
     """Panels of one ratio or share have the same limits, those of times and sizes their own."""
-    shared = {p.y.label for p in panels if p.y.scale in ("ratio", "linear")}
+    shared = {p.y.label for p in panels if p.y.scale in ("ratio", "even")}
     limits = [_limits(panel) for panel in panels]
     for one, panel, (low, high) in zip(axes, panels, limits, strict=True):
         if panel.y.label in shared:
             same = [ends for ends, p in zip(limits, panels, strict=True) if p.y == panel.y]
             low, high = min(low for low, _ in same), max(high for _, high in same)
         y = panel.y
-        if y.scale == "linear":
+        if y.scale == "even":
             one.set_ylim(0, 1.06 * high)
             continue
         one.set_yscale("log")

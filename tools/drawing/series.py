@@ -22,11 +22,6 @@ class Words(NamedTuple):
     caption: str
 
 
-def clock(results: Results) -> str:
-    """Whose time it is: a CPU's numbers are its host's."""
-    return "host time" if results.cpu else "device time"
-
-
 def by_size(
     found: Sequence[Result], what: str, x: str = "N", most: int = 4, **options
 ) -> dict[str, Panels]:

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from tools.cases import Result, order, setting_text
+from tools.cases import Result, order
 from tools.drawing.chart import Absent
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#59636e", "#dce1e6", "#fffffe"
@@ -61,7 +61,7 @@ def settings(
     for result in results:
         # Where nothing but a bias is trained is a question of its own.
         frozen = ", weights frozen" if result.case.policy == "frozen" else ""
-        groups[setting_text(result.case) + frozen].append(result)
+        groups[result.setting + frozen].append(result)
     if not groups:
         raise Absent(f"no {phase} results")
     ranked = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -100,13 +100,13 @@ def spread(values: list, most: int) -> list:
     """At most `most` of the values: the ends, and evenly between."""
     if len(values) <= most:
         return values
-    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
+    return [values[round(i * (len(values) - 1) / max(most - 1, 1))] for i in range(most)]
 
 
 def lines(results: Iterable[Result]) -> list[list[Result]]:
     """The results of a panel, one list for each label, in the order of legends."""
     found: dict[str, list[Result]] = defaultdict(list)
-    for result in sorted(results, key=lambda r: (order(r)[-2], r.label)):
+    for result in sorted(results, key=lambda r: (r.line_order, r.label)):
         found[result.label].append(result)
     return list(found.values())
 
@@ -115,7 +115,7 @@ def _few_lines(results: list[Result], main: set[str]) -> tuple[list[Result], str
     """As many lines as a panel carries, those with the fewest variants first, and the words for it
     where some are left out.
     """
-    ranked = sorted(results, key=lambda r: (r.label not in main, len(r.unusual), order(r)[-2:]))
+    ranked = sorted(results, key=lambda r: (r.label not in main, r.line_order[::-1], r.id))
     labels = list(dict.fromkeys(result.label for result in ranked))
     kept = labels[:MOST_LINES]
     words = f"; {len(kept)} of {len(labels)} lines, the others are in the tables"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from tools.cases import Result, Results
 from tools.families.attention.points import (
     FLEX,
+    NAMING,
     OURS,
     PEERS,
     PHASES,
@@ -16,6 +17,7 @@ from tools.families.attention.points import (
     point_of,
     speed,
 )
+from tools.families.attention.readme_tables import full, readme
 from tools.families.attention.scaling import matrix_share, memory_vs_tokens, time_vs_tokens
 from tools.families.attention.sparsity import speedup_vs_sparsity
 from tools.families.attention.speed import speed_by_tier
@@ -27,7 +29,7 @@ from tools.families.attention.tables import (
     place,
     ratio_rows,
 )
-from tools.families.shown import TIMES, Shown
+from tools.family import TIMES, Family
 from tools.stats import Interval, combine
 from tools.tables import Column, Table, count, figure, milliseconds, number, percent, seconds, size
 
@@ -191,7 +193,7 @@ KINDS = {
     "matrix_share": matrix_share,
     "memory_vs_T": memory_vs_tokens,
 }
-SHOWN = Shown(
+FAMILY = Family(
     "Attention",
     "How near do attention kernels come to what the machine could do, and how much of its sparsity "
     "does a pattern turn into speed?",
@@ -202,4 +204,7 @@ SHOWN = Shown(
         for name, draw in KINDS.items()
     },
     tables,
+    readme=readme,
+    full=full,
+    naming=NAMING,
 )

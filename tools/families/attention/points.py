@@ -8,12 +8,11 @@ the first method is the faster; those of one point and one run are of the same r
 """
 
 import functools
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tools.cases import Case, Result, Results, interleaved, order
+from tools.cases import Case, Naming, Result, Results, interleaved, order
 from tools.stats import Interval, ratio
 
 FAMILY = "attention"
@@ -23,6 +22,20 @@ SPARSE, UNPRUNED, FLEX = "block_sparse", "block_sparse_unpruned", "flex"
 # The order of tables and bars; a tier that is not here follows, by name.
 TIERS = ("small", "medium", "large", "XXL", "long", "rectangular")
 SIZES = ("batch", "heads", "kv_heads", "Tq", "Tk", "D")
+NAMING = Naming(
+    methods=(
+        "reference",
+        "sdpa_flash",
+        "sdpa_cudnn",
+        "flex",
+        "flash_torch",
+        "flash_triton",
+        "block_sparse",
+        "block_sparse_unpruned",
+    ),
+    phases=tuple(PHASES),
+    sizes=SIZES,
+)
 
 
 @dataclass(frozen=True)
@@ -67,28 +80,17 @@ class Point:
         return ", ".join(parts)
 
 
-def has_attention(results: Results) -> bool:
-    """Whether any result is one of attention."""
-    return any(result.case.family == FAMILY for result in results.results)
-
-
-def only_attention(results: Results) -> bool:
-    """Whether every result is one of attention."""
-    return all(result.case.family == FAMILY for result in results.results)
-
-
 @functools.cache
 def point_of(case: Case) -> Point | None:
     """The point of a case; None where it is not attention, or lacks a size."""
-    fields = {name: json.loads(value) for name, value in case.other}
+    fields = {name: value for name, value in case.fields.items() if name not in ("dtype", "ranks")}
     sizes = {name: fields.pop(name, None) for name in SIZES}
     if case.family != FAMILY or not all(isinstance(n, int) and n > 0 for n in sizes.values()):
         return None
     known = {"tier": fields.pop("tier", None) or "", "pattern": fields.pop("pattern", None)}
     causal = bool(fields.pop("causal", False))
     fields["seed"] = case.seed or None
-    other = tuple((name, value) for name, value in sorted(fields.items()) if value is not None)
-    other = tuple((name, json.dumps(value).strip('"')) for name, value in other)
+    other = tuple((name, str(value)) for name, value in sorted(fields.items()) if value is not None)
     return Point(case.phase, **sizes, dtype=case.dtype or "", causal=causal, other=other, **known)
 
 

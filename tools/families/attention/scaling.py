@@ -64,7 +64,7 @@ def matrix_share(results: Results, phase: str) -> list[Drawing]:
     )
     title = f"Attention, {PHASES[phase]}: share of the matrix rate"
     words = Words(f"attention_{phase}_matrix_share", title, caption)
-    y = Axis("of the matrix rate (%)", "{:.1f}%".format, "linear", 100)
+    y = Axis("of the matrix rate (%)", "{:.1f}%".format, "even", 100)
     share = lambda r: 100 * r.rates["matrix_fraction"]  # noqa: E731
     return _charts(results, groups, words, y, share)
 

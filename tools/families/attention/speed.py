@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from tools.cases import Result, Results, method_order
+from tools.cases import Result, Results
 from tools.drawing import bars, series, style
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point
 from tools.drawing.series import Words
 from tools.families.attention.looks import line_style
 from tools.families.attention.points import (
+    NAMING,
     PHASES,
     TIERS,
     attention,
@@ -78,7 +79,7 @@ def _tiers(panel: tuple[str, list[Result]]) -> Panel:
         if r.rates.get("matrix_fraction", 0) > 0
     ]
     lines = []
-    for method in sorted({r.case.method for r in results}, key=method_order):
+    for method in sorted({r.case.method for r in results}, key=NAMING.place):
         here = [(i, places[p][method]) for i, p in enumerate(shown) if method in places[p]]
         if here:
             look = {"color": line_style(here[0][1])["color"]}

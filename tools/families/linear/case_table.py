@@ -54,13 +54,13 @@ COLUMNS = (
 
 def phase_table(results: Results, phase: str) -> Table:
     """The table of a phase, each case of a linear layer in a row."""
-    found = [r for r in results.results if r.case.phase == phase and r.case.family == "linear"]
+    found = [r for r in results.results if r.case.phase == phase]
     title = PHASE_TITLES.get(phase, phase)
     return Table(title, COLUMNS, [_row(r) for r in found], example="block_shock 4096")
 
 
 def _row(result: Result) -> dict:
-    case, ordered = result.case, sorted(result.samples)
+    case = result.case
     regions = {name: region.avg for name, region in result.regions.items()}
     ratios = [e["ratio"] for t, e in result.errors.items() if t != "output" and "ratio" in e]
     floor = result.floor.get("seconds")
@@ -73,8 +73,8 @@ def _row(result: Result) -> dict:
         "mask": case.mask,
         "optimizer": case.optimizer,
         "median": result.median,
-        "p95": ordered[min(len(ordered) - 1, round(0.95 * (len(ordered) - 1)))],
-        "samples": len(ordered),
+        "p95": result.p95,
+        "samples": len(result.samples),
         "tokens": result.rates.get("tokens_per_s"),
         "tflops": result.rates.get("dense_tflops"),
         "over_floor": result.median / floor if floor else None,

@@ -109,7 +109,7 @@ def errors_vs_size(results: Results) -> list[Drawing]:
         tensors = [t for t in TENSORS if any(t in r.errors for r in panel)]
         made, limits = [], []
         for measure in MEASURES:
-            y = Axis(MEASURES[measure], "{:.3g}".format, "linear" if measure == "ratio" else "log")
+            y = Axis(MEASURES[measure], "{:.3g}".format, "even" if measure == "ratio" else "log")
             for tensor in tensors:
                 title = f"{TENSORS[tensor]}, {of}" if measure == "relative" else ""
                 made.append(Panel(title, _errors(panel, tensor, measure), "N", y))

@@ -1,53 +1,51 @@
-"""Which results a Block-Shock line is compared with: those of the same place, of them the better.
+"""What a Block-Shock line is compared with: dense tensor parallelism at the same place.
 
-A place is a size and a setting. Kernel and reduce are no part of it: they belong to the line, so
-that methods which sum in different ways still meet.
+A place is a size and a setting. Mask, kernel and reduce are no part of it: they belong to the line,
+so that methods which sum in different ways still meet. There are two opponents, and each is the
+faster of dense_tp_row and dense_tp_column at that place:
+
+    dense TP (NCCL)      as users run it today: summed by the library's collective
+    dense TP (same sum)  summed as the Block-Shock line sums; a method that was not measured so, or
+                         has no other sum, stands there as it usually is
 """
 
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import replace
 
-from tools.cases import VARIANTS, Result, setting
+from tools.cases import Result, Results
+from tools.families.linear.naming import VARIANTS, setting
 
-BETTER, SAME_REDUCE = "the better dense TP", "the better dense TP with the same reduce"
 DENSE = ("dense_tp_row", "dense_tp_column")
+SAME_SUM = "dense TP (same sum)"
 
 
-def opponents(group: list[Result], results: Iterable[Result]) -> list[tuple]:
-    """(words, function that finds the dense results) for each opponent of a Block-Shock line."""
-    found = [(BETTER, dense_as_usual)]
-    if any(dense_as_usual(results, r) != dense_same_reduce(results, r) for r in group):
-        found.append((SAME_REDUCE, dense_same_reduce))
+def usual_name(results: Results) -> str:
+    """Dense TP as users run it, with the library that sums: "dense TP (NCCL)"."""
+    backend = results.machine.get("backend") or "collective"
+    return f"dense TP ({'NCCL' if backend == 'nccl' else backend})"
+
+
+def dense_by_place(results: Iterable[Result]) -> dict[tuple, list[Result]]:
+    """The dense tensor-parallel results of each place, however they sum."""
+    found = defaultdict(list)
+    for result in results:
+        if result.case.method in DENSE:
+            found[place(result)].append(result)
     return found
 
 
-def dense_as_usual(results: Iterable[Result], result: Result) -> list[Result]:
-    """The dense tensor-parallel results at the same place as users run them; in training those that
-    train as much.
-    """
-    return [dense for dense in _all_dense(results, result) if not dense.unusual]
+def as_usual(dense: Iterable[Result]) -> list[Result]:
+    """Those that sum as users do today."""
+    return [one for one in dense if not one.unusual]
 
 
-def dense_same_reduce(results: Iterable[Result], result: Result) -> list[Result]:
-    """The same with the reduce of `result`; a method without it as users run it."""
-    found = _all_dense(results, result)
-    same = {d.case.method: d for d in found if not d.unusual}
-    same |= {d.case.method: d for d in found if d.case.reduce == result.case.reduce}
-    return list(same.values())
+def same_sum(dense: list[Result], result: Result) -> list[Result]:
+    """One of each dense method, with the sum of `result` where it was measured so."""
+    same = [one for one in dense if one.case.reduce == result.case.reduce]
+    return list({one.case.method: one for one in as_usual(dense) + same}.values())
 
 
-def _all_dense(results: Iterable[Result], result: Result) -> list[Result]:
-    policies = ("frozen",) if result.case.policy == "frozen" else (None, "plain")
-    return [
-        dense
-        for dense in results
-        if dense.case.method in DENSE
-        and place(dense) == place(result)
-        and (dense.case.phase != "training" or dense.case.policy in policies)
-    ]
-
-
-def better(dense: list[Result]) -> Result:
+def better(dense: Iterable[Result]) -> Result:
     """The one with the shortest median of all its rounds: the ratio to it is that of two results,
     the same wherever it is shown.
     """
@@ -55,21 +53,17 @@ def better(dense: list[Result]) -> Result:
 
 
 def place(result: Result) -> tuple:
-    """What two results must share to be compared: sizes and setting."""
-    return (result.case.N, result.case.B, setting(result.case))
+    """What two results must share to be compared. A step that trains no weight has its own."""
+    case = result.case
+    return (case.phase, case.N, case.B, setting(case), case.policy == "frozen")
 
 
 def forward_place(result: Result) -> tuple:
     """The place of the forward of a training result: it has no loss and no optimizer."""
-    case = replace(result.case, loss=None, optimizer=None)
+    case = result.case.but(loss=None, optimizer=None)
     return (case.N, case.B, setting(case))
 
 
 def way(result: Result) -> tuple:
     """How it is computed: method, mask, kernel and reduce."""
     return tuple(getattr(result.case, name) for name in ("method", *VARIANTS))
-
-
-def same_terms(one: Result, other: Result) -> bool:
-    """Whether two superposed layers have the same terms, summed in the same way."""
-    return (one.case.mask, one.case.reduce) == (other.case.mask, other.case.reduce)

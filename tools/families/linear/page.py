@@ -2,7 +2,7 @@
 
 import functools
 
-from tools.cases import PHASES, Results
+from tools.cases import Results
 from tools.families.linear.case_table import phase_table
 from tools.families.linear.costs import (
     errors_vs_size,
@@ -10,12 +10,15 @@ from tools.families.linear.costs import (
     quality_speed_vs_size,
     time_per_weight_byte_vs_size,
 )
+from tools.families.linear.hypotheses import judge_all
 from tools.families.linear.limits import over_floor
+from tools.families.linear.naming import NAMING, PHASES
+from tools.families.linear.readme_tables import full, readme
 from tools.families.linear.regions import less_layout_fix_vs_size, regions_vs_size
 from tools.families.linear.speed import phase_vs_batch, phase_vs_size
 from tools.families.linear.speed_table import speed_table
 from tools.families.linear.steps import drift_by_step, step_breakdown
-from tools.families.shown import TIMES, Shown
+from tools.family import TIMES, Family
 from tools.tables import Table
 
 READING = (
@@ -28,9 +31,10 @@ READING = (
     ),
     (
         "dense TP",
-        "against which the hypotheses are decided, sums as users do today, with the library's "
-        "collective. Beside it stands dense TP with the same reduce as Block-Shock. Ratios are of "
-        "time: below 1 the first method named is the faster.",
+        "is the faster of dense_tp_row and dense_tp_column. Block-Shock has two such opponents: "
+        "dense TP as users run it, summed by the library's collective (NCCL on GPUs), and dense TP "
+        "with the same sum as Block-Shock. Ratios are of time: below 1 the first method named is "
+        "the faster.",
     ),
     (
         "block_shock",
@@ -59,17 +63,21 @@ FIGURES = {
 
 def tables(results: Results) -> list[Table]:
     """Speed at every N and B, then every case, phase by phase."""
-    found = {r.case.phase for r in results.results if r.case.family == "linear"}
+    found = {r.case.phase for r in results.results}
     phases = [p for p in PHASES if p in found] + sorted(found - set(PHASES))
     speeds = speed_table(results)
     return [speeds] * bool(speeds.rows) + [phase_table(results, phase) for phase in phases]
 
 
-SHOWN = Shown(
+FAMILY = Family(
     "Linear layers",
     "When does a dense layer, held as a sum of 2:4-sparse terms on several GPUs, beat the ordinary "
     "ways of splitting it?",
     READING,
     FIGURES,
     tables,
+    judge_all,
+    readme,
+    full,
+    NAMING,
 )

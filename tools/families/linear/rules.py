@@ -1,170 +1,167 @@
-"""From judged points to a status: holds, fails or undecided, and the sentence that says why.
+"""From judged points to a status and the words that say why.
 
-Each rule takes the points of one method in one setting; what they mean for the hypotheses is in
-hypotheses.py.
+    holds      at most of the points that decide, and nowhere the contrary
+    fails      the contrary at most of them, and nowhere what is claimed
+    mixed      both were seen: it depends on the size
+    undecided  the points are unsure, too few, or test nothing
+
+A point is judged as in tools.compare: a threshold and an interval that excludes 1. What each
+hypothesis asks of its points is in hypotheses.py.
 """
 
-from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tools.judged import FAILS, HOLDS, MIXED, UNDECIDED
 from tools.stats import Interval
 
-HOLDS, FAILS, UNDECIDED = "holds", "fails", "undecided"
-# Verdicts of H2 as the predicate of one point, and of several.
-PREDICATES = {
-    "shrinks": ("shrinks", "shrink"),
-    "kept": ("keeps it", "keep it"),
-    "falls behind": ("falls behind", "fall behind"),
-    "none to lose": ("has none to lose", "have none to lose"),
-}
+NAMED = 3  # places that a sentence names; more are counted
 
 
 @dataclass(frozen=True)
 class Point:
-    """One place in the grid: a ratio of times, below 1 where the first method is the faster.
+    """One place in the grid: a ratio of times, below 1 where the line is faster than `against`.
 
-    `against` is the dense line that was the better one, `of` the line and setting that the point
-    is of. H2 adds the forward's ratio, the change
-    from it (above 1: the advantage shrank), the share of upkeep, and what the ratio would be
-    without upkeep.
+    `of` is the line's result. H2 adds the ratio of the forward, the change from there (above 1: the
+    advantage shrank), the share of upkeep, and what the ratio would be without upkeep.
     """
 
     N: int
     B: int
+    of: str
+    against: str
     ratio: Interval
     verdict: str
-    note: str = ""
-    against: str = ""
+    note: str | None = None
     forward: Interval | None = None
     change: Interval | None = None
     upkeep: float | None = None
     without_upkeep: float | None = None
-    of: str = ""
 
 
-def corner(verdicts: dict[tuple[int, int], str], wanted: set[str]) -> set[tuple[int, int]]:
-    """The largest corner (N >= N0, B >= B0) whose every point is in `wanted`; empty where none is.
-
-    It has two points at least and reaches the largest N and the largest B that were measured, so a
-    corner that is faster and one that is not can never both be found.
+def agreed(points: list[Point], word: str) -> str:
+    """Whether the points agree on `word` (faster, slower) or on its contrary; unsure ones are
+    neither.
     """
-    if not verdicts:
-        return set()
-    most_n, most_b = (max(size) for size in zip(*verdicts, strict=True))
-    best: set[tuple[int, int]] = set()
-    for n0 in {n for n, _ in verdicts}:
-        for b0 in {b for _, b in verdicts}:
-            inside = {(n, b) for n, b in verdicts if n >= n0 and b >= b0}
-            reaches = any(n == most_n for n, _ in inside) and any(b == most_b for _, b in inside)
-            agree = all(verdicts[point] in wanted for point in inside)
-            if reaches and agree and len(inside) >= 2 and len(inside) > len(best):
-                best = inside
-    return best
+    sure = [point.verdict == word for point in points if point.verdict != "unsure"]
+    if len(sure) <= len(points) / 2:
+        return MIXED if len(set(sure)) > 1 else UNDECIDED
+    return MIXED if len(set(sure)) > 1 else HOLDS if sure[0] else FAILS
+
+
+def everywhere(points: list[Point], word: str) -> tuple[str, str]:
+    """Status and words where a claim is made of all sizes."""
+    if not points:
+        return UNDECIDED, "no point where both were measured"
+    return agreed(points, word), told(points, word)
+
+
+def large_enough(points: list[Point], word: str) -> tuple[str, str]:
+    """Status and words where a claim is made of large enough N and B: those of the largest corner
+    of the grid whose points agree. No finite set of points says more about "large enough".
+    """
+    if len(points) < 2:
+        few = f"one point shows no trend: {told(points, word)}" if points else ""
+        return UNDECIDED, few or everywhere(points, word)[1]
+    found: dict[str, list[Point]] = {}
+    for inside in corners(points):
+        found.setdefault(agreed(inside, word), inside)
+    decided = {HOLDS, FAILS} & set(found)
+    if len(decided) != 1:
+        mixed = decided or MIXED in found
+        return MIXED if mixed else UNDECIDED, told(points, word)
+    (status,) = decided
+    return status, told(points, word, found[status])
+
+
+def corners(points: list[Point]) -> Iterator[list[Point]]:
+    """The corners (N >= N0, B >= B0) of two points or more, the largest first. Each reaches the
+    largest N and the largest B that were measured.
+    """
+    sizes, batches = ({getattr(p, axis) for p in points} for axis in "NB")
+    made = [
+        [p for p in points if least_n <= p.N and least_b <= p.B]
+        for least_n in sorted(sizes)
+        for least_b in sorted(batches)
+    ]
+    yield from (
+        inside
+        for inside in sorted(made, key=len, reverse=True)
+        if len(inside) > 1
+        and max(p.N for p in inside) == max(sizes)
+        and max(p.B for p in inside) == max(batches)
+    )
 
 
 def training_verdict(change: str, forward: str, upkeep: float | None, small: float) -> str:
-    """What a point of training says: see hypotheses.py, H2."""
+    """What a point of training says about an advantage that shrinks: see hypotheses.py, H2."""
     if upkeep is None or change == "unsure":
         return "unsure"
     shrinks = change == "slower"
-    if forward == "faster":
-        word = "shrinks" if shrinks else "kept"
-    else:
-        word = "falls behind" if shrinks else "none to lose"
-    return f"{word} (small upkeep)" if upkeep <= small else word
+    if forward != "faster":
+        return "falls behind" if shrinks else "none to lose"
+    return ("shrinks" if shrinks else "kept") + (" (small upkeep)" if upkeep <= small else "")
 
 
-def corner_status(points: list[Point]) -> tuple[str, str]:
-    """H1: a corner of the grid is faster everywhere, or nowhere."""
-    if not points:
-        return UNDECIDED, "no point where dense_tp_row or dense_tp_column was measured as well"
-    at = {(point.N, point.B): point for point in points}
-    verdicts = {place: point.verdict for place, point in at.items()}
-    for status, wanted, words in (
-        (HOLDS, {"faster"}, "each"),
-        (FAILS, {"slower", "same"}, "none"),
-    ):
-        inside = corner(verdicts, wanted)
-        if inside:
-            n0, b0 = (min(size) for size in zip(*inside, strict=True))
-            where = f"of the {len(inside)} points with N ≥ {n0} and B ≥ {b0}"
-            return status, f"faster at {words} {where}: {_spread([at[place] for place in inside])}"
-    if len(points) == 1:
-        return UNDECIDED, f"one point shows no trend: {_spread(points)}"
-    return UNDECIDED, f"no corner of large N and B agrees: {_tally(points)}; {_spread(points)}"
-
-
-def shrink_status(points: list[Point]) -> tuple[str, str]:
-    """H2: the advantage shrinks at every point that tests the claim, or at none of them."""
+def shrinking(points: list[Point], small: float) -> tuple[str, str]:
+    """H2's status and words. Only points with an advantage to lose and upkeep beyond `small` test
+    the claim.
+    """
     if not points:
         return UNDECIDED, "no point where the forward and dense training were measured as well"
-    tally, shares = _tally(points), [p.upkeep for p in points if p.upkeep is not None]
-    parts = [tally]
-    if shares:
-        parts.append(f"upkeep {100 * min(shares):.1f}% to {100 * max(shares):.1f}% of a step")
-    tests = [point for point in points if point.verdict in ("shrinks", "kept")]
-    behind = [point for point in points if point.verdict in ("falls behind", "none to lose")]
-    shown = max(tests or behind or points, key=lambda p: (p.N, p.B, p.upkeep or 0))
-    which = f" ({shown.of})" if len({point.of for point in points}) > 1 else ""
-    parts.append(
-        f"at N={shown.N}, B={shown.B}{which} the time against dense goes from {shown.forward} in "
-        f"the forward to {shown.ratio} in training"
-    )
-    statuses = {point.verdict for point in tests}
-    unsure = sum(point.verdict == "unsure" for point in points)
-    if len(statuses) == 1 and len(tests) > unsure:
-        return (HOLDS if statuses == {"shrinks"} else FAILS), "; ".join(parts)
-    if len(statuses) > 1:
-        why = "it depends on the point"
+    tests = [p for p in points if p.verdict in ("shrinks", "kept")]
+    unsure = _count(points, "unsure")
+    if tests:
+        shrunk = _count(tests, "shrinks")
+        status = MIXED if 0 < shrunk < len(tests) else HOLDS if shrunk else FAILS
+        words = f"shrinks at {_of(shrunk, tests)} with an advantage and upkeep over "
+        words += f"{100 * small:g}%"
+        if status != MIXED and len(tests) <= unsure:
+            status, words = UNDECIDED, f"{words}, but {_of(unsure, points)} are unsure"
     elif unsure > len(points) / 2:
-        why = "most points are unsure"
-    elif behind:
-        why = "there is no forward advantage that could shrink"
+        status, words = UNDECIDED, f"{_of(unsure, points)} are unsure"
+    elif any("small" in p.verdict for p in points):
+        status, words = UNDECIDED, "where it has an advantage, upkeep is small: nothing tests it"
     else:
-        why = "upkeep is small wherever there is something to lose, so nothing tests it"
-    return UNDECIDED, "; ".join([why, *parts])
+        status, words = UNDECIDED, "it has no advantage in the forward that could shrink"
+    shown = max(tests or points, key=lambda p: (p.N, p.B, p.upkeep or 0))
+    words += f"; at N={shown.N} B={shown.B} ({shown.of}) the time ratio is "
+    words += f"{shown.forward.value:.3f} in the forward, {shown.ratio.value:.3f} in training"
+    return status, words
 
 
-def everywhere_status(points: list[Point]) -> tuple[str, str]:
-    """H3: slower at every judged point, or at none; most points are judged."""
-    if not points:
-        return (
-            UNDECIDED,
-            "no point where Block-Shock was measured with the same mask and reduce as well",
-        )
-    slower = sum(point.verdict == "slower" for point in points)
-    not_slower = sum(point.verdict in ("same", "faster") for point in points)
-    text = f"{_tally(points)}; {_spread(points)}"
-    if slower > len(points) / 2 and not not_slower:
-        return HOLDS, text
-    if not_slower > len(points) / 2 and not slower:
-        return FAILS, text
-    if slower and not_slower:
-        where = ", ".join(f"N={p.N} B={p.B}" for p in points if p.verdict == "slower")
-        return UNDECIDED, f"it depends on the size: {text}; slower at {where}"
-    return UNDECIDED, f"most points are unsure: {text}"
+def told(points: list[Point], word: str, inside: list[Point] | None = None) -> str:
+    """How many points are `word`, the range of their ratios, and where the others are."""
+    inside = points if inside is None else inside
+    where = ""
+    if len(inside) < len(points):
+        least = [(axis, min(getattr(p, axis) for p in inside)) for axis in "NB"]
+        ends = [f"{a} ≥ {n}" for a, n in least if any(getattr(p, a) < n for p in points)]
+        where = f" with {' and '.join(ends)}"
+    ratios = [p.ratio.value for p in inside]
+    text = f"{word} at {_of(_count(inside, word), inside)}{where}, "
+    text += f"time ratio {min(ratios):.3f}" + f" to {max(ratios):.3f}" * (len(inside) > 1)
+    for other in ("faster", "slower", "same", "unsure"):
+        if other != word and (places := _places(inside, other)):
+            text += f"; {other} at {places}"
+    rest = [p for p in points if p not in inside]
+    return text + (f"; elsewhere {word} at {_of(_count(rest, word), rest)}" if rest else "")
 
 
-def _tally(points: list[Point]) -> str:
-    counts: dict[str, int] = defaultdict(int)
-    for point in points:
-        counts[point.verdict] += 1
-    words = ", ".join(f"{number} {_said(name, number)}" for name, number in counts.items())
-    return f"of {len(points)} point{'s' * (len(points) > 1)} {words}"
+def _count(points: list[Point], word: str) -> int:
+    return sum(p.verdict == word for p in points)
 
 
-def _said(verdict: str, number: int) -> str:
-    """A verdict as the predicate of so many points: 1 falls behind, 26 fall behind."""
-    word, space, rest = verdict.partition(" (")
-    one, many = PREDICATES.get(word, (word, word))
-    return (one if number == 1 else many) + space + rest
+def _of(count: int, points: list[Point]) -> str:
+    return f"{count or 'none'} of {len(points)} point{'s' * (len(points) > 1)}"
 
 
-def _spread(points: list[Point]) -> str:
-    largest = max(points, key=lambda point: (point.N, point.B))
-    at = f"{largest.ratio} at N={largest.N}, B={largest.B}"
-    at += f" against {largest.against}" if largest.against else ""
-    if len(points) == 1:
-        return f"time ratio {at}"
-    values = [point.ratio.value for point in points]
-    return f"time ratio {min(values):.3f} to {max(values):.3f}, {at}"
+def _places(points: list[Point], word: str) -> str:
+    """The places whose verdict is `word`; N alone where all its points are."""
+    there = [p for p in points if p.verdict == word]
+    if len(there) == len(points):
+        return "all"
+    others = {p.N for p in points if p.verdict != word}
+    places = [f"N={p.N}" + f" B={p.B}" * (p.N in others) for p in there]
+    places = list(dict.fromkeys(places))
+    return ", ".join(places) if len(places) <= NAMED else str(len(there))

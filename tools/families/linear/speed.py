@@ -3,12 +3,13 @@
 import math
 from collections.abc import Sequence
 
-from tools.cases import METHODS, Result, Results, over
-from tools.drawing import series, style
+from tools.cases import Result, Results, over
+from tools.drawing import series
 from tools.drawing.chart import Absent, Axis, Drawing, Point
 from tools.drawing.series import Words
 from tools.families.linear.hypotheses import SHOCKS
 from tools.families.linear.looks import line_style
+from tools.families.linear.naming import METHODS
 from tools.families.linear.opponents import DENSE
 from tools.tables import seconds
 
@@ -89,11 +90,10 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
                 floors[at] = min(floors.get(at, share), share)
         return series.grey("limit of the machine (floor)", floors)
 
-    clock = series.clock(results)
     caption = (
         f"Time of each method over that of {REFERENCE} with the library's collective, which is the "
-        f"grey rule at 1; below 1 the method is faster. Medians of {clock}, the slowest rank "
-        "counts, with 95% intervals. The dashed grey line is the limit of the machine for the "
+        f"grey rule at 1; below 1 the method is faster. Medians of {results.clock}, the slowest "
+        "rank counts, with 95% intervals. The dashed grey line is the limit of the machine for the "
         "method that it would let run fastest, where it lies within the axis. "
         "Lines that differ by less than 1.5% everywhere are one; one that is switched on may leave "
         "the panel where it lies far from the others."
@@ -109,4 +109,4 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
 def _place(result: Result) -> tuple:
     case = result.case
     frozen = case.policy == "frozen"
-    return (case.N, case.B, style.setting_text(case), frozen)
+    return (case.N, case.B, result.setting, frozen)

@@ -123,7 +123,7 @@ def _drift(title: str, found: list[Result]) -> Panel:
     if dense:
         look = {"color": style.INK, "linestyle": (0, (4, 2)), "linewidth": 1.4}
         lines.append(Line("plain dense, same dtype", _steps(dense), look))
-    return Panel(title, tuple(lines), "step", Axis("relative error", figure, "linear"))
+    return Panel(title, tuple(lines), "step", Axis("relative error", figure, "even"))
 
 
 def _steps(values: tuple[float, ...]) -> tuple[Point, ...]:
