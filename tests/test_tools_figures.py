@@ -199,28 +199,45 @@ def test_a_time_below_its_floor_is_seen(tmp_path):
 
 
 def test_every_point_of_a_page_lies_where_it_is_drawn(drawn):
-    for name in ("forward_vs_N", "step_breakdown"):
-        drawing = drawn[name]
-        chart = page.chart(drawing, "k")
-        data = json.loads(chart["points"])
-        assert len(data["lines"]) == len(chart["entries"]) == len(drawing.labels)
-        for i, points in enumerate(data["lines"]):
-            assert len(points) == sum(
-                len(one.points)
-                for p in drawing.panels
-                for one in p.lines
-                if one.label == drawing.labels[i]
-            )
-        parts = re.findall(
-            r'<g(?: class="off")? id="k-l(\d+)-p(\d+)">((?:(?! id=).)*?)</g></g>', chart["svg"]
-        )
-        for i, panel, inner in parts:
-            marks = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', inner)
-            places = [p[:2] for p in data["lines"][int(i)] if p[2] == int(panel)]
+    drawing = drawn["forward_vs_N"]
+    chart = page.chart(drawing, "k")
+    lines = json.loads(chart["points"])["lines"]
+    assert len(lines) == len(chart["entries"]) == len(drawing.labels)
+    parts = r'<g(?: class="off")? id="k-l(\d+)-p(\d+)">(.*?)</g>'
+    found = {(int(i), int(panel)): inner for i, panel, inner in re.findall(parts, chart["svg"])}
+    for panel, one in ((i, one) for i, p in enumerate(drawing.panels) for one in p.lines):
+        i = drawing.labels.index(one.label)
+        marks = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)"', found[i, panel])
+        places = [point[:2] for point in lines[i] if point[2] == panel]
+        if one.main and not one.bound:
             assert [(float(x), float(y)) for x, y in marks] == [
                 pytest.approx(place, abs=0.11) for place in places
             ]
-        assert parts or name == "step_breakdown"
+            assert len(marks) == len(one.points)
+
+
+def test_every_bar_of_a_page_has_its_value(drawn):
+    drawing = drawn["step_breakdown"]
+    lines = json.loads(page.chart(drawing, "k")["points"])["lines"]
+    for label, points in zip(drawing.labels, lines, strict=True):
+        here = [one for panel in drawing.panels for one in panel.lines if one.label == label]
+        assert len(points) == sum(len(one.points) for one in here)
+
+
+def test_a_line_that_is_off_at_first_does_not_squeeze_the_others(tmp_path):
+    slow = {"masked_split": 50.0, "block_shock_folded": 1.2}
+    entries = [
+        synthetic.entry(m, n, 64, seconds=1e-3 * slow.get(m, 1.0))
+        for m in synthetic.METHODS
+        for n in (64, 128)
+    ]
+    chart = page.chart(only("forward_vs_N", tmp_path, entries), "k")
+    ticks_ = [float(text) for text in re.findall(r">([\d.]+)</text>", chart["svg"])]
+    assert 20 not in ticks_
+    lines = json.loads(chart["points"])["lines"]
+    points = {entry["label"]: points for entry, points in zip(chart["entries"], lines, strict=True)}
+    assert points["masked_split"] == []  # what lies outside of the panel cannot be pointed at
+    assert len(points["block_shock_folded"]) == 2
 
 
 def test_the_values_of_a_point_are_words_with_their_interval(drawn):

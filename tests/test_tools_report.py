@@ -203,26 +203,29 @@ def test_each_chart_has_a_legend_of_its_lines_and_its_values(page):
             assert {bool(off) for off in parts} == {state == "false"}
 
 
+def some(**options):
+    """A forward of two methods at two sizes."""
+    methods = ("dense_tp_row", "block_shock")
+    return [synthetic.entry(m, n, 16, **options) for m in methods for n in (256, 512)]
+
+
 def test_a_setting_with_fewer_results_is_named_and_not_drawn(tmp_path):
-    entries = synthetic.everything((256, 512), (16,))
-    entries += [
-        synthetic.entry(m, n, 16, dtype="fp16")
-        for m in ("dense_tp_row", "block_shock")
-        for n in (256, 512)
-    ]
-    loaded = load(synthetic.write(tmp_path / "a.json", entries))
-    text = report.page(loaded, [])
+    entries = some() + some(dtype="fp16")[:-1] + [synthetic.entry("dense_single", 256, 16)]
+    entries.append(synthetic.entry("block_shock", 512, 16, dtype="fp16"))
+    text = report.page(load(synthetic.write(tmp_path / "a.json", entries)), [])
     assert "<code>forward_vs_N_fp16</code>" in text
     assert 'id="plot-forward_vs_N_fp16"' not in text
+    assert 'id="plot-forward_vs_N"' in text
 
 
 def test_an_unknown_family_is_told_and_the_rest_is_shown(tmp_path, capsys):
-    entries = synthetic.everything((256, 512), (16,))
+    entries = some()
     entries += [synthetic.entry("some_method", n, 16, family="made_up") for n in (256, 512)]
     path = synthetic.write(tmp_path / "a.json", entries)
     told = "2 cases of the family made_up are not shown"
-    assert told in report.page(load(path), [])
-    assert 'id="plot-forward_vs_N"' in report.page(load(path), [])
+    text = report.page(load(path), [])
+    assert told in text
+    assert 'id="plot-forward_vs_N"' in text
     assert plot.main([path, "-o", str(tmp_path), "--only", "forward_vs_N"]) == 0
     assert f"note: {told}" in capsys.readouterr().out
 
@@ -271,11 +274,11 @@ def test_results_of_any_shape_are_drawn_or_named(tmp_path):
     """Random subsets of a sweep: every figure is drawn or has its reason, never an exception."""
     entries, chance = synthetic.everything((256, 512, 1024), (16, 64)), random.Random(0)
     for i in range(4):
-        some = chance.sample(entries, chance.choice([1, 3, 20]))
-        for entry in some[::3]:
+        chosen = chance.sample(entries, chance.choice([1, 3, 20]))
+        for entry in chosen[::3]:
             for key in ("regions", "errors", "memory", "floor", "drift"):
                 entry["extra_info"].pop(key, None)
-        loaded = load(synthetic.write(tmp_path / f"{i}.json", some))
+        loaded = load(synthetic.write(tmp_path / f"{i}.json", chosen))
         drawings, absent = draw_all(loaded, SHOWN["linear"])
         assert {d.name.partition("_bf16")[0] for d in drawings} | set(absent) == set(FIGURES)
         assert all(reason for reason in absent.values())

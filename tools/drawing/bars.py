@@ -15,8 +15,8 @@ def grouped(axes: Axes, panel: Panel, ids: dict[str, str]) -> dict[str, list]:
         here = [(line, p) for line in panel.lines for p in line.points if p.x == i]
         for j, (line, p) in enumerate(here):
             place = i + (j - (len(here) - 1) / 2) * width
-            look = {"width": 0.92 * width, "color": line.look["color"], "label": line.label}
-            axes.bar(place, p.y, gid=f"{ids[line.label]}-{i}", **look)
+            look = {"width": 0.92 * width, "color": line.look["color"], "clip_on": False}
+            axes.bar(place, p.y, gid=f"{ids[line.label]}-{i}", label=line.label, **look)
             spots[line.label].append((place, p.y))
     if panel.y.rule is not None:
         axes.axhline(panel.y.rule, color=style.FLOOR, linestyle=(0, (4, 2)), zorder=1)
@@ -41,7 +41,8 @@ def stacked(axes: Axes, panel: Panel, ids: dict[str, str]) -> dict[str, list]:
                 spots[line.label].append((p.y, i))
                 continue
             spots[line.label].append((left[i] + p.y / 2, i))
-            look = {"height": 0.72, "edgecolor": style.PAPER, "linewidth": 0.5, **line.look}
+            look = {"height": 0.72, "edgecolor": style.PAPER, "linewidth": 0.5, "clip_on": False}
+            look |= line.look
             axes.barh(i, p.y, left=left[i], gid=name, label=line.label, **look)
             left[i] += p.y
     for i, end in enumerate(left):

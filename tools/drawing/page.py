@@ -98,7 +98,10 @@ def swatch(look: dict[str, Any]) -> str:
     if look.get("marker"):
         fill = look.get("markerfacecolor", colour)
         fill = "var(--paper)" if fill in ("none", style.PAPER) else to_hex(fill)
-        parts.append(f'<path d="{_marker(look["marker"])}" fill="{fill}" stroke="currentColor"/>')
+        shape = 'circle cx="17" cy="7" r="4.5"'
+        if look["marker"] != "o":
+            shape = f'path d="{_marker(look["marker"])}"'
+        parts.append(f'<{shape} fill="{fill}" stroke="currentColor"/>')
     return "".join(parts) + "</svg>"
 
 
@@ -106,7 +109,7 @@ def _marker(marker: str) -> str:
     made = MarkerStyle(marker)
     shape = made.get_path().transformed(made.get_transform()).to_polygons(closed_only=False)
     return "".join(
-        "M" + "L".join(f"{17 + 9 * x:.1f} {7 - 9 * y:.1f}" for x, y in part) for part in shape
+        "M" + "L".join(f"{17 + 9 * x:.3g} {7 - 9 * y:.3g}" for x, y in part) for part in shape
     )
 
 

@@ -6,6 +6,7 @@ Ids in an SVG: `NAME-l2` begins those of all that belongs to the drawing's line 
 
 import io
 import math
+from collections.abc import Iterable
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from tools.drawing import style, ticks
 from tools.drawing.chart import Drawing, Line, Panel
 
+FURTHER = 1.5  # by which a line that is not drawn at first may widen an axis
 RULE = {"color": style.FLOOR, "linewidth": 1.4}
 
 
@@ -41,6 +43,8 @@ def bare_svg(drawing: Drawing) -> tuple[str, list[list]]:
                 places = one.transData.transform(spots[i][line.label])
                 points = found[drawing.labels.index(line.label)]
                 for p, (x, y) in zip(line.points, places.tolist(), strict=True):
+                    if not one.bbox.padded(2).contains(x, y):
+                        continue
                     spot = [round(scale * x, 1), round(height - scale * y, 1)]
                     points.append([*spot, i, *_words(panel, p)])
         return _saved(made, "svg", metadata={"Date": None}).decode(), found
@@ -112,7 +116,9 @@ def lines(axes: Axes, panel: Panel, ids: dict[str, str]) -> dict[str, list]:
         axes.axhline(panel.y.rule, zorder=1, **RULE)
     for line in panel.lines:
         x, y = [p.x for p in line.points], [p.y for p in line.points]
-        axes.plot(x, y, gid=ids[line.label], label=line.label, **line.look)
+        # It is cut where it may leave the panel.
+        options = {"gid": ids[line.label], "label": line.label, "clip_on": _leaves(line)}
+        axes.plot(x, y, **options, **line.look)
         _whiskers(axes, line, ids[line.label])
     sizes = {p.x for line in panel.lines for p in line.points}
     if panel.x == "step":
@@ -131,6 +137,7 @@ def _whiskers(axes: Axes, line: Line, name: str) -> None:
             [p.high for p in spread],
             color=line.look.get("color", style.INK),
             linewidth=1,
+            clip_on=_leaves(line),
         )
         bars.set_gid(f"{name}-w")
 
@@ -162,13 +169,23 @@ def _y_axes(axes: list[Axes], panels: tuple[Panel, ...], across: int) -> None:
 
 
 def _limits(panel: Panel) -> tuple[float, float]:
-    """The least and the largest value; what only bounds the lines may leave the panel."""
-    within = [line for line in panel.lines if not line.bound] or panel.lines
-    values = [
-        v for line in within for p in line.points for v in (p.y, p.low, p.high) if v is not None
-    ]
-    values += [] if panel.y.rule is None else [panel.y.rule]
+    """The least and the largest value of the main lines, a little more for those switched on."""
+    within = [line for line in panel.lines if not _leaves(line)] or panel.lines
+    main = _values(within) + ([] if panel.y.rule is None else [panel.y.rule])
+    low, high = min(main) / FURTHER, max(main) * FURTHER
+    others = _values(line for line in panel.lines if not line.bound)
+    values = [*main, *(value for value in others if low <= value <= high)]
     return min(values), max(values)
+
+
+def _leaves(line: Line) -> bool:
+    """Whether it may leave the panel: what only bounds the others, or is not drawn at first."""
+    return line.bound or not line.main
+
+
+def _values(lines: Iterable[Line]) -> list[float]:
+    found = (v for line in lines for p in line.points for v in (p.y, p.low, p.high))
+    return [value for value in found if value is not None]
 
 
 def _words(panel: Panel, p) -> list[str]:

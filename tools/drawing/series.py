@@ -22,16 +22,18 @@ class Words(NamedTuple):
     caption: str
 
 
-def by_size(found: Sequence[Result], what: str, x: str = "N", most: int = 4) -> dict[str, Panels]:
+def by_size(
+    found: Sequence[Result], what: str, x: str = "N", most: int = 4, **options
+) -> dict[str, Panels]:
     """The panels of each setting: against N, one for each B, or the other way round; of more than
-    `most` the ends and some between.
+    `most` the ends and some between. options: those of `style.settings`.
 
     Raises Absent where no setting has a line to draw.
     """
     other = "B" if x == "N" else "N"
     groups: dict[str, Panels] = {}
     reason = Absent("")
-    for text, group in style.settings(found, what).items():
+    for text, group in style.settings(found, what, **options).items():
         try:
             panels = style.spread(style.panels_over(group, x), most)
         except Absent as error:

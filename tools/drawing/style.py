@@ -6,7 +6,7 @@ the colours of its theme.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tools.cases import Result, order, setting_text
 from tools.drawing.chart import Absent
@@ -47,11 +47,15 @@ RC = {
 }
 
 
-def settings(results: Iterable[Result], phase: str) -> dict[str, list[Result]]:
+def settings(
+    results: Iterable[Result],
+    phase: str,
+    main: Callable[[Sequence[Result]], set[str]] = lambda group: set(),
+) -> dict[str, list[Result]]:
     """The results of each setting, the setting with the most results first.
 
     Raises Absent when there are none. With more lines than a panel carries, unusual variants go,
-    and the text says how many lines are left.
+    the labels of `main` last, and the text says how many lines are left.
     """
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -61,7 +65,7 @@ def settings(results: Iterable[Result], phase: str) -> dict[str, list[Result]]:
     if not groups:
         raise Absent(f"no {phase} results")
     ranked = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    few = [(text, *_few_lines(sorted(group, key=order))) for text, group in ranked]
+    few = [(text, *_few_lines(sorted(group, key=order), main(group))) for text, group in ranked]
     return {text + left: group for text, group, left in few}
 
 
@@ -107,23 +111,13 @@ def lines(results: Iterable[Result]) -> list[list[Result]]:
     return list(found.values())
 
 
-def _few_lines(results: list[Result]) -> tuple[list[Result], str]:
-    """As many lines as a panel carries, and the words for it where some are left out."""
-    count_ = len({result.label for result in results})
-    if count_ <= MOST_LINES:
-        return results, ""
-    left = results
-    for keeps in (
-        lambda r: len(r.unusual) <= 2,
-        # Another sum of the methods that choose theirs; how dense methods do with it stays.
-        lambda r: "reduce" not in r.unusual or r.usual.get("reduce") == "collective",
-        lambda r: len(r.unusual) <= 1,
-        lambda r: "mask" not in r.unusual,
-        lambda r: not r.unusual,
-    ):
-        left = [result for result in results if keeps(result)] or left
-        if len({result.label for result in left}) <= MOST_LINES:
-            break
-    kept = len({result.label for result in left})
-    words = f"; {kept} of {count_} lines, the others are in the tables"
-    return left, words if kept < count_ else ""
+def _few_lines(results: list[Result], main: set[str]) -> tuple[list[Result], str]:
+    """As many lines as a panel carries, those with the fewest variants first, and the words for it
+    where some are left out.
+    """
+    ranked = sorted(results, key=lambda r: (r.label not in main, len(r.unusual), order(r)[-2:]))
+    labels = list(dict.fromkeys(result.label for result in ranked))
+    kept = labels[:MOST_LINES]
+    words = f"; {len(kept)} of {len(labels)} lines, the others are in the tables"
+    left = [result for result in results if result.label in kept]
+    return left, words if len(kept) < len(labels) else ""

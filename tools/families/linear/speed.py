@@ -94,10 +94,11 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
         f"grey rule at 1; below 1 the method is faster. Medians of {results.clock}, the slowest "
         "rank counts, with 95% intervals. The dashed grey line is the limit of the machine for the "
         "method that it would let run fastest, where it lies within the axis. "
-        "Lines that differ by less than 1.5% everywhere are one."
+        "Lines that differ by less than 1.5% everywhere are one; one that is switched on may leave "
+        "the panel where it lies far from the others."
     )
     title = f"{WORDS.get(phase, phase)}: time over that of dense TP, against {x}"
-    groups = series.by_size(compared, phase, x)
+    groups = series.by_size(compared, phase, x, main=leading)
     y = Axis(f"time / {REFERENCE}\n(below 1: faster)", "{:.3f}".format, "ratio", 1)
     words = Words(f"{phase}_vs_{x}", title, caption)
     options = {"look": line_style, "extra": floor, "main": leading}
