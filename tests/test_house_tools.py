@@ -112,6 +112,7 @@ def test_a_made_up_family_goes_through_every_tool(tmp_path, moved_in, mixed, cap
     assert summary.main([old, layers, "--readme", str(readme)]) == 0
     assert "| halves | 16000 | 0.240 |" in readme.read_text()
     assert readme.read_text().endswith("the end\n")
+    assert "dense_single" not in readme.read_text()  # a family is given its own results alone
 
 
 def test_its_verdict_follows_the_samples(tmp_path, moved_in):
