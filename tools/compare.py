@@ -37,44 +37,51 @@ from tools.stats import (
     judge,
     median,
     ratio_of_runs,
-)  # fmt: skip
+)
 from tools.tables import Column, as_csv, as_markdown, as_text, change, milliseconds, number
 
-VERDICTS = ("slower", "faster", "unsure", "same")
+VERDICTS = ("slower", "faster", "unsure", "same", "missing", "new")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One case of both sides, a result a run; `ratio` is new over old. `judged` is false where
-    `note` says why.
+    """One case, a result a run of each side; `ratio` is new over old, None where one side has it
+    not. `note` says why the case is not judged.
     """
 
     old: tuple[Result, ...]
     new: tuple[Result, ...]
-    ratio: Interval
+    ratio: Interval | None
     verdict: str
     note: str = ""
 
     @property
     def id(self) -> str:
         """The case's."""
-        return self.old[0].id
+        return (self.old or self.new)[0].id
 
     @property
-    def judged(self) -> bool:
-        """Whether the two measurements could be compared at all."""
-        return not self.note
+    def cells(self) -> dict:
+        """The row of the table."""
+        sides = {"old": self.old, "new": self.new}
+        medians = {side: _median(runs) for side, runs in sides.items() if runs}
+        change = self.ratio and self.ratio.value
+        known = {"id": self.id, "ratio": self.ratio, "change": change, "verdict": self.verdict}
+        return known | medians | {"note": self.note}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All cases of the runs of two sides: those of both, in reading order, and those of one."""
+    """All cases of the runs of two sides: those of both, in reading order, then those of one."""
 
     old: tuple[Results, ...]
     new: tuple[Results, ...]
     rows: tuple[Row, ...]
-    missing: tuple[tuple[Result, ...], ...]
-    added: tuple[tuple[Result, ...], ...]
+
+    @property
+    def both(self) -> list[Row]:
+        """The rows of cases that both sides have."""
+        return [row for row in self.rows if row.ratio]
 
 
 COLUMNS = (
@@ -109,14 +116,9 @@ def compare(
                 "them all the same"
             )
     before, after = _by_id(old), _by_id(new)
-    rows = [_row(before[key], after[key], threshold) for key in before if key in after]
-    return Comparison(
-        tuple(old),
-        tuple(new),
-        tuple(sorted(rows, key=lambda row: VERDICTS.index(row.verdict))),
-        tuple(runs for key, runs in before.items() if key not in after),
-        tuple(runs for key, runs in after.items() if key not in before),
-    )
+    rows = [_row(before.get(key, ()), after.get(key, ()), threshold) for key in before | after]
+    rows.sort(key=lambda row: VERDICTS.index(row.verdict))
+    return Comparison(tuple(old), tuple(new), tuple(rows))
 
 
 def _by_id(side: Sequence[Results]) -> dict[str, tuple[Result, ...]]:
@@ -130,53 +132,25 @@ def _by_id(side: Sequence[Results]) -> dict[str, tuple[Result, ...]]:
 
 def failures(comparison: Comparison, limit: float) -> list[str]:
     """Why a gate at `limit` (0.05 for 5%) fails, one line each; empty when it passes."""
-    slower = [
-        row
-        for row in comparison.rows
-        if row.judged and row.ratio.value > 1 + limit and row.ratio.low > 1
-    ]
     lines = [
         f"{row.id} is slower: {change(row.ratio.value)}, and {100 * limit:.4g}% is allowed"
-        for row in slower
+        for row in comparison.both
+        if not row.note and row.ratio.value > 1 + limit and row.ratio.low > 1
     ]
-    lines += [f"{runs[0].id} is missing from the new results" for runs in comparison.missing]
     lines += [
-        f"{row.id} could not be judged: {row.note}" for row in comparison.rows if not row.judged
-    ]
-    return lines
-
-
-def as_rows(comparison: Comparison) -> list[dict]:
-    """The rows of the table, missing and new cases included."""
-    rows: list[dict] = [
-        {
-            "id": row.id,
-            "old": _median(row.old),
-            "new": _median(row.new),
-            "ratio": row.ratio,
-            "change": row.ratio.value,
-            "verdict": row.verdict,
-            "note": row.note,
-        }
+        f"{row.id} is missing from the new results"
         for row in comparison.rows
+        if row.verdict == "missing"
     ]
-    rows += [
-        {"id": runs[0].id, "old": _median(runs), "verdict": "missing", "note": "only in old"}
-        for runs in comparison.missing
+    return lines + [
+        f"{row.id} could not be judged: {row.note}" for row in comparison.both if row.note
     ]
-    rows += [
-        {"id": runs[0].id, "new": _median(runs), "verdict": "new", "note": "only in new"}
-        for runs in comparison.added
-    ]
-    return rows
 
 
 def summary(comparison: Comparison) -> list[str]:
     """What the table comes to, in a few lines."""
-    rows = comparison.rows
-    counts = [f"{sum(row.verdict == name for row in rows)} {name}" for name in VERDICTS]
-    counts += [f"{len(comparison.missing)} missing", f"{len(comparison.added)} new"]
-    lines = [", ".join(counts) + "."]
+    rows, found = comparison.both, [row.verdict for row in comparison.rows]
+    lines = [", ".join(f"{found.count(name)} {name}" for name in VERDICTS) + "."]
     if rows:
         mean = geometric_mean([row.ratio.value for row in rows])
         lines.append(f"Geometric mean of new/old over {len(rows)} cases: {change(mean)}.")
@@ -219,7 +193,7 @@ def main(argv: list[str]) -> int:
         threshold=options.threshold,
         across_devices=options.across_devices,
     )
-    rows, lines = as_rows(comparison), summary(comparison)
+    rows, lines = [row.cells for row in comparison.rows], summary(comparison)
     if options.markdown:
         names = f"{', '.join(options.old)} → {', '.join(options.new)}"
         title = f"## {names}\n\n{comparison.new[0].title}\n\n"
@@ -238,6 +212,10 @@ def main(argv: list[str]) -> int:
 
 
 def _row(old: tuple[Result, ...], new: tuple[Result, ...], threshold: float | None) -> Row:
+    if not new:
+        return Row(old, new, None, "missing", "only in old")
+    if not old:
+        return Row(old, new, None, "new", "only in new")
     before, after = ([result.samples for result in side] for side in (old, new))
     first, *others = (_options_of(result) for result in (*old, *new))
     notes = dict.fromkeys(  # each once, in order

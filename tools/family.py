@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from tools.case_table import case_table
 from tools.cases import PLAIN, Naming, Results
 from tools.drawing.chart import Absent, Drawing
 from tools.judged import Verdict
-from tools.tables import Column, Table, milliseconds, number
+from tools.tables import Table
 
 README_ROWS, README_COLUMNS = 8, 8
 TIMES = (
@@ -36,22 +37,6 @@ TIMES = (
     ),
 )
 
-CASES = (
-    Column("id", "case"),
-    number("median", "median ms", milliseconds),
-    number("p95", "p95 ms", milliseconds),
-    number("samples", "samples"),
-)
-
-
-def plain_tables(results: Results) -> list[Table]:
-    """The times of every case, whatever its family."""
-    rows = [
-        {"id": r.id, "median": r.median, "p95": r.p95, "samples": len(r.samples)}
-        for r in results.results
-    ]
-    return [Table("Times of every case", CASES, rows)]
-
 
 @dataclass(frozen=True)
 class Written:
@@ -80,7 +65,9 @@ class Family:
     question: str = ""
     reading: tuple[tuple[str, str], ...] = TIMES
     figures: dict[str, Callable[[Results], list[Drawing]]] = field(default_factory=dict)
-    tables: Callable[[Results], list[Table]] = plain_tables
+    tables: Callable[[Results], list[Table]] = lambda results: [
+        case_table("Times of every case", results.results)
+    ]
     judge: Callable[[Results, float], list[Verdict]] | None = None
     readme: Callable[[Results], Written | None] = lambda results: None
     full: Callable[[Results], list[Written]] = lambda results: []

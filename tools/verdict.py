@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 from tools.cases import CPU_CAVEAT, Results
@@ -43,33 +44,32 @@ def line(judgement: Judgement) -> str:
     return f"{judgement.title}: {judgement.status}, {judgement.words}"
 
 
-def as_plain(verdicts: list[Verdict], results: Results, every: bool = False) -> str:
-    """The verdicts as terminal text; `every` adds points and what stands beside."""
-    lines = [*_head(verdicts, results), ""]
+def written(
+    verdicts: list[Verdict], results: Results, every: bool = False, *, markdown: bool = False
+) -> str:
+    """The verdicts as terminal text or Markdown; `every` adds points and what stands beside."""
+    said = NOTHING if not verdicts else NO_GPU if results.cpu else ""
+    lines = ["# Verdict", ""] * markdown + [results.title] + ["", said] * bool(said) + [""]
+    mark, margin = ("- ", "") if markdown else ("", " " * 4)
     for verdict in verdicts:
-        lines += [f"{verdict.name}  {verdict.claim}", f"    {verdict.sentence}", ""]
+        head = (
+            f"## {verdict.name}: {verdict.claim}\n"
+            if markdown
+            else f"{verdict.name}  {verdict.claim}"
+        )
+        lines += [head, margin + verdict.sentence, ""]
         for judgement in verdict.judgements if every else verdict.deciding:
-            lines.append(f"    {_beside(judgement)}{line(judgement)}")
+            beside = "" if judgement.decides else "beside: "
+            lines.append(f"{margin}{mark}{beside}{line(judgement)}")
             if every and judgement.points:
                 table = verdict.table(judgement)
-                rows = [f"        {row}" for row in as_text(table.columns, table.rows).splitlines()]
-                lines += [*rows, f"        {table.words}".rstrip(), ""]
-        if verdict.beside and not every:
-            lines.append(f"    beside it: {len(verdict.beside)} more lines, with --all")
-        lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def as_page(verdicts: list[Verdict], results: Results, every: bool = False) -> str:
-    """The verdicts as Markdown; `every` adds points and what stands beside."""
-    lines = ["# Verdict", "", *_head(verdicts, results), ""]
-    for verdict in verdicts:
-        lines += [f"## {verdict.name}: {verdict.claim}", "", verdict.sentence, ""]
-        for judgement in verdict.judgements if every else verdict.deciding:
-            lines.append(f"- {_beside(judgement)}{line(judgement)}")
-            if every and judgement.points:
-                table = verdict.table(judgement)
-                lines += ["", as_markdown(table.columns, table.rows), "", table.words, ""]
+                if markdown:
+                    lines += ["", as_markdown(table.columns, table.rows), "", table.words, ""]
+                else:
+                    text = f"{as_text(table.columns, table.rows)}\n{table.words}"
+                    lines += [indent(text, 2 * margin).rstrip(), ""]
+        if verdict.beside and not every and not markdown:
+            lines.append(f"{margin}beside it: {len(verdict.beside)} more lines, with --all")
         lines.append("")
     return "\n".join(lines).rstrip() + "\n"
 
@@ -97,15 +97,6 @@ def _plain(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _head(verdicts: list[Verdict], results: Results) -> list[str]:
-    said = NOTHING if not verdicts else NO_GPU if results.cpu else ""
-    return [results.title] + ["", said] * bool(said)
-
-
-def _beside(judgement: Judgement) -> str:
-    return "" if judgement.decides else "beside: "
-
-
 def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
     options = _options(argv)
@@ -116,10 +107,12 @@ def main(argv: list[str]) -> int:
         save(options.json, data)
     if options.out:
         save(Path(options.out) / "verdict.json", data)
-        save(Path(options.out) / "verdict.md", as_page(verdicts, results, options.all))
+        save(
+            Path(options.out) / "verdict.md", written(verdicts, results, options.all, markdown=True)
+        )
     for note in results.notes:
         print(f"note: {note}")
-    print(as_plain(verdicts, results, options.all), end="")
+    print(written(verdicts, results, options.all), end="")
     return 0
 
 

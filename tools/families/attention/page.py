@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 
+from tools.case_table import case_table
 from tools.cases import Result, Results
 from tools.families.attention.points import (
     FLEX,
@@ -30,8 +31,7 @@ from tools.families.attention.tables import (
     ratio_rows,
 )
 from tools.family import TIMES, Family
-from tools.stats import Interval, combine
-from tools.tables import Column, Table, count, figure, milliseconds, number, percent, seconds, size
+from tools.tables import Column, Table, figure, number, percent, seconds, size
 
 READING = (
     *TIMES,
@@ -52,12 +52,11 @@ READING = (
     ),
 )
 EXAMPLE = "causal 4096"
-TENSORS = ("output", "grad_q", "grad_k", "grad_v")
 WHERE = (*PLACE[:4], Column("dtype", "dtype"), PLACE[4])
 
 
 def tables(results: Results) -> list[Table]:
-    """Ratios, cases and errors of each phase, then the patterns."""
+    """Ratios and cases of each phase, then the patterns."""
     found, made = attention(results), []
     for phase, words in PHASES.items():
         made += _phase(f"Attention, {words}", [r for r in found if r.case.phase == phase])
@@ -83,8 +82,7 @@ def _phase(title: str, here: Sequence[Result]) -> list[Table]:
     rows = [_best(row) for row in ratio_rows(here, here) if any(" / " in key for key in row)]
     return [
         Table(f"{title}: ratios of speed", ratios, rows, "points", example=EXAMPLE),
-        Table(title, CASES, [_case(result) for result in here], example=EXAMPLE),
-        Table(f"{title}: errors", _error_columns(), list(map(_errors, here)), example=EXAMPLE),
+        case_table(title, here, WHERE, lambda r: place(point_of(r.case)), EXAMPLE),
     ]
 
 
@@ -93,73 +91,6 @@ def _best(row: dict) -> dict:
     peer = fastest(row[name] for name in PEERS if name in row)
     if peer and OURS in row and point_of(peer.case).pattern is None:
         row["best peer"] = speed(row[OURS], peer)
-    return row
-
-
-CASES = (
-    *WHERE,
-    Column("method", "method"),
-    number("median", "median ms [95%]", lambda value: _times(value)),
-    number("samples", "samples"),
-    number("tflops", "TFLOP/s", figure),
-    number("matrix", "of the matrix rate", percent),
-    number("limit", "of its limit", percent),
-    number("tokens_per_s", "tokens/s", count),
-    number("forward", "forward ms", milliseconds),
-    number("backward", "backward ms", milliseconds),
-    number("peak", "peak memory", size),
-    number("inputs", "inputs", size),
-    Column("path", "path"),
-    Column("timing", "timing"),
-    Column("id", "case"),
-)
-
-
-def _case(result: Result) -> dict:
-    regions = {name: region.p50 for name, region in result.regions.items()}
-    timing = (str(result.timing[k]) for k in ("mode", "l2") if result.timing.get(k))
-    return place(point_of(result.case)) | {
-        "id": result.id,
-        "method": result.label,
-        "median": combine(lambda median: median, [result.samples]),
-        "samples": len(result.samples),
-        "tflops": result.rates.get("tflops"),
-        "matrix": result.rates.get("matrix_fraction"),
-        "limit": result.rates.get("limit_fraction"),
-        "tokens_per_s": result.rates.get("tokens_per_s"),
-        "forward": regions.get("forward"),
-        "backward": regions.get("backward"),
-        "peak": result.memory.get("peak_bytes"),
-        "inputs": result.memory.get("input_bytes"),
-        "path": "; ".join(f"{name}: {path}" for name, path in result.paths.items()) or None,
-        "timing": " ".join(timing),
-    }
-
-
-def _times(value: Interval) -> str:
-    middle = milliseconds(value.value)
-    ends = f"[{milliseconds(value.low)}, {milliseconds(value.high)}]"
-    return f"{middle} {ends}" if value.enough else middle
-
-
-def _error_columns() -> list[Column]:
-    columns = [*WHERE, Column("method", "method")]
-    for tensor in TENSORS:
-        columns.append(number(tensor, tensor, figure))
-        columns.append(number(f"{tensor} ratio", "over reference", figure))
-        columns.append(number(f"{tensor} max", "largest", figure))
-    return [*columns, number("limit", "limit", figure)]
-
-
-def _errors(result: Result) -> dict:
-    row = place(point_of(result.case)) | {"method": result.label}
-    for tensor, errors in result.errors.items():
-        row |= {
-            tensor: errors.get("relative"),
-            f"{tensor} ratio": errors.get("ratio"),
-            f"{tensor} max": errors.get("max"),
-            "limit": errors.get("limit"),
-        }
     return row
 
 

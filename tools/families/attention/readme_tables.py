@@ -145,10 +145,6 @@ def _few(results: Sequence[Result]) -> tuple[list[Result], str]:
     kinds = defaultdict(list)
     for point in points:
         kinds[point.tier, point.D, point.causal].append(point)
-    kept = {
-        kind[round(i * (len(kind) - 1) / (OF_A_KIND - 1))]
-        for kind in kinds.values()
-        for i in range(OF_A_KIND)
-    }
+    kept = {point for kind in kinds.values() for point in spread(kind, OF_A_KIND)}
     shown = [r for r in results if point_of(r.case) in kept]
     return shown, f" ({len(kept)} of {len(points)} points; the report has the others)"

@@ -2,24 +2,25 @@
 
 import functools
 
+from tools.case_table import case_table
 from tools.cases import Results
-from tools.families.linear.case_table import phase_table
 from tools.families.linear.costs import (
     errors_vs_size,
     memory_vs_size,
     quality_speed_vs_size,
     time_per_weight_byte_vs_size,
 )
-from tools.families.linear.hypotheses import judge_all
+from tools.families.linear.hypotheses import beats_dense, judge_all
 from tools.families.linear.limits import over_floor
-from tools.families.linear.naming import NAMING, PHASES
+from tools.families.linear.naming import NAMING
+from tools.families.linear.opponents import usual_name
 from tools.families.linear.readme_tables import full, readme
 from tools.families.linear.regions import less_layout_fix_vs_size, regions_vs_size
 from tools.families.linear.speed import phase_vs_batch, phase_vs_size
-from tools.families.linear.speed_table import speed_table
 from tools.families.linear.steps import drift_by_step, step_breakdown
 from tools.family import TIMES, Family
-from tools.tables import Table
+from tools.stats import THRESHOLD
+from tools.tables import Column, Table, number
 
 READING = (
     *TIMES,
@@ -61,12 +62,51 @@ FIGURES = {
 }
 
 
+WHERE = (
+    number("N", "N"),
+    number("B", "B"),
+    Column("mask", "mask"),
+    Column("optimizer", "optimizer"),
+)
+TITLES = {
+    "correctness": "Correctness: output and all gradients against the truth",
+    "forward": "Forward",
+    "backward": "Backward: forward and the gradient of the input, weights frozen",
+    "training": "Training: one step",
+    "drift": "Drift: T forward-only steps",
+}
+
+
 def tables(results: Results) -> list[Table]:
     """Speed at every N and B, then every case, phase by phase."""
-    found = {r.case.phase for r in results.results}
-    phases = [p for p in PHASES if p in found] + sorted(found - set(PHASES))
-    speeds = speed_table(results)
-    return [speeds] * bool(speeds.rows) + [phase_table(results, phase) for phase in phases]
+    made, phases = [speed_table(results)], [result.case.phase for result in results.results]
+    for phase in [p for p in TITLES if p in phases] + sorted(set(phases) - set(TITLES)):
+        found = [result for result in results.results if result.case.phase == phase]
+        title = TITLES.get(phase, phase)
+        made.append(case_table(title, found, WHERE, example="block_shock 4096"))
+    return [table for table in made if table.rows]
+
+
+def speed_table(results: Results) -> Table:
+    """Lines and N down, B across: above 1 Block-Shock is faster."""
+    usual = usual_name(results)
+    note = (
+        f"Time of {usual}, the faster of dense_tp_row and dense_tp_column, over that of the line: "
+        "above 1 the line is faster. An asterisk marks a difference of less than "
+        f"{100 * THRESHOLD:g}%, or one that the samples do not show with 95% confidence."
+    )
+    rows: dict[tuple, dict] = {}
+    found = [j for j in beats_dense(results, THRESHOLD).judgements if j.opponent == usual]
+    for judgement in found:
+        for point in sorted(judgement.points, key=lambda point: point.N):
+            row = rows.setdefault((point.of, point.N), {"line": point.of, "N": point.N})
+            mark = "" if point.verdict in ("faster", "slower") else "*"
+            row[f"B{point.B}"] = f"{1 / point.ratio.value:.2f}{mark}"
+    batches = sorted({point.B for judgement in found for point in judgement.points})
+    columns = [Column("line", "line"), number("N", "N")]
+    columns += [number(f"B{b}", f"B = {b}") for b in batches]
+    title = f"Forward: speed against {usual}"
+    return Table(title, columns, list(rows.values()), "rows", example="block_shock", note=note)
 
 
 FAMILY = Family(
