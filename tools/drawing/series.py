@@ -10,8 +10,19 @@ from tools.drawing import style
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point, merged
 
 Value = Callable[[Result], float | Point | None]
-# (title, name of the x axis, results) of each panel
-Panels = list[tuple[str, str, list[Result]]]
+
+
+class Sketch(NamedTuple):
+    """A panel before its lines are made. y, value: where they are not those of the whole figure;
+    extra: lines of other things, such as a limit.
+    """
+
+    title: str
+    x: str  # the name of its axis
+    results: list[Result]
+    y: Axis | None = None
+    value: Value | None = None
+    extra: Iterable[Line] = ()
 
 
 class Words(NamedTuple):
@@ -24,14 +35,14 @@ class Words(NamedTuple):
 
 def by_size(
     found: Sequence[Result], what: str, x: str = "N", most: int = 4, **options
-) -> dict[str, Panels]:
+) -> dict[str, list[Sketch]]:
     """The panels of each setting: against N, one for each B, or the other way round; of more than
     `most` the ends and some between. options: those of `style.settings`.
 
     Raises Absent where no setting has a line to draw.
     """
     other = "B" if x == "N" else "N"
-    groups: dict[str, Panels] = {}
+    groups: dict[str, list[Sketch]] = {}
     reason = Absent("")
     for text, group in style.settings(found, what, **options).items():
         try:
@@ -39,7 +50,7 @@ def by_size(
         except Absent as error:
             reason = error
             continue
-        groups[text] = [(f"{other} = {value}", x, panel) for value, panel in panels]
+        groups[text] = [Sketch(f"{other} = {value}", x, panel) for value, panel in panels]
     if not groups:
         raise reason
     return groups
@@ -57,35 +68,35 @@ def line(results: Sequence[Result], x: Callable[[Result], float], value: Value, 
 
 def charts(
     results: Results,
-    groups: dict[str, Panels],
+    groups: dict[str, list[Sketch]],
     words: Words,
-    y: Axis,
-    value: Value,
+    y: Axis | None = None,
+    value: Value | None = None,
     *,
     look: Callable[[Result], dict],
     x: Callable[..., float] = lambda result, name: getattr(result.case, name),
-    extra: Callable[[Sequence[Result]], Iterable[Line]] = lambda panel: (),
     main: Callable[[Sequence[Result]], set[str]] | None = None,
     **options,
 ) -> list[Drawing]:
-    """A drawing for each setting. extra: lines of other things, such as a limit, in each panel;
-    main: the labels of a setting that are drawn at first; options: those of Drawing.
+    """A drawing for each setting. main: the labels of a setting that are drawn at first; options:
+    those of Drawing.
     """
     drawings = []
-    for text, panels in groups.items():
-        every = [result for *_, panel in panels for result in panel]
+    for text, sketches in groups.items():
+        every = [result for sketch in sketches for result in sketch.results]
         shown = main(every) if main else {result.label for result in every}
-        made, beside = [], []
-        for title, name, panel in panels:
-            place = functools.partial(x, name=name)
-            found = (line(one, place, value, look) for one in style.lines(panel))
+        made = []
+        for sketch in sketches:
+            place = functools.partial(x, name=sketch.x)
+            found = (
+                line(one, place, sketch.value or value, look) for one in style.lines(sketch.results)
+            )
             lines = tuple(replace(one, main=one.label in shown) for one in found if one.points)
-            made.append(Panel(title, lines, name, y))
-            beside.append(tuple(extra(panel)))
+            made.append(Panel(sketch.title, lines, sketch.x, sketch.y or y))
         whole = [
-            Panel(p.title, p.lines + more, p.x, p.y)
-            for p, more in zip(merged(made), beside, strict=True)
-            if p.lines
+            replace(panel, lines=(*panel.lines, *sketch.extra))
+            for panel, sketch in zip(merged(made), sketches, strict=True)
+            if panel.lines
         ]
         if whole:
             drawings.append(drawn(results, words, text, groups, whole, **options))

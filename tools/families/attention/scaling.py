@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from tools.cases import Result, Results
 from tools.drawing import series
 from tools.drawing.chart import Absent, Axis, Drawing, Line
-from tools.drawing.series import Words
+from tools.drawing.series import Sketch, Words
 from tools.families.attention.looks import line_style
 from tools.families.attention.points import PHASES, point_of
 from tools.families.attention.speed import dense, groups_of, panels_of
@@ -46,17 +46,18 @@ def memory_vs_tokens(results: Results, phase: str) -> list[Drawing]:
     title = f"Attention, {PHASES[phase]}: memory against sequence length"
     words = Words(f"attention_{phase}_memory_vs_T", title, caption)
     axis = ("memory", size, "bytes")
-    peak = lambda r: r.memory["peak_bytes"]  # noqa: E731
-    return _against_tokens(results, found, phase, words, axis, peak, _inputs)
+    return _against_tokens(
+        results, found, phase, words, axis, lambda r: r.memory["peak_bytes"], _inputs
+    )
 
 
 def matrix_share(results: Results, phase: str) -> list[Drawing]:
     """The share of the machine's matrix rate that each method reaches, against T."""
     found = [r for r in dense(results, phase) if "matrix_fraction" in r.rates]
-    groups = {}
-    for text, group in groups_of(found, phase).items():
-        panels = [(words, "T", _largest(panel)) for words, panel in panels_of(group)]
-        groups[text] = [panel for panel in panels if len(_lengths(panel[2])) > 1]
+    groups = groups_of(found, phase)
+    for text, group in groups.items():
+        panels = [Sketch(words, "T", _largest(panel)) for words, panel in panels_of(group)]
+        groups[text] = [panel for panel in panels if len(_lengths(panel.results)) > 1]
     caption = (
         "Arithmetic of the pairs that attend, over the time, as a share of what a dense matrix "
         "product reaches on this machine. The softmax is not counted: it takes time and adds "
@@ -65,8 +66,7 @@ def matrix_share(results: Results, phase: str) -> list[Drawing]:
     title = f"Attention, {PHASES[phase]}: share of the matrix rate"
     words = Words(f"attention_{phase}_matrix_share", title, caption)
     y = Axis("of the matrix rate (%)", "{:.1f}%".format, "even", 100)
-    share = lambda r: 100 * r.rates["matrix_fraction"]  # noqa: E731
-    return _charts(results, groups, words, y, share)
+    return _charts(results, groups, words, y, lambda r: 100 * r.rates["matrix_fraction"])
 
 
 def _against_tokens(
@@ -74,30 +74,23 @@ def _against_tokens(
 ) -> list[Drawing]:
     """Lines of a value against T, and what bounds it; a panel for each D and mask."""
     measured, write, scale = axis
-    drawings, settings = [], groups_of(found, phase)
-    for text, group in settings.items():
+    groups = groups_of(found, phase)
+    for text, group in groups.items():
         panels, per_head = _comparable(panels_of(group))
         part = _heads if per_head else lambda _: 1
         y = Axis(f"{measured} per head" if per_head else f"{measured} of a call", write, scale)
-        groups = {key: [] for key in settings}
-        groups[text] = [(of, "T", panel) for of, panel in panels]
-        if panels:
-            drawings += _charts(
-                results,
-                groups,
-                words,
-                y,
-                lambda r, part=part: value(r) / part(r),
-                extra=lambda panel, part=part: bound(panel, part),
-            )
-    if not drawings:
+        groups[text] = [
+            Sketch(of, "T", panel, y, lambda r, part=part: value(r) / part(r), bound(panel, part))
+            for of, panel in panels
+        ]
+    if not any(groups.values()):
         raise Absent("a line needs two values of T with as many queries as keys")
-    return drawings
+    return _charts(results, groups, words)
 
 
-def _charts(results: Results, groups: dict, words: Words, y: Axis, value, **options):
-    length = lambda result, name: _length(result)  # noqa: E731
-    return series.charts(results, groups, words, y, value, look=line_style, x=length, **options)
+def _charts(results: Results, groups: dict, words: Words, *measured) -> list[Drawing]:
+    options = {"look": line_style, "x": lambda result, name: _length(result)}
+    return series.charts(results, groups, words, *measured, **options)
 
 
 def _comparable(panels: list[tuple]) -> tuple[list[tuple[str, list[Result]]], bool]:

@@ -1,11 +1,9 @@
 """What it costs beside time: memory, time per byte of weight, and error."""
 
-from collections.abc import Sequence
-
 from tools.cases import Result, Results
 from tools.drawing import series, style
-from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point, merged
-from tools.drawing.series import Words
+from tools.drawing.chart import Absent, Axis, Drawing, Line, Point
+from tools.drawing.series import Sketch, Words
 from tools.families.linear.looks import line_style
 from tools.families.linear.opponents import way
 from tools.families.linear.speed import few
@@ -39,26 +37,25 @@ def memory_vs_size(results: Results) -> list[Drawing]:
     told = "Peak: the most that was allocated at once."
     caption += told if peak else "This device does not say how much was allocated at most."
     words, y = Words("memory_vs_N", title, caption), Axis("memory of a rank", _bytes, "bytes")
+    ring = {"linestyle": "none", "marker": "o", "markersize": 13, "color": style.MUTED}
+    ring |= {"markerfacecolor": "none", "markeredgecolor": style.MUTED}
+
+    def held(name: str) -> series.Value:
+        return lambda result: result.memory.get(name)
+
     groups = series.by_size(few(found), "forward results with memory", most=3)
-    drawings = []
-    for text, panels in groups.items():
-        made = [_memory("weights", panels[0][2], "weight_bytes", y)]
-        made += [_memory(f"peak, {of}", panel, "peak_bytes", y) for of, _, panel in panels]
-        first, *others = (panel for panel in merged(made) if panel.lines)
-        ring = {"linestyle": "none", "marker": "o", "markersize": 13, "color": style.MUTED}
-        ring |= {"markerfacecolor": "none", "markeredgecolor": style.MUTED}
+    for panels in groups.values():
         estimates = {
             (r.case.N, r.memory["weight_bytes_estimated"])
-            for r in panels[0][2]
+            for r in panels[0].results
             if "weight_bytes_estimated" in r.memory
         }
-        if estimates:
-            rings = Line(
-                "estimate of the weights", tuple(Point(*e) for e in sorted(estimates)), ring
-            )
-            first = Panel(first.title, (*first.lines, rings), "N", y)
-        drawings.append(series.drawn(results, words, text, groups, [first, *others]))
-    return drawings
+        points = tuple(Point(*estimate) for estimate in sorted(estimates))
+        rings = [Line("estimate of the weights", points, ring)] if points else []
+        weights = panels[0]._replace(title="weights", value=held("weight_bytes"), extra=rings)
+        peaks = [p._replace(title=f"peak, {p.title}", value=held("peak_bytes")) for p in panels]
+        panels[:] = [weights, *peaks]
+    return series.charts(results, groups, words, y, look=line_style)
 
 
 def time_per_weight_byte_vs_size(results: Results) -> list[Drawing]:
@@ -102,49 +99,26 @@ def errors_vs_size(results: Results) -> list[Drawing]:
         "that a method must keep to pass (rounding two partial sums and their sum costs √2)."
     )
     words = Words("errors_vs_N", "Error against the truth", caption)
-    drawings = []
-    for text, panels in groups.items():
+    tensors = [t for t in TENSORS if any(t in r.errors for r in found)]
+    for panels in groups.values():
         # Errors hardly depend on B, so one B is drawn; the tables have the others.
-        of, _, panel = max(reversed(panels), key=lambda item: len(item[2]))
-        tensors = [t for t in TENSORS if any(t in r.errors for r in panel)]
-        made, limits = [], []
-        for measure in MEASURES:
-            y = Axis(MEASURES[measure], "{:.3g}".format, "even" if measure == "ratio" else "log")
-            for tensor in tensors:
-                title = f"{TENSORS[tensor]}, {of}" if measure == "relative" else ""
-                made.append(Panel(title, _errors(panel, tensor, measure), "N", y))
-                limits.append(_limits(panel, tensor) if measure == "ratio" else [])
-        whole = [
-            Panel(p.title, (*p.lines, *limit), "N", p.y)
-            for p, limit in zip(merged(made), limits, strict=True)
-            if p.lines
-        ]
-        options = {"columns": max(2, len(tensors)), "height": 2.3, "checks": True}
-        drawings.append(series.drawn(results, words, text, groups, whole, **options))
-    return drawings
+        most = max(reversed(panels), key=lambda panel: len(panel.results))
+        panels[:] = [_errors(most, t, measure) for measure in MEASURES for t in tensors]
+    options = {"columns": max(2, len(tensors)), "height": 2.3, "checks": True}
+    return series.charts(results, groups, words, look=line_style, **options)
 
 
-def _errors(panel: Sequence[Result], tensor: str, measure: str) -> tuple[Line, ...]:
+def _errors(panel: Sketch, tensor: str, measure: str) -> Sketch:
     def value(result: Result) -> float | None:
         error = result.errors.get(tensor, {}).get(measure)
         # A log axis has no zero: an exact result is drawn in the ratio alone.
         return error if measure == "ratio" or error else None
 
-    return _lines(panel, value)
-
-
-def _limits(panel: Sequence[Result], tensor: str) -> list[Line]:
-    limits = {r.case.N: r.errors.get(tensor, {}).get("limit") for r in panel}
-    return series.grey("limit to pass", {n: one for n, one in limits.items() if one is not None})
-
-
-def _memory(title: str, panel: Sequence[Result], key: str, y: Axis) -> Panel:
-    return Panel(title, _lines(panel, lambda r: r.memory.get(key)), "N", y)
-
-
-def _lines(panel: Sequence[Result], value: series.Value) -> tuple[Line, ...]:
-    found = (series.line(one, lambda r: r.case.N, value, line_style) for one in style.lines(panel))
-    return tuple(one for one in found if one.points)
+    title = f"{TENSORS[tensor]}, {panel.title}" if measure == "relative" else ""
+    y = Axis(MEASURES[measure], "{:.3g}".format, "even" if measure == "ratio" else "log")
+    limits = {r.case.N: r.errors.get(tensor, {}).get("limit") for r in panel.results}
+    limits = {n: limit for n, limit in limits.items() if limit is not None and measure == "ratio"}
+    return Sketch(title, "N", panel.results, y, value, series.grey("limit to pass", limits))
 
 
 def _asked(results: Results, found, words: Words, y: Axis, value) -> list[Drawing]:

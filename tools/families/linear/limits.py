@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from tools.cases import Result, Results
 from tools.drawing import series, style
 from tools.drawing.chart import Absent, Axis, Drawing
-from tools.drawing.series import Panels, Words
+from tools.drawing.series import Sketch, Words
 from tools.families.linear.looks import line_style
 from tools.families.linear.speed import WORDS, few
 
@@ -35,7 +35,7 @@ def over_floor(results: Results, phase: str) -> list[Drawing]:
     )
 
 
-def _panels(group: Sequence[Result]) -> Panels:
+def _panels(group: Sequence[Result]) -> list[Sketch]:
     """The panels that have two sizes or more."""
     batches = {r.case.B for r in group}
     small = SMALL_BATCH if SMALL_BATCH in batches else min(batches)
@@ -45,5 +45,5 @@ def _panels(group: Sequence[Result]) -> Panels:
     for x, other, value in dict.fromkeys(wanted):
         panel = [r for r in group if getattr(r.case, other) == value]
         if len({getattr(r.case, x) for r in panel}) > 1:
-            panels.append((f"{other} = {value}", x, panel))
+            panels.append(Sketch(f"{other} = {value}", x, panel))
     return panels

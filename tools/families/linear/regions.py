@@ -1,9 +1,11 @@
 """Where the forward's time goes: all of it, the reduce, and copies made for a collective's sake."""
 
+from dataclasses import replace
+
 from tools.cases import Result, Results
 from tools.drawing import series, style
-from tools.drawing.chart import Absent, Axis, Drawing, Panel, Point, merged
-from tools.drawing.series import Words
+from tools.drawing.chart import Absent, Axis, Drawing, Point
+from tools.drawing.series import Sketch, Words
 from tools.families.linear.looks import line_style
 from tools.families.linear.speed import few
 from tools.tables import seconds
@@ -28,18 +30,10 @@ def regions_vs_size(results: Results) -> list[Drawing]:
     if not any("layout_fix" in r.regions for r in found):
         caption += " No method made a copy for layout's sake."
     words = Words("forward_regions_vs_N", "Forward: regions of a call", caption)
-    drawings = []
-    for text, panels in groups.items():
-        made = [
-            _panel(name, f"{SHOWN[name]}, {of}", panel)
-            for name in SHOWN
-            for of, _, panel in panels
-            if any(name in r.regions for r in panel)
-        ]
-        whole = [panel for panel in merged(made) if panel.lines]
-        options = {"columns": len(panels), "height": 2.6}
-        drawings.append(series.drawn(results, words, text, groups, whole, **options))
-    return drawings
+    for panels in groups.values():
+        panels[:] = [_region(name, panel) for name in SHOWN for panel in panels]
+    options = {"columns": MOST, "height": 2.6}
+    return series.charts(results, groups, words, look=line_style, **options)
 
 
 def less_layout_fix_vs_size(results: Results) -> list[Drawing]:
@@ -48,40 +42,39 @@ def less_layout_fix_vs_size(results: Results) -> list[Drawing]:
     if not any("layout_fix" in r.regions for r in found):
         raise Absent("no forward result has a layout_fix region: no such copy was made")
 
-    def whole(panel) -> list:
-        thin = {"marker": None, "linewidth": 0.9, "linestyle": (0, (1, 1))}
-        copied = [
-            line for line in style.lines(panel) if any("layout_fix" in r.regions for r in line)
-        ]
-        lines = [series.line(one, lambda r: r.case.N, _whole, line_style) for one in copied]
-        return [
-            type(one)(f"{one.label}, layout fix included", one.points, one.look | thin)
-            for one in lines
-        ]
-
     caption = (
         "Average forward less the average of copies made only to please a collective: what the "
         "method would take if the collective read the layout as it is. Dotted: with them."
     )
     words = Words("forward_less_layout_fix_vs_N", "Forward less layout-fix copies", caption)
-    y, groups = (
-        Axis("average time a call", seconds),
-        series.by_size(few(found), "instrumented forward", most=MOST),
+    thin = {"marker": None, "linewidth": 0.9, "linestyle": (0, (1, 1))}
+    groups = series.by_size(few(found), "instrumented forward", most=MOST)
+    for panels in groups.values():
+        for i, panel in enumerate(panels):
+            copied = [r for r in style.lines(panel.results) if any(map(_layout, r))]
+            wholes = [series.line(one, lambda r: r.case.N, _whole, line_style) for one in copied]
+            panels[i] = panel._replace(
+                extra=[
+                    replace(one, label=f"{one.label}, layout fix included", look=one.look | thin)
+                    for one in wholes
+                ]
+            )
+    y = Axis("average time a call", seconds)
+    return series.charts(
+        results, groups, words, y, lambda r: _whole(r) - _layout(r), look=line_style, checks=True
     )
-    options = {"look": line_style, "extra": whole, "checks": True}
-    return series.charts(results, groups, words, y, _less_layout, **options)
 
 
 def _whole(result: Result) -> float:
     return result.regions["forward"].avg
 
 
-def _less_layout(result: Result) -> float:
+def _layout(result: Result) -> float:
     layout = result.regions.get("layout_fix")
-    return _whole(result) - (layout.avg if layout else 0.0)
+    return layout.avg if layout else 0.0
 
 
-def _panel(name: str, title: str, panel: list[Result]) -> Panel:
+def _region(name: str, panel: Sketch) -> Sketch:
     def value(result: Result) -> Point | None:
         region = result.regions.get(name)
         if region is None or region.p50 <= 0:
@@ -89,6 +82,5 @@ def _panel(name: str, title: str, panel: list[Result]) -> Panel:
         above = max(region.p50, region.p95)
         return Point(0, region.p50, region.p50, above, f"average {seconds(region.avg)}")
 
-    found = (series.line(one, lambda r: r.case.N, value, line_style) for one in style.lines(panel))
-    lines = tuple(one for one in found if one.points)
-    return Panel(title, lines, "N", Axis(SHOWN[name], seconds))
+    y = Axis(SHOWN[name], seconds)
+    return panel._replace(title=f"{SHOWN[name]}, {panel.title}", y=y, value=value)

@@ -80,9 +80,9 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
         ends = (ratio.low, ratio.high) if ratio.enough else (None, None)
         return Point(0, ratio.value, *ends, seconds(result.median))
 
-    def floor(panel: Sequence[Result]) -> list:
+    def floor(panel: series.Sketch) -> list:
         floors: dict[float, float] = {}
-        for r in panel:
+        for r in panel.results:
             # One GPU alone has a floor of its own kind; the limit drawn is that of the ranks.
             if r.floor.get("seconds", 0) > 0 and r.case.method != "dense_single":
                 at = getattr(r.case, x)
@@ -100,10 +100,11 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
     )
     title = f"{WORDS.get(phase, phase)}: time over that of dense TP, against {x}"
     groups = series.by_size(compared, phase, x, main=leading)
+    for panels in groups.values():
+        panels[:] = [panel._replace(extra=floor(panel)) for panel in panels]
     y = Axis(f"time / {REFERENCE}\n(below 1: faster)", "{:.3f}".format, "ratio", 1)
     words = Words(f"{phase}_vs_{x}", title, caption)
-    options = {"look": line_style, "extra": floor, "main": leading}
-    return series.charts(results, groups, words, y, value, **options)
+    return series.charts(results, groups, words, y, value, look=line_style, main=leading)
 
 
 def _place(result: Result) -> tuple:

@@ -21,7 +21,7 @@ COLUMNS = (
 def forward_vs_n(results: Results) -> list[Drawing]:
     """Times of one sum against n."""
     settings = style.settings(results.of("forward"), "forward")
-    groups = {text: [("", "n", found)] for text, found in settings.items()}
+    groups = {text: [series.Sketch("", "n", found)] for text, found in settings.items()}
     words = Words("vector_sum_vs_n", "Sums: time against n", "Medians. Lower is better.")
     return series.charts(
         results,
