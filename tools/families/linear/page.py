@@ -4,6 +4,7 @@ import functools
 
 from tools.cases import Results
 from tools.families.linear.case_table import phase_table
+from tools.families.linear.choices import choices_table
 from tools.families.linear.costs import (
     errors_vs_size,
     memory_vs_size,
@@ -62,11 +63,11 @@ FIGURES = {
 
 
 def tables(results: Results) -> list[Table]:
-    """Speed at every N and B, then every case, phase by phase."""
+    """Speed at every N and B, what "auto" chose, then every case, phase by phase."""
     found = {r.case.phase for r in results.results}
     phases = [p for p in PHASES if p in found] + sorted(found - set(PHASES))
-    speeds = speed_table(results)
-    return [speeds] * bool(speeds.rows) + [phase_table(results, phase) for phase in phases]
+    ahead = [table for table in (speed_table(results), choices_table(results)) if table.rows]
+    return ahead + [phase_table(results, phase) for phase in phases]
 
 
 FAMILY = Family(
