@@ -98,7 +98,7 @@ def test_a_compact_file_is_read_as_the_same_results(file, tmp_path, capsys):
     assert after.machine == before.machine
     for new, old in zip(after.results, before.results, strict=True):
         assert (new.id, new.case, new.samples) == (old.id, old.case, old.samples)
-        for name in ("rates", "memory", "floor", "drift"):
+        for name in ("rates", "memory", "floor"):
             assert getattr(new, name) == pytest.approx(getattr(old, name), rel=1e-5), name
         for region, part in old.regions.items():
             assert vars(new.regions[region]) == pytest.approx(vars(part), rel=1e-5)
