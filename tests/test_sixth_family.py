@@ -2,6 +2,10 @@
 
 import json
 
+import pytest
+
+pytestmark = pytest.mark.slow  # each test is a run of its own
+
 
 def test_a_family_that_moved_in_is_measured_and_recorded(moved_in):
     saved = json.loads(moved_in.results().read_text())["benchmarks"]
