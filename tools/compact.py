@@ -3,8 +3,8 @@
     python -m tools.compact FILE...
 
 The samples keep their last digit; every other number keeps six digits. What goes of each benchmark
-is pytest-benchmark's own: `options`, which are settings of the run, and its statistics of the
-samples. The files are rewritten in place, whole or not at all.
+is pytest-benchmark's own: the settings of the run, the parameters (`extra_info.case` has them), and
+its statistics of the samples. The files are rewritten in place, whole or not at all.
 """
 
 import argparse
@@ -21,7 +21,8 @@ def compacted(text: str) -> str:
     samples = [entry.pop("stats")["data"] for entry in content["benchmarks"]]
     content = _rounded(content)
     for entry, data in zip(content["benchmarks"], samples, strict=True):
-        entry.pop("options", None)
+        for name in ("options", "fullname", "params", "param"):
+            entry.pop(name, None)
         entry["stats"] = {"data": data}
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
 
