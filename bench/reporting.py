@@ -50,9 +50,9 @@ class Progress:
                 report.bench_result = f"skipped: {reason}"
             elif report.when == "call" and report.passed and fixture is not None:
                 stats = fixture.stats and fixture.stats.stats
-                report.bench_result = (
-                    f"{stats.median * 1e3:.4g} ms" if stats else "right; not timed"
-                )
+                shown = f"{stats.median * 1e3:.4g} ms" if stats else "right; not timed"
+                remark = fixture.extra_info.get("remark")
+                report.bench_result = f"{shown}, {remark}" if remark else shown
         return report
 
     def pytest_report_teststatus(self, report):

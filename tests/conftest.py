@@ -17,6 +17,10 @@ REGISTRIES = {
         "\nfrom blockshock.phases.vector_sum import FAMILY as vector_sum\n"
         'FAMILIES["vector_sum"] = vector_sum\n'
     ),
+    "tools/families/__init__.py": (
+        "\nfrom tools.families.vector_sum import FAMILY as vector_sum\n"
+        'FAMILIES["vector_sum"] = vector_sum\n'
+    ),
 }
 
 

@@ -79,6 +79,7 @@ def test_every_capability_says_what_is_skipped_without_it():
     assert set(doctor.SKIPPED) == set(CAPABILITIES)
 
 
+@pytest.mark.slow
 def test_a_hanging_nvidia_smi_does_not_hang_the_doctor(tmp_path):
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nsleep 60\n")

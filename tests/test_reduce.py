@@ -76,6 +76,16 @@ def test_auto_may_take_every_way_and_what_is_asked_for_only_its_own(monkeypatch)
     assert Plan("two_shot") not in fp16  # PyTorch's kernel does not take it
 
 
+def test_what_a_way_does_not_take_is_no_plan_of_auto_and_told_where_it_was_asked_for(monkeypatch):
+    _, device = reachable(monkeypatch)
+    for rows in (5, 4096):  # by one kernel, and in chunks
+        plans = reduce.plans("auto", rows, 64, torch.float64, device)
+        assert {plan.how for plan in plans} == {"collective"}
+    for how, dtype in (("exchange", torch.float64), ("two_shot", torch.float16)):
+        (plan,) = reduce.plans(how, 5, 64, dtype, device)  # a layer that was cast after its making
+        assert (plan.how, plan.reason) == ("collective", reduce.unsupported(how, dtype, "cuda"))
+
+
 @pytest.mark.parametrize(("rows", "most"), [(1, 0), (127, 0), (255, 0), (256, 2), (1024, 8)])
 def test_chunks_have_rows_enough_and_one_kernel_takes_small_messages(monkeypatch, rows, most):
     like = reachable(monkeypatch)

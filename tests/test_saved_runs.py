@@ -175,7 +175,11 @@ def test_workers_refuse_benchmarks_at_once_and_say_what_to_do(forward):
     assert any("Leave -n out; or add --benchmark-disable" in line for line in said(out))
 
 
-@pytest.mark.parametrize("workers", [(), ("-n1", "--ranks=1")])
+@pytest.mark.parametrize(
+    "workers",
+    [(), pytest.param(("-n1", "--ranks=1"), marks=pytest.mark.slow)],
+    ids=["here", "worker"],
+)
 def test_disabled_benchmarks_run_each_case_once_checked_and_untimed(forward, tmp_path, workers):
     out = forward("--benchmark-disable", *workers, "--results", tmp_path / "r.json")
     out.assert_outcomes(passed=2)

@@ -2,6 +2,10 @@
 
 import json
 
+import pytest
+
+pytestmark = pytest.mark.slow  # each test is a run of its own
+
 
 def test_a_family_that_moved_in_is_measured_and_recorded(moved_in):
     saved = json.loads(moved_in.results().read_text())["benchmarks"]
@@ -35,3 +39,23 @@ def test_its_fields_and_phases_are_written_into_schema(moved_in):
     text = (moved_in.root / "tools/SCHEMA.md").read_text()
     assert "| `scale` | size of the entries | `one`, `large` | `one` |" in text
     assert "| `twice` | The sum of a sum |" in text
+
+
+def test_what_was_measured_goes_through_every_tool(moved_in):
+    file = moved_in.results()
+    (moved_in.root / "PAGE.md").write_text("<!-- vector_sum:begin -->\n<!-- vector_sum:end -->\n")
+    for tool, *options in (
+        ("plot", "-o", "plots"),
+        ("verdict", "--out", "verdict"),
+        ("report", "-o", "report.html"),
+        ("summary", "--readme", "PAGE.md"),
+    ):
+        done = moved_in.run(f"tools.{tool}", file, *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert (moved_in.root / "plots/vector_sum_vs_n.png").stat().st_size > 1000
+    assert "S1" in (moved_in.root / "verdict/verdict.md").read_text()
+    assert "Vector sums" in (moved_in.root / "report.html").read_text()
+    assert "| halves |" in (moved_in.root / "PAGE.md").read_text()
+    same = moved_in.run("tools.compare", file, file)
+    assert same.returncode == 0, same.stderr
+    assert "0 slower" in same.stdout or "10 same" in same.stdout

@@ -157,6 +157,34 @@ def test_a_replayed_graph_follows_values_written_in_place(cache):
     assert torch.equal(result["y"], form.product(x))
 
 
+@pytest.mark.parametrize("older", ["5", '"x"', "[]", "[1.5]"])
+def test_an_entry_of_another_form_is_searched_again_and_replaced(cache, monkeypatch, older):
+    monkeypatch.setattr(algorithms, "cache_file", lambda: cache / "algorithms.json")
+    monkeypatch.setattr(algorithms, "_search", lambda *_: [3, 4])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    kept = '{"64x64 B8 bfloat16": %s, "64x64 B16 bfloat16": [7]}'
+    algorithms.cache_file().write_text(kept % older)
+    codes = torch.zeros(64, 16, dtype=torch.uint8)
+    assert algorithms.choose(8, codes, torch.bfloat16) == 3
+    assert algorithms.choose(16, codes, torch.bfloat16) == 7
+    assert json.loads(algorithms.cache_file().read_text())["64x64 B8 bfloat16"] == [3, 4]
+
+
+def test_a_number_that_the_library_refuses_does_not_end_the_search(cache, monkeypatch):
+    trial = algorithms._Trial.__new__(algorithms._Trial)
+    trial.x = trial.compressed = torch.zeros(8, 8)
+    trial.truths, trial.last, trial.ended = [(None, torch.ones(8, 8))], 4, False
+
+    def run(x, compressed, bias, number):
+        if number >= 3:
+            raise RuntimeError("cusparseLtMatmulAlgSetAttribute failed")
+        return torch.ones(8, 8)
+
+    monkeypatch.setattr(cusparselt, "run", run)
+    assert not trial.agrees(9)  # one of another shape's best few
+    assert [number for number in trial.numbers() if trial.agrees(number)] == [0, 1, 2]
+
+
 def test_what_the_kernels_do_not_take_is_named():
     assert "bf16 or fp16" in cusparselt.unsupported(torch.float32, "cuda")
     assert cusparselt.unsupported(torch.float32, "cpu") is None

@@ -51,7 +51,7 @@ def attention(tmp_path_factory):
 
 
 def test_the_full_tables_have_a_column_for_each_question(linear):
-    times, ratios, same, *training = full(load(linear))
+    times, ratios, same, *training, choices = full(load(linear))
     masks = ("tile", "1100", "tile_magnitude")
     assert columns(times.table) == [
         "N",
@@ -71,6 +71,7 @@ def test_the_full_tables_have_a_column_for_each_question(linear):
     assert columns(ratios.table)[2:] == [f"block_shock ({m}) / dense_tp_row" for m in masks]
     assert columns(same.table)[2:] == [f"block_shock ({m}) / dense_tp_row, same sum" for m in masks]
     assert [written.words.split(":")[0] for written in training] == ["Training"] * 3
+    assert "Best by name" in choices.words
 
 
 def test_columns_without_a_value_are_left_out_and_added_methods_are_not(tmp_path):
@@ -83,7 +84,8 @@ def test_columns_without_a_value_are_left_out_and_added_methods_are_not(tmp_path
 
 def test_the_training_table_compares_policies_for_each_optimizer(linear):
     results = load(linear)
-    times, ratios, same = full(results)[3:]
+    times, ratios, same, choices = full(results)[3:]
+    assert columns(choices.table)[-1] == "auto / best by name"
     assert columns(times.table)[:6] == [
         *("N", "B", "optimizer", "dense_tp_row"),
         *("block_shock · packed_master (tile)", "block_shock · packed_master (1100)"),

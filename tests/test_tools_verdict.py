@@ -74,6 +74,19 @@ def test_a_point_that_is_unsure_is_named_and_decides_nothing(tmp_path):
     assert "unsure at N=16384 B=4096" in found.words
 
 
+@pytest.mark.parametrize("axis", ["N", "B"])
+def test_h1_does_not_hold_where_nothing_is_sure_at_the_largest_size(tmp_path, axis):
+    entries = forward(lambda n, b: 0.8)
+    largest = max(entry["extra_info"]["case"][axis] for entry in entries)
+    for entry in entries:
+        case, stats = entry["extra_info"]["case"], entry["stats"]
+        if case["method"] == "block_shock" and case[axis] == largest:
+            stats["data"] = stats["data"][:5]  # too few for an interval
+    found = h1(tmp_path, entries)
+    assert found.status == "undecided"
+    assert "faster at 6 of 9 points, " in found.words
+
+
 @pytest.mark.parametrize(
     ("speeds", "grid", "status"),
     [

@@ -234,6 +234,7 @@ def test_a_rank_that_raises_ends_a_job_that_waits_for_it(tmp_path):
     assert "in barrier" in out
 
 
+@pytest.mark.slow
 def test_a_rank_that_stands_still_is_seen_and_named(tmp_path):
     code, out = finish(launch(tmp_path, STOPPED))
     assert code != 0

@@ -1,10 +1,10 @@
-"""Result files made small: the same content without indentation and without what nobody reads.
+"""Result files made small: the same results without indentation and without what nobody reads.
 
     python -m tools.compact FILE...
 
-Every number keeps its last digit. What goes is `options` of each benchmark: pytest-benchmark's own
-settings of the run, which SCHEMA.md does not name and no tool reads. The files are rewritten in
-place, whole or not at all.
+The samples keep their last digit; every other number keeps six digits. What goes of each benchmark
+is pytest-benchmark's own: the settings of the run, the parameters (`extra_info.case` has them), and
+its statistics of the samples. The files are rewritten in place, whole or not at all.
 """
 
 import argparse
@@ -18,9 +18,22 @@ from tools.results import load
 def compacted(text: str) -> str:
     """The JSON of a result file, as short as it can be written."""
     content = json.loads(text)
-    for entry in content["benchmarks"]:
-        entry.pop("options", None)
+    samples = [entry.pop("stats")["data"] for entry in content["benchmarks"]]
+    content = _rounded(content)
+    for entry, data in zip(content["benchmarks"], samples, strict=True):
+        for name in ("options", "fullname", "params", "param"):
+            entry.pop(name, None)
+        entry["stats"] = {"data": data}
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _rounded(value):
+    """The value with six digits in each of its numbers."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def main(argv: list[str]) -> int:

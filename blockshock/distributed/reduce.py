@@ -77,6 +77,8 @@ def plans(
         return [Plan("collective")]
     if device.type != "cuda":
         return [Plan("collective", reason="the ranks have no GPUs")]
+    if problem := unsupported(how, dtype, "cuda"):  # the layer was cast since it was built
+        return [Plan("collective", reason=problem)]
     if problem := symmetric.why_not(group):
         return [Plan("collective", reason=f"no {how}: {problem}")]
     if how == "two_shot":
@@ -88,7 +90,9 @@ def plans(
         exchanges.insert(0, Plan("exchange"))
     if how == "exchange":
         return exchanges
-    found = [Plan("collective"), *exchanges]
+    found = [Plan("collective")]
+    if unsupported("exchange", dtype, "cuda") is None:
+        found += exchanges
     if unsupported("two_shot", dtype, "cuda") is None:
         found.append(Plan("two_shot"))
     return found + [Plan("collective", chunks) for chunks in cuts if chunks in (2, 4)]

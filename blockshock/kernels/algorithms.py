@@ -62,7 +62,10 @@ def choose(batch: int, codes: Tensor, dtype: torch.dtype) -> int:
             )
         with torch.no_grad():
             found = _search(batch, codes, dtype)
-        table.update(_checked(cache.add(cache_file(), {key: found})))
+        kept = _checked(cache.add(cache_file(), {key: found}))
+        if key not in kept:  # the file has it in another form, such as an older version's
+            kept = _checked(cache.add(cache_file(), {key: found}, replace=True))
+        table.update(kept)
     return table[key][0]
 
 
@@ -101,7 +104,7 @@ def _search(batch: int, codes: Tensor, dtype: torch.dtype) -> list[int]:
         if dtype == torch.float16:
             found = list(islice(right, 1))
         else:
-            found = sorted(right, key=trial.seconds)[: 1 if numbers is few else FEW]
+            found = sorted(right, key=trial.milliseconds)[: 1 if numbers is few else FEW]
         if found:
             return found
     raise AlgorithmError(
@@ -147,6 +150,7 @@ class _Trial:
 
     def numbers(self):
         """Those that the library may have."""
+        self.ended = False  # a refused number of another shape or dtype says nothing of these
         for number in range(self.last):
             if self.ended:
                 return
@@ -167,8 +171,8 @@ class _Trial:
             self.refusal = str(error)  # not the error, whose frames would be kept alive
             return False
 
-    def seconds(self, number: int) -> float:
-        """Median device milliseconds of a product."""
+    def milliseconds(self, number: int) -> float:
+        """Median device time of a product."""
         return _time(lambda: cusparselt.run(self.x, self.compressed, None, number))
 
 

@@ -15,10 +15,12 @@ import torch.distributed as dist
 
 from blockshock.kernels import graphs
 
-LOOKS = 2  # samples of a first look
+LOOKS = 4  # samples of a first look
 SAMPLE_SECONDS, MOST_CALLS = 3e-4, 16  # a graph has so many calls that it takes about so long
 SECONDS = 1.0  # once a race has lasted so long, no further candidate enters it
-LEAD_CYCLES = 200_000  # the device idles so long before a sample, while the host queues its work
+# The device idles so long before a sample (1 ms on an H100), while the host queues its work: with a
+# tenth of it a busy host came late, and a first look of one call took up to five times too long.
+LEAD_CYCLES = 2_000_000
 
 Step = Callable[[], object]
 

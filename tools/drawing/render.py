@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from tools.drawing import style, ticks
 from tools.drawing.chart import Drawing, Line, Panel
@@ -20,8 +21,11 @@ RULE = {"color": style.FLOOR, "linewidth": 1.4}
 
 
 def png(drawing: Drawing) -> bytes:
-    """The main lines, with title and legend, 150 dots an inch."""
-    return _saved(figure(drawing.only_main()), "png", dpi=150)
+    """The main lines, with title and legend, 150 dots an inch, in 256 colours."""
+    whole = io.BytesIO(_saved(figure(drawing.only_main()), "png", dpi=150))
+    out = io.BytesIO()
+    Image.open(whole).convert("RGB").quantize(256).save(out, "png", optimize=True)
+    return out.getvalue()
 
 
 def svg(drawing: Drawing) -> bytes:

@@ -37,8 +37,20 @@ def figures(case: LinearCase, layer, problem: Problem, experiment, ceilings: dic
         },
         "floor": floor,
         "paths": layer.paths(case.B) if hasattr(layer, "paths") else {},
-        **({"ways": ways.answers(layer, case.B)} if hasattr(layer, "output") else {}),
+        **_choices(layer, case.B),
     }
+
+
+def _choices(layer, batch: int) -> dict:
+    """`ways`, and a remark on what was measured for this case."""
+    if not hasattr(layer, "output"):
+        return {}
+    found = ways.answers(layer, batch)
+    fresh = [way for way in found.values() if way["took"]]
+    if not fresh:
+        return {"ways": found}
+    took, names = sum(way["took"] for way in fresh), " and ".join(way["way"] for way in fresh)
+    return {"ways": found, "remark": f"chose {names} in {took:.1f} s"}
 
 
 def check_all(cases: list[LinearCase]) -> None:

@@ -4,6 +4,7 @@ import functools
 
 from tools.case_table import case_table
 from tools.cases import Results
+from tools.families.linear.choices import choices_table
 from tools.families.linear.costs import (
     errors_vs_size,
     memory_vs_size,
@@ -78,8 +79,9 @@ TITLES = {
 
 
 def tables(results: Results) -> list[Table]:
-    """Speed at every N and B, then every case, phase by phase."""
-    made, phases = [speed_table(results)], [result.case.phase for result in results.results]
+    """Speed at every N and B, what "auto" chose, then every case, phase by phase."""
+    made = [speed_table(results), choices_table(results)]
+    phases = [result.case.phase for result in results.results]
     for phase in [p for p in TITLES if p in phases] + sorted(set(phases) - set(TITLES)):
         found = [result for result in results.results if result.case.phase == phase]
         title = TITLES.get(phase, phase)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from tools.cases import Result, Results, over
 from tools.drawing.style import spread
+from tools.families.linear.choices import choices_table
 from tools.families.linear.naming import METHODS, NAMING, setting_text
 from tools.families.linear.opponents import DENSE, as_usual, better, usual_name
 from tools.family import README_ROWS, Written
@@ -56,7 +57,9 @@ def readme(results: Results) -> Written | None:
 
 
 def full(results: Results) -> list[Written]:
-    """Times and ratios of the forward and of training, in the setting with the most results."""
+    """Times and ratios of the forward and of training, in the setting with the most results; and
+    what "auto" chose.
+    """
     made = []
     for what, each, table in (
         ("Forward", "", _forward_columns),
@@ -74,6 +77,10 @@ def full(results: Results) -> list[Written]:
             compared = _table(found, sizes, [], some)
             words = f"{what}: time {title}, with 95% intervals; below 1 the first is faster."
             made += [Written(words, text, compared)] * bool(compared)
+    choices = choices_table(results)
+    made += [Written(choices.note, "", as_markdown(choices.columns, choices.rows))] * bool(
+        choices.rows
+    )
     return made
 
 

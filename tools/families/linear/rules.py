@@ -58,20 +58,29 @@ def everywhere(points: list[Point], word: str) -> tuple[str, str]:
 
 def large_enough(points: list[Point], word: str) -> tuple[str, str]:
     """Status and words where a claim is made of large enough N and B: those of the largest corner
-    of the grid whose points agree. No finite set of points says more about "large enough".
+    of the grid whose points agree. Where it is to hold, points of its largest N and of its largest
+    B are among those. No finite set of points says more about "large enough".
     """
     if len(points) < 2:
         few = f"one point shows no trend: {told(points, word)}" if points else ""
         return UNDECIDED, few or everywhere(points, word)[1]
     found: dict[str, list[Point]] = {}
     for inside in corners(points):
-        found.setdefault(agreed(inside, word), inside)
+        status = agreed(inside, word)
+        found.setdefault(UNDECIDED if status == HOLDS and not reached(inside) else status, inside)
     decided = {HOLDS, FAILS} & set(found)
     if len(decided) != 1:
         mixed = decided or MIXED in found
         return MIXED if mixed else UNDECIDED, told(points, word)
     (status,) = decided
     return status, told(points, word, found[status])
+
+
+def reached(inside: list[Point]) -> bool:
+    """Whether a point of the largest N, and one of the largest B, is sure."""
+    sure = [point for point in inside if point.verdict != "unsure"]
+    most = {axis: max(getattr(point, axis) for point in inside) for axis in "NB"}
+    return all(any(getattr(p, axis) == most[axis] for p in sure) for axis in "NB")
 
 
 def corners(points: list[Point]) -> Iterator[list[Point]]:
