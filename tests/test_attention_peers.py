@@ -274,6 +274,10 @@ def test_the_reason_leaves_out_the_kernels_that_were_not_asked_for():
     assert peers._why_not(refused) == "head_dim should be no more than 256"
 
 
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="a CUDA build without a GPU ends in an error of CUDA",
+)
 def test_a_refusal_without_a_warning_is_told_in_the_words_of_the_error_and_with_the_sizes(
     monkeypatch,
 ):

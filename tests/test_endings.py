@@ -113,8 +113,7 @@ def start(tmp_path):
 
 def test_a_reader_that_goes_ends_no_run(start, tmp_path):
     with start("none") as command:
-        command.stdout.readline()
-        command.stdout.close()  # as `head -1` does
+        command.stdout.close()  # as `head` does; before the first line, so that the run meets it
         stderr = command.stderr.read()
     assert command.returncode == 0, stderr
     assert f"stdout was closed; the run goes on, for {tmp_path / 'r.json'}" in stderr
