@@ -71,6 +71,7 @@ def captured_before_its_first_use(method, N, B, **options):
     layer = METHODS[method].from_dense(weight, reduce="auto", **options)
     layer(x[:8])  # handles and buffers
     ways._ways.clear()
+    ways._ruled.clear()
     tuning.forget()
     graph, found = torch.cuda.CUDAGraph(), {}
     with torch.no_grad(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -78,7 +79,11 @@ def captured_before_its_first_use(method, N, B, **options):
     graph.replay()
     truth = x.double() @ weight.double().t()
     error = ((found["y"].double() - truth).norm() / truth.norm()).item()
-    return error, layer.paths(B)["reduce"], [path for _, path in tuning._answers]
+    return (
+        error,
+        layer.paths(B)["reduce"],
+        [question for of in tuning._answers.values() for question in of],
+    )
 
 
 def first_use(method, N, B, dtype="bf16", **options):

@@ -19,7 +19,6 @@ is asked for.
 With 2S ranks, K is cut in S column shards and a pair of ranks holds the two terms of each.
 """
 
-import copy
 from functools import partial
 from itertools import pairwise
 from typing import ClassVar
@@ -191,13 +190,18 @@ class BlockShock(nn.Module):
     def kind(self) -> str:
         """What decides the time of its products, besides their sizes."""
         library = ", compressed by the library" if self._by_library else ""
-        return f"BlockShock ({products.kind(self.packed.mask_period())} mask{library})"
+        both = " both ways" if self.packed.has_transpose else ""
+        return f"BlockShock ({products.kind(self.packed.mask_period())} mask{both}{library})"
 
     def in_dtype(self, dtype: torch.dtype) -> "BlockShock":
-        """A copy of the layer that multiplies in another dtype."""
-        twin = copy.deepcopy(self).to(dtype)
-        twin._follow_parameters()
-        return twin
+        """A layer of the same mask that multiplies in another dtype; without the hooks of this one,
+        which may hold a whole model.
+        """
+        packed = Packed24.from_codes(self.packed.values.to(dtype), self.codes)
+        packed.with_transpose_if_possible()
+        bias = None if self.bias is None else self.bias.to(dtype)
+        options = self.term, self.K, bias, self.group, self.kernel, self.how
+        return type(self)(packed, self.master, *options)
 
     def upkeep(self) -> None:
         """Brings the compressed forms into step after the weight was written; see `masters`.

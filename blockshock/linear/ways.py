@@ -59,7 +59,8 @@ def candidates(layer, side: str, like: Tensor) -> list[Way]:
     hide, rows = side == HIDDEN, (len(like), like.dtype, like.device)
     join = layer.output if side == FORWARD else layer.input
     plans = join.plans(*rows, hide=hide)
-    return [Way(kernel, plan) for kernel in _kernels(layer, side, len(like)) for plan in plans]
+    kernels = _kernels(layer, side, len(like))[: None if len(like) else 1]  # nothing to multiply
+    return [Way(kernel, plan) for kernel in kernels for plan in plans]
 
 
 def paths(layer, batch: int) -> dict[str, str]:
@@ -82,8 +83,10 @@ def answers(layer, batch: int) -> dict[str, dict]:
     for side in (FORWARD, BACKWARD, HIDDEN):
         question, group = _question(layer, side, like), _group(layer)
         answer = tuning.known(question, group)
-        if answer is None and len(only := _ways.get((question, group), ())) == 1:
+        if answer is None and len(only := _ways.get(group, {}).get(question, ())) == 1:
             answer = Answer(next(iter(only)), "the only way")
+        if answer is None and (ruled := _ruled.get(group, {}).get(question)):
+            answer = Answer(str(ruled), CAPTURED)
         if answer is not None:
             found[side] = {"question": question, "way": answer.name, "source": answer.source}
             found[side] |= {"seconds": answer.seconds, "took": answer.took}
@@ -94,15 +97,17 @@ def answers(layer, batch: int) -> dict[str, dict]:
 
 def _chosen(layer, side: str, like: Tensor, step, stand_in) -> Way:
     question, group = _question(layer, side, like), _group(layer)
-    by_name, answer = _ways.get((question, group)), tuning.known(question, group)
+    by_name, answer = _ways.get(group, {}).get(question), tuning.known(question, group)
     if by_name is not None and (answer is not None or len(by_name) == 1):
         return by_name[answer.name if answer else next(iter(by_name))]
     if like.is_cuda and torch.cuda.is_current_stream_capturing():
-        return _by_rule(layer, side, like)
+        way = _by_rule(layer, side, like)
+        tuning.hold(_ruled, question, way, group)
+        return way
     by_name = {str(way): way for way in candidates(layer, side, like)}
-    while len(_ways) >= tuning.MOST:
-        del _ways[next(iter(_ways))]
-    _ways[question, group] = by_name
+    tuning.hold(_ways, question, by_name, group)
+    if answer is not None and answer.name in by_name:
+        return by_name[answer.name]
     if len(by_name) == 1:
         return next(iter(by_name.values()))
     if like.dtype == torch.float16 and any(way.kernel == "cusparselt" for way in by_name.values()):
@@ -117,7 +122,9 @@ def _chosen(layer, side: str, like: Tensor, step, stand_in) -> Way:
     return by_name[tuning.pick(question, by_kernel, like.device, group).name]
 
 
-_ways: dict[tuple, dict[str, Way]] = {}  # by question and group, then by name
+CAPTURED = "by rule: a graph was being captured"
+_ways: dict[object, dict[str, dict[str, Way]]] = {}  # by group and question, then by name
+_ruled: dict[object, dict[str, Way]] = {}  # by group and question: what a capture took
 
 
 def _by_rule(layer, side: str, like: Tensor) -> Way:
@@ -128,16 +135,17 @@ def _by_rule(layer, side: str, like: Tensor) -> Way:
             f"the sum {join.how!r} of {len(like)} rows was not used yet and a graph is being "
             "captured; run this shape once before the capture"
         )
-    reason = "by rule: a graph was being captured" if join.how == "auto" else ""
-    return Way(_kernels(layer, side, len(like))[0], Plan("collective", reason=reason))
+    return Way(_kernels(layer, side, len(like))[0], Plan("collective"))
 
 
 def _known(layer, side: str, like: Tensor) -> tuple[Way, str]:
-    question = _question(layer, side, like)
-    answer = tuning.known(question, _group(layer))
-    if answer is None:
-        return candidates(layer, side, like)[0], ""
-    return _ways[question, _group(layer)][answer.name], answer.source
+    question, group = _question(layer, side, like), _group(layer)
+    answer, by_name = tuning.known(question, group), _ways.get(group, {}).get(question, {})
+    if answer is not None and answer.name in by_name:
+        return by_name[answer.name], answer.source
+    if not by_name and (ruled := _ruled.get(group, {}).get(question)):
+        return ruled, CAPTURED
+    return candidates(layer, side, like)[0], ""
 
 
 def _told(way: Way, source: str) -> str:
@@ -155,7 +163,7 @@ def _question(layer, side: str, like: Tensor) -> str:
     return (
         f"{getattr(layer, 'kind', type(layer).__name__)} {side}: N={layer.output.columns} "
         f"K={layer.input.columns} B={len(like)} {str(like.dtype).removeprefix('torch.')} "
-        f"ranks={layer.ranks}{asked}, reduce={join.how}"
+        f"ranks={layer.ranks}{asked}, reduce={join.how}{'' if like.is_cuda else ', no GPU'}"
     )
 
 

@@ -27,7 +27,7 @@ from blockshock.tuning.race import Race, Step
 
 log = logging.getLogger("blockshock.tuning")
 
-MOST = 4096  # answers in memory; beyond it the oldest are asked of the disk again
+MOST = 4096  # answers of a group in memory; beyond it the oldest are asked of the disk again
 KINDS = 1.3  # how far behind a kind may be with its first candidate, for the others to enter
 RIVALS = ((1.15, 7), (1.06, 31))  # those so near to the fastest are timed in so many rounds more
 CLEARLY, OFTEN = 0.98, 0.9  # a clearly faster one takes at most this time, in so many rounds
@@ -53,13 +53,13 @@ class Answer:
         return replace(self, name=min(timed, key=self.seconds.get, default=names[0]))
 
 
-_answers: dict[tuple, Answer] = {}
+_answers: dict[object, dict[str, Answer]] = {}  # by group, then by question
 _told: set[str] = set()
 
 
 def known(question: str, group=None) -> Answer | None:
     """The answer in memory."""
-    return _answers.get((question, group))
+    return _answers.get(group, {}).get(question)
 
 
 def pick(
@@ -87,10 +87,20 @@ def pick(
 
 def remember(question: str, answer: Answer, group=None) -> Answer:
     """Keeps an answer in memory."""
-    while len(_answers) >= MOST:
-        del _answers[next(iter(_answers))]
-    _answers[question, group] = answer
+    hold(_answers, question, answer, group)
     return answer
+
+
+def hold(memory: dict, question: str, value, group=None) -> None:
+    """Sets memory[group][question]; the group's oldest entry goes where there are MOST.
+
+    Each group has entries of its own, so its ranks forget the same ones: a rank of several groups
+    would otherwise ask in a collective where the others still know.
+    """
+    of_group = memory.setdefault(group, {})
+    while len(of_group) >= MOST and question not in of_group:
+        del of_group[next(iter(of_group))]
+    of_group[question] = value
 
 
 def clearly_faster(samples: list[float], than: list[float]) -> bool:
@@ -99,14 +109,19 @@ def clearly_faster(samples: list[float], than: list[float]) -> bool:
     return median(samples) <= CLEARLY * median(than) and sum(wins) >= OFTEN * len(wins)
 
 
-def learn(question: str, name: str, seconds: float) -> None:
-    """Takes another candidate from now on, which the laboratory found `clearly_faster`."""
-    for (asked, group), answer in list(_answers.items()):
-        if asked == question:
-            times = answer.seconds | {name: seconds}
-            _answers[asked, group] = Answer(name, "measured", times)
+def learn(question: str, name: str, ratio: float) -> None:
+    """Takes another candidate from now on, which the laboratory found `clearly_faster`.
+
+    ratio: of its time to that of the candidate taken so far. (The laboratory's seconds are not
+    comparable with a race's.)
+    """
+    for group, of_group in _answers.items():
+        answer = of_group.get(question)
+        if answer is not None and answer.name in answer.seconds:
+            times = answer.seconds | {name: ratio * min(answer.seconds.values())}
+            of_group[question] = Answer(name, "measured", times)
             if _first(group):
-                _store(question, _answers[asked, group], replace=True)
+                _store(question, of_group[question], replace=True)
 
 
 def forget() -> None:
@@ -143,6 +158,9 @@ def _measured(question: str, kinds: dict, device: torch.device, group) -> Answer
     log.info("%s: %s, measured in %.1f s", question, best, took)
     if _first(group):
         _store(question, answer)
+        kept, _ = _looked_up(question)
+        if kept is None or not any(kept.name in of_kind for of_kind in kinds.values()):
+            _store(question, answer, replace=True)  # what stood there could never be used
     return answer
 
 

@@ -13,6 +13,7 @@ from blockshock.phases.linear.case import LinearCase
 
 ASKED = ("kernel", "reduce")
 SIDE = "forward"  # the one phase with one choice in its time
+TIMED = {"mode": "graph", "l2": "warm"}  # as a race is: what is best otherwise is another question
 
 
 def learn(done: list[tuple[LinearCase, list[float], dict]], run: Callable) -> None:
@@ -29,7 +30,13 @@ def take(found: list[tuple[str, str, float]]) -> None:
 
 def lessons(done: list[tuple[LinearCase, list[float], dict]]) -> list[tuple[str, str, float]]:
     """Of (case, samples, extra_info) measured in turn: arguments for `tuning.learn`, if any."""
-    forward = [one for one in done if one[0].phase == SIDE and SIDE in one[2].get("ways", {})]
+    forward = [
+        one
+        for one in done
+        if one[0].phase == SIDE
+        and SIDE in one[2].get("ways", {})
+        and TIMED.items() <= one[2].get("timing", {}).items()
+    ]
     learned = []
     for case, samples, info in forward:
         chosen = info["ways"][SIDE]
@@ -41,7 +48,7 @@ def lessons(done: list[tuple[LinearCase, list[float], dict]]) -> list[tuple[str,
         faster = {way: time for way, time in faster.items() if way in chosen["seconds"]}
         best = min(faster, key=faster.get, default=chosen["way"])
         if best != chosen["way"]:
-            learned.append((chosen["question"], best, faster[best]))
+            learned.append((chosen["question"], best, faster[best] / median(samples)))
     return learned
 
 
