@@ -11,6 +11,7 @@ import torch
 from blockshock import cache, tuning
 from blockshock.phases.linear.case import LinearCase as Case
 from blockshock.phases.linear.lessons import lessons
+from blockshock.tuning import race
 from tests import tuning_jobs as jobs
 from tests.tuning_jobs import GivenTimes
 
@@ -75,6 +76,56 @@ def test_nothing_is_taken_from_a_neighbouring_size(tuned):
     other = {name: 1 / seconds for name, seconds in TIMES.items()}
     answer = tuned(other, question="layer forward: B=65")
     assert (answer.name, answer.source) == ("thin; collective", "measured")
+
+
+def picked(monkeypatch, unable):
+    monkeypatch.setattr(GivenTimes, "unable", {kind: RuntimeError("it is full") for kind in unable})
+    trials = {kind: lambda kind=kind: kind for kind in steps()}
+    return tuning.pick("another layer", steps(), CPU, trials=trials)
+
+
+def test_a_kind_that_a_rank_cannot_run_is_left_out_and_told(tuned, monkeypatch, caplog):
+    tuned()
+    answer = picked(monkeypatch, {"folded"})
+    assert answer.name == "cusparselt; exchange, 4 chunks"
+    assert not [name for name in GivenTimes.last.entered if name.startswith("folded")]
+    assert "folded is left out of the choice: it is full" in caplog.text
+
+
+def test_where_no_kind_can_run_its_own_error_is_raised(tuned, monkeypatch):
+    tuned()
+    with pytest.raises(RuntimeError, match="it is full"):
+        picked(monkeypatch, {"folded", "thin", "cusparselt"})
+
+
+def test_what_stands_in_for_a_question_is_asked_only_where_nothing_was_learned(tuned, tmp_path):
+    other, asked = tuned(), []
+
+    def stand_in():
+        asked.append(1)
+        return other
+
+    names = {"kernel": {name: lambda: None for name in ("folded; collective", "thin; collective")}}
+    for _ in range(2):
+        found = tuning.pick("in fp16", names, CPU, stand_in=stand_in)
+        assert (found.name, len(asked)) == ("folded; collective", 1)
+    tuning.learn("in fp16", "thin; collective", 0.5)
+    tuning.forget()
+    found = tuning.pick("in fp16", names, CPU, stand_in=stand_in)
+    assert (found.name, found.source, len(asked)) == ("thin; collective", "kept", 1)
+
+
+def test_rounds_end_after_a_time(monkeypatch):
+    contest = race.Race.__new__(race.Race)
+    contest.shared, contest.device = False, CPU
+    contest.graphs = {"a": (None, 16), "b": (None, 16)}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    for seconds, rounds in ((1e-6, 31), (1e-3, 14), (1.0, race.FEWEST_ROUNDS)):
+        samples = []
+        contest.seconds = dict.fromkeys("ab", seconds)
+        contest._sample = lambda name, s=seconds, to=samples: to.append(name) or (lambda: s)
+        contest.run(["a", "b"], 31)
+        assert samples.count("a") == samples.count("b") == rounds
 
 
 def test_another_driver_or_library_measures_anew(tuned, tmp_path, monkeypatch):

@@ -31,7 +31,7 @@ def two_ranks(monkeypatch):
 
 
 def chosen(layer, side, like):
-    return ways._chosen(layer, side, like, None, None)
+    return ways._chosen(layer, side, like, None, None, None)
 
 
 def test_free_masks_with_and_without_a_transpose_ask_apart(two_ranks):

@@ -18,6 +18,7 @@ class GivenTimes(race.Race):
     times: dict[str, float]
     entered: list[str]
     ran: list[tuple[int, list[str]]]
+    unable: dict[str, Exception]
 
     def __init__(self, device, group=None):
         self.seconds, self.entered, self.ran = {}, [], []
@@ -25,6 +26,9 @@ class GivenTimes(race.Race):
         GivenTimes.last = self
 
     elapsed = None
+
+    def cannot(self, step):
+        return self.unable.get(step())
 
     def enter(self, steps):
         for name, step in steps:
@@ -41,8 +45,9 @@ def stand_ins(patch, folder, times=None):
     patch.setenv("BLOCKSHOCK_CACHE", str(folder))
     patch.setattr(cache, "device_name", lambda: "Some-GPU")
     patch.setattr(tuning.nvidia_smi, "visible_gpus", lambda fields: ([], None))
+    patch.setattr(tuning.nvidia_smi, "links", lambda: ([["X", "NV18"], ["NV18", "X"]], None))
     patch.setattr(tuning, "Race", GivenTimes)
-    GivenTimes.times = times or {}
+    GivenTimes.times, GivenTimes.unable = times or {}, {}
     tuning.forget()
     tuning._told.clear()
 

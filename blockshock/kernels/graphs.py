@@ -20,8 +20,11 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool=None)
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 yield
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # what invalidated the capture is raised
+                    graph.capture_end()
+                raise
+            graph.capture_end()
     finally:
         if collects:
             gc.enable()

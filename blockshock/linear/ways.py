@@ -28,10 +28,13 @@ def forward(layer, x: Tensor) -> Way:
     def step(way: Way):
         return lambda: functions.begin_forward(layer, x, way)[1].wait()
 
+    def trial(way: Way):
+        return lambda: layer.product(layer.local_input(x, **way.asked), **way.asked)
+
     def stand_in(twin):
         forward(twin, x.to(torch.bfloat16))
 
-    return _chosen(layer, FORWARD, x, step, stand_in)
+    return _chosen(layer, FORWARD, x, step, trial, stand_in)
 
 
 def backward(layer, dy: Tensor, local: Tensor | None) -> Way:
@@ -48,10 +51,13 @@ def backward(layer, dy: Tensor, local: Tensor | None) -> Way:
 
         return run
 
+    def trial(way: Way):
+        return lambda: layer.input_gradient(dy, **way.asked)
+
     def stand_in(twin):
         backward(twin, dy.bfloat16(), None if local is None else local.bfloat16())
 
-    return _chosen(layer, BACKWARD if local is None else HIDDEN, dy, step, stand_in)
+    return _chosen(layer, BACKWARD if local is None else HIDDEN, dy, step, trial, stand_in)
 
 
 def candidates(layer, side: str, like: Tensor) -> list[Way]:
@@ -95,7 +101,7 @@ def answers(layer, batch: int) -> dict[str, dict]:
     return found
 
 
-def _chosen(layer, side: str, like: Tensor, step, stand_in) -> Way:
+def _chosen(layer, side: str, like: Tensor, step, trial, stand_in) -> Way:
     question, group = _question(layer, side, like), _group(layer)
     by_name, answer = _ways.get(group, {}).get(question), tuning.known(question, group)
     if by_name is not None and (answer is not None or len(by_name) == 1):
@@ -110,16 +116,21 @@ def _chosen(layer, side: str, like: Tensor, step, stand_in) -> Way:
         return by_name[answer.name]
     if len(by_name) == 1:
         return next(iter(by_name.values()))
-    if like.dtype == torch.float16 and any(way.kernel == "cusparselt" for way in by_name.values()):
-        # The library compiles each fp16 product anew, so bf16, of the same bytes, stands for it.
-        with torch.no_grad():
-            stand_in(layer.in_dtype(torch.bfloat16))
-        other = tuning.known(question.replace("float16", "bfloat16"), group)
-        return by_name[tuning.remember(question, other.of(by_name), group).name]
     by_kernel: dict = {}
     for name, way in by_name.items():
         by_kernel.setdefault(str(way.kernel), {})[name] = step(way)
-    return by_name[tuning.pick(question, by_kernel, like.device, group).name]
+    trials = {str(way.kernel): trial(way) for way in by_name.values()}
+    other = None
+    if like.dtype == torch.float16 and "cusparselt" in by_kernel:
+        # The library compiles each fp16 product anew, so bf16, of the same bytes, stands for it.
+        def other():
+            with torch.no_grad():
+                stand_in(layer.in_dtype(torch.bfloat16))
+            return tuning.known(question.replace("float16", "bfloat16"), group)
+
+    device = like.device
+    found = tuning.pick(question, by_kernel, device, group, trials=trials, stand_in=other)
+    return by_name[found.name]
 
 
 CAPTURED = "by rule: a graph was being captured"

@@ -6,6 +6,7 @@ them, together; what runs out of memory there as well, alone. A result says what
 """
 
 import statistics
+import warnings
 from dataclasses import replace
 
 from blockshock.distributed import RankFailure
@@ -118,7 +119,10 @@ class Laboratory:
                         measured.append((case, done["samples"], done["extra_info"]))
             learn = family(waiting[0]).learn
             if learn and measured:
-                learn(measured, self.ranks.run)
+                try:
+                    learn(measured, self.ranks.run)
+                except RankFailure as failure:  # what was measured stays
+                    warnings.warn(f"`auto` learned nothing from it: {failure}", stacklevel=1)
             if crowded == waiting:
                 for case in crowded:
                     self._measure([case])

@@ -12,7 +12,7 @@ disk still counts, and where nothing is, a rule decides: the first candidate of 
 import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -54,7 +54,7 @@ class Answer:
 
 
 _answers: dict[object, dict[str, Answer]] = {}  # by group, then by question
-_told: set[str] = set()
+_told: set[Path] = set()  # for which files it was said that there is measuring
 
 
 def known(question: str, group=None) -> Answer | None:
@@ -67,19 +67,26 @@ def pick(
     candidates: dict[str, dict[str, Step]],
     device: torch.device,
     group=None,
+    *,
+    trials: Mapping[str, Step] | None = None,
+    stand_in: Callable[[], Answer] | None = None,
 ) -> Answer:
     """The fastest candidate. A collective of the group, at the first call for a question.
 
     candidates: by kind, and in it by name, functions without arguments that do the work once. A
     kind far behind with its first candidate does not enter the others. Not inside a capture.
+    trials: by kind, what a rank does of it without the others: where one rank cannot, all leave
+    the kind out. stand_in: gives the answer to a like question, where this one is not measured.
     """
     if found := known(question, group):
         return found
     names = [name for of_kind in candidates.values() for name in of_kind]
     found, may_measure = _of_first(_looked_up(question) if _first(group) else None, group)
     if found is None or found.name not in names:
-        if may_measure:
-            found = _measured(question, candidates, device, group)
+        if stand_in:
+            found = stand_in().of(names)
+        elif may_measure:
+            found = _measured(question, candidates, trials or {}, device, group)
         else:
             found = Answer(names[0], "by rule: BLOCKSHOCK_TUNE=0")
     return remember(question, found, group)
@@ -141,9 +148,10 @@ def _looked_up(question: str) -> tuple[Answer | None, bool]:
         return None, allowed
 
 
-def _measured(question: str, kinds: dict, device: torch.device, group) -> Answer:
+def _measured(question: str, kinds: dict, trials, device: torch.device, group) -> Answer:
     _tell(question, group)
     race = Race(device, group)
+    kinds = _that_run(kinds, trials, race)
     race.enter(next(iter(of_kind.items())) for of_kind in kinds.values())
     near = set(race.near(KINDS))
     for of_kind in kinds.values():
@@ -164,6 +172,17 @@ def _measured(question: str, kinds: dict, device: torch.device, group) -> Answer
     return answer
 
 
+def _that_run(kinds: dict, trials: Mapping[str, Step], race: Race) -> dict:
+    """The kinds that every rank can run."""
+    problems = {kind: race.cannot(trials[kind]) for kind in kinds if kind in trials}
+    able = {kind: of_kind for kind, of_kind in kinds.items() if problems.get(kind) is None}
+    if not able:
+        raise next(iter(problems.values()))
+    for kind in kinds.keys() - able.keys():
+        log.warning("%s is left out of the choice: %s", kind, problems[kind])
+    return able
+
+
 def _store(question: str, answer: Answer, *, replace: bool = False) -> None:
     times = {name: float(f"{seconds:.4g}") for name, seconds in answer.seconds.items()}
     entry = {"way": answer.name, "seconds": dict(sorted(times.items(), key=lambda t: t[1]))}
@@ -171,14 +190,14 @@ def _store(question: str, answer: Answer, *, replace: bool = False) -> None:
 
 
 def _tell(question: str, group) -> None:
-    if not _told and _first(group):
+    if cache_file() not in _told and _first(group):
         log.warning(
             "measuring what is fastest here for %s, a second or two at the first use of a size; "
             "kept in %s; BLOCKSHOCK_TUNE=0 switches it off",
             question,
             cache_file(),
         )
-    _told.add(question)
+    _told.add(cache_file())
 
 
 def holds_for() -> dict[str, str | None]:
@@ -187,7 +206,10 @@ def holds_for() -> dict[str, str | None]:
     versions = environment.versions()
     rows, _ = nvidia_smi.visible_gpus("driver_version")
     driver = rows[0]["driver_version"] if rows else None
-    return {"device": cache.device_name(), "driver": driver} | {n: versions[n] for n in names}
+    links, _ = nvidia_smi.links()  # nodes that share a home may differ in them alone
+    kinds = ", ".join(sorted({link for row in links for link in row} - {"X"}))
+    here = {"device": cache.device_name(), "driver": driver, "links": kinds}
+    return here | {name: versions[name] for name in names}
 
 
 @lru_cache(maxsize=1)

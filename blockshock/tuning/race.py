@@ -8,19 +8,22 @@ asking each other.
 
 import time
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from statistics import median
 
 import torch
 import torch.distributed as dist
 
 from blockshock.kernels import graphs
+from blockshock.kernels.algorithms import AlgorithmError
 
 LOOKS = 4  # samples of a first look
 SAMPLE_SECONDS, MOST_CALLS = 3e-4, 16  # a graph has so many calls that it takes about so long
 SECONDS = 1.0  # once a race has lasted so long, no further candidate enters it
+RUN_SECONDS, FEWEST_ROUNDS = 0.5, 5  # rounds end after so long, by the times known before
 # The device idles so long before a sample (1 ms on an H100), while the host queues its work: with a
 # tenth of it a busy host came late, and a first look of one call took up to five times too long.
-LEAD_CYCLES = 2_000_000
+LEAD_CYCLES, LEAD_SECONDS = 2_000_000, 1e-3
 
 Step = Callable[[], object]
 
@@ -32,12 +35,26 @@ class Race:
         self.device, self.group = device, group
         self.shared = dist.is_initialized() and dist.get_world_size(group) > 1
         self.token = torch.zeros(1, device=device)
-        self.stream = torch.cuda.Stream(device)
+        self.stream = _stream(device)
         self.pool = torch.cuda.graph_pool_handle()  # one for all: they never run at once
         self.calls = 1
         self.began, self.once = time.perf_counter(), 0.0
         self.graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]] = {}
         self.seconds: dict[str, float] = {}
+
+    def cannot(self, step: Step) -> Exception | None:
+        """Runs what a rank does of a candidate, without the others; why one of them cannot.
+
+        No correct algorithm and a lack of memory are reasons; other errors are raised.
+        """
+        problem = None
+        try:
+            self._warm_up(step)
+        except (AlgorithmError, torch.cuda.OutOfMemoryError) as error:
+            problem = error
+        if self._agreed([float(problem is not None)])[0] and problem is None:
+            return RuntimeError("another rank of the group cannot run it; its error says why")
+        return problem
 
     def enter(self, steps: Iterable[tuple[str, Step]]) -> None:
         """Captures the candidates and takes a first look at each, as long as there is time.
@@ -62,9 +79,14 @@ class Race:
         return [name for name in names if self.seconds[name] <= factor * best]
 
     def run(self, names: list[str], rounds: int) -> None:
-        """Times the named ones in turn, round by round; their times are then medians."""
+        """Times the named ones in turn, round by round; their times are then medians.
+
+        rounds: at most; fewer where they would take longer than `RUN_SECONDS`.
+        """
         if len(names) < 2:
             return
+        one = sum(LEAD_SECONDS + self.graphs[n][1] * self.seconds[n] for n in names)
+        rounds = min(rounds, max(FEWEST_ROUNDS, int(RUN_SECONDS / one)))
         readings = {name: [] for name in names}
         for turn in range(rounds):
             for place in range(len(names)):
@@ -119,3 +141,9 @@ class Race:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor.tolist()
+
+
+@lru_cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all races: libraries keep a workspace for each stream they ever saw."""
+    return torch.cuda.Stream(device)
