@@ -197,9 +197,14 @@ class Packed24:
         """The packed Wᵀ, [K, N]; its values are brought into step first if W's were written."""
         if self._transposed is None:
             raise ValueError("no transposed form is kept; call with_transpose() first")
-        if self._seen != self.values._version:
+        if self.stale:
             self.refresh()
         return self._transposed
+
+    @property
+    def stale(self) -> bool:
+        """Whether the values were written since the transposed ones were made of them."""
+        return self._seen != self.values._version
 
     def mark_stale(self) -> None:
         """Says that the values were written; the transpose is refreshed before its next use."""
@@ -221,7 +226,7 @@ class Packed24:
             if self._transposed is not None:
                 self._transposed._write_metadata()
         pack.gather_kept(weight, self.codes, out=self.values)
-        self.refresh()
+        self.mark_stale()
 
     @torch.no_grad()
     def recompress(self, weight: Tensor) -> None:
@@ -249,8 +254,7 @@ class Packed24:
         return own + (self._transposed.nbytes if self._transposed is not None else 0)
 
     def _write_metadata(self) -> None:
-        for start in range(0, self.shape[0], BLOCK):
-            masks.check(masks.decode(self.codes[start : start + BLOCK]))
+        check_codes(self.codes)
         if self.compressed is not None:
             cusparselt.write_all_metadata(self.compressed, self.codes)
         self._library_places = False
@@ -260,6 +264,12 @@ def estimated_bytes(rows: int, columns: int, itemsize: int) -> int:
     """Bytes of a 2:4 matrix by its definition: half the values, and two bits of place for each."""
     kept = rows * columns // 2
     return kept * itemsize + kept // 4
+
+
+def check_codes(codes: Tensor) -> None:
+    """Raises ValueError unless each of the codes [N, K/4] names two places of four."""
+    for some in codes.split(BLOCK):
+        masks.check(masks.decode(some))
 
 
 def check_shape(rows: int, columns: int) -> None:

@@ -67,8 +67,12 @@ class Layer(Protocol):
     ranks: int
     weight: nn.Parameter
     bias: nn.Parameter | None
+    added: Tensor | None  # the bias's values, in the products' dtype
     output: Sum | Gather
     input: Sum | Gather
+
+    def prepare_gradients(self) -> None:
+        """Called once before the products of a backward."""
 
     def local_input(self, x: Tensor) -> Tensor:
         """What this rank's products need of x [B, K]."""
@@ -115,7 +119,7 @@ def begin_backward(layer: Layer, dy: Tensor, way: Way, *, hide: bool) -> Pending
 def bias_of_first(layer: Layer) -> Tensor | None:
     """The bias for the product of the group's first rank, None for the others."""
     first = collectives.group_rank(layer.group) == 0
-    return layer.bias.detach() if layer.bias is not None and first else None
+    return layer.added if first else None
 
 
 _started = threading.local()
@@ -149,6 +153,7 @@ class _Apply(torch.autograd.Function):
         local, _ = ctx.saved_tensors
         layer, (need_x, need_weight, need_bias, *_) = ctx.layer, ctx.needs_input_grad
         local, pending = local if need_weight else None, None
+        layer.prepare_gradients()
         dx = dw = None
         if need_x:
             way = ctx.ways.backward(layer, dy, local)
@@ -156,7 +161,7 @@ class _Apply(torch.autograd.Function):
         try:
             if need_weight:
                 dw = layer.weight_gradient(dy, local)
-            db = dy.sum(0) if need_bias else None
+            db = dy.sum(0, dtype=layer.bias.dtype) if need_bias else None
         finally:  # whatever happens: other streams use memory that this one would take back
             if pending is not None:
                 dx = pending.wait()

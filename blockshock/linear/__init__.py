@@ -1,7 +1,8 @@
 """One linear layer, Y = X Wᵀ (+ b), computed in several ways: `METHODS`.
 
-A method is an `nn.Module` with, besides `forward`,
+A method is an `nn.Module`, a `split.Split` where several ranks hold it, with, besides `forward`,
 
+    method                              its name
     from_dense(weight, bias=None, *, group=None, **options)   builds this rank's part
     unsupported(N, K, *, dtype, device_type, ranks, mask=None)
                                         why it cannot run, or None
@@ -18,11 +19,5 @@ from blockshock.linear.dense import DenseSingle, DenseTPColumn, DenseTPRow
 from blockshock.linear.folded import BlockShockFolded
 from blockshock.linear.masked_split import MaskedSplit
 
-METHODS = {
-    "dense_single": DenseSingle,
-    "dense_tp_row": DenseTPRow,
-    "dense_tp_column": DenseTPColumn,
-    "masked_split": MaskedSplit,
-    "block_shock": BlockShock,
-    "block_shock_folded": BlockShockFolded,
-}
+_CLASSES = DenseSingle, DenseTPRow, DenseTPColumn, MaskedSplit, BlockShock, BlockShockFolded
+METHODS = {cls.method: cls for cls in _CLASSES}

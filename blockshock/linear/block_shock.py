@@ -24,8 +24,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import Tensor
 
 from blockshock import masks as masks24
 from blockshock.distributed import collectives, exchange, functions
@@ -34,28 +33,18 @@ from blockshock.distributed.joins import Gather, Sum
 from blockshock.kernels import columns, cusparselt, pack, products
 from blockshock.linear import parts, ways
 from blockshock.linear.masters import MASTERS
+from blockshock.linear.split import Split
 from blockshock.measure.floor import Cost, all_reduce_wire
 from blockshock.measure.regions import region
-from blockshock.packed import Packed24, check_shape, estimated_bytes
-
-
-def _count_write(optimizer, args, kwargs) -> None:
-    """Fused optimizers write a parameter without raising its version counter: steps are counted."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if hasattr(parameter, "packed_writes"):
-                parameter.packed_writes += 1
-
-
-register_optimizer_step_post_hook(_count_write)
-
+from blockshock.packed import Packed24, check_codes, check_shape, estimated_bytes
 
 FOLDED_MASKS = tuple(name for name, pattern in masks24.PATTERNS.items() if pattern.fixed)
 
 
-class BlockShock(nn.Module):
-    """One 2:4 term. weight: as `masters` says, of [N, K/S]; bias [N]; codes [N, K/4S]."""
+class BlockShock(Split):
+    """One 2:4 term. weight: as `masters` says, of [N, K/S]; bias [N], of the weight's dtype."""
 
+    method = "block_shock"
     masks = ("tile", "tile_magnitude", "1100", "1010", "1001", "random", "magnitude")
     kernels = products.KERNELS
     reduces = parts.REDUCES
@@ -69,17 +58,13 @@ class BlockShock(nn.Module):
     def __init__(
         self, packed: Packed24, master: str, term: parts.Term, K: int, bias, group, kernel, how
     ):
-        super().__init__()
-        self.packed, self.term, self.K, self.group = packed, term, K, group
-        self.master, self.kernel, self.how = master, kernel, how
-        self.ranks = collectives.group_size(group)
-        self.weight = nn.Parameter(MASTERS[master].parameter(packed))
-        self.bias = parts.bias_parameter(bias)
-        self.register_buffer("codes", packed.codes)
-        # Moves with the layer, so that it says the products' dtype where the weight's is another.
-        like = packed.values.new_empty(0)
-        self.register_buffer("products_like", like, persistent=False)
-        self._adopt(packed)
+        own = MASTERS[master].parameter(packed)
+        super().__init__(own, bias, packed.shape[0], K, group)
+        self.term, self.master, self.kernel, self.how = term, master, kernel, how
+        if bias is not None:
+            self.bias.data = self.bias.data.to(own.dtype)
+        self._replayed = False  # whether a graph may write the weight
+        self._settle(packed)
 
     @staticmethod
     def unsupported(
@@ -148,12 +133,20 @@ class BlockShock(nn.Module):
     def _by_library(self) -> bool:
         return self.master == "dense" and self.kernel in ("auto", "cusparselt")
 
-    __deepcopy__ = parts.copy_in_group
+    @property
+    def codes(self) -> Tensor:
+        """The mask of this term, uint8 [N, K/4S]."""
+        return self.packed.codes
+
+    @property
+    def added(self) -> Tensor | None:
+        """The bias's values in the products' dtype [N]."""
+        return None if self.bias is None else self.bias.detach().to(self.packed.values.dtype)
 
     @torch.compiler.disable  # version counters would be guards, and each step another graph
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
-        self._follow_parameters()
+        self._follow_weight()
         return parts.apply(self, x, self.packed.values)
 
     def candidates(self, rows: int, *, backward: bool) -> tuple[str | None, ...]:
@@ -180,7 +173,7 @@ class BlockShock(nn.Module):
             return dy @ self.packed.values
         if self.packed.has_transpose:
             return self.packed.transposed.product(dy, None, kernel)
-        return dy @ MASTERS[self.master].term(self.weight, self.packed)
+        return dy @ MASTERS[self.master].term(self.part, self.packed)
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """(dYᵀ X) ∘ M(g) in the form of the parameter: dy [B, N], x the local input."""
@@ -200,19 +193,27 @@ class BlockShock(nn.Module):
         packed = Packed24.from_codes(self.packed.values.to(dtype), self.codes)
         packed.with_transpose_if_possible()
         bias = None if self.bias is None else self.bias.to(dtype)
-        options = self.term, self.K, bias, self.group, self.kernel, self.how
+        options = self.term, self.in_features, bias, self.group, self.kernel, self.how
         return type(self)(packed, self.master, *options)
 
-    def upkeep(self) -> None:
-        """Brings the compressed forms into step after the weight was written; see `masters`.
+    def prepare_gradients(self) -> None:
+        """Brings the transpose into step, where dX needs it; in a graph at each replay."""
+        packed = self.packed
+        if packed.has_transpose and (packed.stale or self._capturing):
+            with region("compress"):
+                packed.refresh()
 
-        `forward` does it by itself when it finds the weight changed. Call it after what cannot be
-        found: a write through `.data`, and the optimizer's in a step that is captured in a CUDA
-        graph, as in a replay nothing looks for changes.
+    def upkeep(self) -> None:
+        """Brings the packed form into step with the weight; see `masters`.
+
+        `forward` does it by itself, at each call while the weight can be trained, else after a
+        write that PyTorch counts. Call it after one that it does not count, through `.data`.
         """
-        with torch.no_grad(), region("compress"):
-            MASTERS[self.master].renew(self.weight, self.packed, by_library=self._by_library)
-        self._note_in_step()
+        with torch.inference_mode(False), torch.no_grad(), region("compress"):
+            if self._apart:
+                self._rebuild()
+            else:
+                MASTERS[self.master].renew(self.part, self.packed, by_library=self._by_library)
 
     def check_pair(self) -> None:
         """Raises ValueError unless the partner rank holds the exact complement. A collective.
@@ -229,13 +230,13 @@ class BlockShock(nn.Module):
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] that is multiplied, on every rank: the sum of all terms."""
-        self._follow_parameters()
-        own = MASTERS[self.master].term(self.weight, self.packed)
+        self._follow_weight()
+        own = MASTERS[self.master].term(self.part, self.packed)
 
         def place(full):
             full[:, self.term.columns] = own
 
-        return parts.assemble(place, (own.shape[0], self.K), own, self.group)
+        return parts.assemble(place, (self.out_features, self.in_features), own, self.group)
 
     def restrict(self, source) -> dict[str, Tensor]:
         """What this rank's parameters would be for another dense [N, K] under the same mask."""
@@ -286,26 +287,74 @@ class BlockShock(nn.Module):
             weight_bytes=estimated_bytes(N, width, size),
             activation_bytes=batch * (N + width) * size,
             wire_forward=all_reduce_wire(batch * N * size, self.ranks),
-            wire_backward=all_reduce_wire(batch * self.K * size, self.ranks),
+            wire_backward=all_reduce_wire(batch * self.in_features * size, self.ranks),
         )
 
     def extra_repr(self) -> str:
         """Sizes, term and what computes the input gradient."""
         N, _ = self.packed.shape
         backward = "2:4" if self.packed.has_transpose else "dense (mask is not transposable)"
-        return f"{self.K} -> {N}, term {self.term.index}, {self.master}, dX: {backward}"
+        return f"{self.in_features} -> {N}, term {self.term.index}, {self.master}, dX: {backward}"
 
-    def _adopt(self, packed: Packed24) -> None:
-        """Ties the packed form to the parameters, so that writing one writes the other."""
+    def mask_state(self) -> dict[str, Tensor]:
+        """The codes: a state brings its own mask."""
+        return {"codes": self.codes}
+
+    def of_first_term(self, mask: Tensor) -> Tensor:
+        """A term's codes are its partner's complement."""
+        return masks24.complement(mask) if self.term.index else mask
+
+    def __deepcopy__(self, memo: dict) -> "BlockShock":
+        """In the same process group, in memory of its own."""
+        with torch.inference_mode(False):
+            twin = super().__deepcopy__(memo)
+            twin._rebuild()
+        return twin
+
+    def _apply(self, fn, recurse=True):
+        with torch.inference_mode(False):
+            dtype = fn(self.packed.values.new_empty(0)).dtype
+            own = [p for p in (self.weight, self.bias) if p is not None]
+            before = [p.data for p in own]
+            super()._apply(fn, recurse)
+            for parameter, values in zip((self.weight, self.bias), before, strict=False):
+                if MASTERS[self.master].dtype(dtype) != dtype:  # moved, not rounded on the way
+                    parameter.data = values.to(parameter.device)
+            self._rebuild(dtype)
+        return self
+
+    def _another(self, state) -> str | None:
+        problem = super()._another(state)
+        if problem is None:
+            try:
+                check_codes(self._read(state)[1][0])
+            except ValueError as error:
+                return f"the state's codes are no 2:4 mask: {error}"
+        return problem
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        with torch.inference_mode(False):
+            self._rebuild()
+
+    def _settle(self, packed: Packed24) -> None:
+        """Takes a packed form of the weight; its values become the weight, if they are shared."""
         self.packed = packed
         if MASTERS[self.master].shared:
             self.weight.data = packed.values
-            packed.values = self.weight.detach()  # shares the version counter, too
-            packed.refresh()
-        self.codes = packed.codes
-        self._seen_codes = self.codes._version
-        self._note_in_step()
+        self._seen, self._seen_codes = self.written(), self.codes._version
         self.output, self.input = self._joins()
+
+    @torch.no_grad()
+    def _rebuild(self, dtype: torch.dtype | None = None) -> None:
+        """Another packed form, of the weight as it is; dtype: of the products, if it is another."""
+        master, codes = MASTERS[self.master], self.codes.to(self.weight.device)
+        dtype = dtype or master.products(self.weight.dtype, self.packed.values.dtype)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and parameter.dtype != master.dtype(dtype):
+                parameter.data = parameter.data.to(master.dtype(dtype))
+        kept = master.kept(self.part, codes).to(dtype)
+        self._settle(Packed24.from_codes(kept, codes).with_transpose_if_possible())
 
     def _joins(self):
         N, _ = self.packed.shape
@@ -314,43 +363,35 @@ class BlockShock(nn.Module):
             places = masks24.places(self.packed.mask_period()[0])
             own = places if self.term.index == 0 else columns.others(places)
             place = partial(parts.place_pairs, places=own)
-            return output, Gather(self.how, self.K, place, self.group)
+            return output, Gather(self.how, self.in_features, place, self.group)
         if self.ranks == 2:
-            return output, Sum(self.how, self.K, self.group)
-        return output, Gather(self.how, self.K, parts.add_pairs, self.group)
-
-    def _note_in_step(self) -> None:
-        self.weight.packed_writes = 0
-        self._seen = self.weight._version, self.weight.data_ptr()
+            return output, Sum(self.how, self.in_features, self.group)
+        return output, Gather(self.how, self.in_features, parts.add_pairs, self.group)
 
     @property
-    def _written(self) -> bool:
-        now = self.weight._version, self.weight.data_ptr()
-        return self.weight.packed_writes > 0 or now != self._seen
+    def _capturing(self) -> bool:
+        """Whether a graph is being captured that may be replayed after the weight was stepped."""
+        weight = self.weight
+        return weight.requires_grad and weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
-    def _follow_parameters(self) -> None:
-        """Rebuilds what the parameters no longer share memory or mask with.
+    @property
+    def _apart(self) -> bool:
+        """Whether the packed form is none of this weight's memory, or of another mask."""
+        values = self.packed.values
+        apart = MASTERS[self.master].shared and self.weight.data_ptr() != values.data_ptr()
+        return apart or self.codes._version != self._seen_codes
 
-        After `.to()`, a deep copy or a loaded state_dict the weight is another tensor, or the
-        codes say another mask; after an optimizer step only the values differ.
+    def _follow_weight(self) -> None:
+        """`upkeep`, unless nothing can have written the weight since the last one.
+
+        A fused optimizer's step and a graph's replay leave no trace. So while the weight can be
+        stepped, for it is trained, has a gradient, or was in a graph, it counts as written.
         """
-        master, values = MASTERS[self.master], self.packed.values
-        dtype = self.products_like.dtype
-        if self.weight.dtype != master.dtype(dtype):
-            self.weight.data = self.weight.data.to(master.dtype(dtype))
-        moved = self.codes.data_ptr() != self.packed.codes.data_ptr() or (
-            master.shared and self.weight.data_ptr() != values.data_ptr()
+        self._replayed = self._replayed or self._capturing
+        weight, now = self.weight, self.written()
+        stepped = weight.requires_grad and (
+            torch.is_grad_enabled() or weight.grad is not None or self._replayed
         )
-        if (
-            moved
-            or dtype != values.dtype
-            or not hasattr(self.weight, "packed_writes")
-            or self.codes._version != self._seen_codes
-        ):
-            kept = master.kept(self.weight.detach(), self.codes).to(dtype)
-            self._adopt(Packed24.from_codes(kept, self.codes).with_transpose_if_possible())
-        elif self._written and not master.shared:
+        if stepped or now != self._seen or self._apart:
             self.upkeep()
-        elif self._written:
-            self.packed.mark_stale()  # refreshed by the backward, if there is one
-            self._note_in_step()
+            self._seen = None if stepped else self.written()

@@ -28,28 +28,25 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from blockshock.distributed import collectives
-from blockshock.linear import METHODS
-
-OWN = ("weight", "codes", "mask")  # of a layer; its bias is whole on every rank
+from blockshock.linear.split import Split
 
 
 def state_dict(model: nn.Module) -> dict:
     """The model's state_dict for `dcp.save` and `load`: names as above, the model's own memory."""
-    state, classes = model.state_dict(), tuple(METHODS.values())
+    state = model.state_dict()
     for name, layer in model.named_modules(remove_duplicate=False):
-        if isinstance(layer, classes) and getattr(layer, "ranks", 1) > 1:
-            for own in OWN:
-                key = f"{name}.{own}" if name else own
-                if key in state:
-                    state[f"{key}.{_kind(layer)}{suffix(layer.group)}"] = state.pop(key)
+        if isinstance(layer, Split) and layer.ranks > 1:
+            above, ending = f"{name}." if name else "", f".{_kind(layer)}{suffix(layer.group)}"
+            state.pop(f"{above}_extra_state", None)
+            own = {"weight": state.pop(f"{above}weight", None)} | layer.mask_state()
+            state |= {f"{above}{key}{ending}": value for key, value in own.items()}
     return dict(state)
 
 
-def _kind(layer: nn.Module) -> str:
-    """What a weight of this shape means: the method, its master, and a mask that is no buffer."""
-    name = next(name for name, cls in METHODS.items() if cls is type(layer))
+def _kind(layer: Split) -> str:
+    """What a weight of this shape means: the method, its master, and a mask that is no tensor."""
     said = (getattr(layer, "mask", None), getattr(layer, "master", None))
-    return "-".join([name, *(text for text in said if isinstance(text, str) and text != "packed")])
+    return "-".join([layer.method, *(t for t in said if isinstance(t, str) and t != "packed")])
 
 
 def suffix(group=None) -> str:

@@ -18,6 +18,7 @@ from blockshock import sources
 from blockshock.distributed import collectives, functions, joins
 from blockshock.distributed.joins import Gather, Sum
 from blockshock.linear import parts, ways
+from blockshock.linear.split import Split
 from blockshock.measure.floor import Cost, all_gather_wire, all_reduce_wire, product_cost
 
 REDUCES = ("collective", "auto", "two_shot", "exchange")  # the first is what users run today
@@ -27,13 +28,15 @@ POLICIES = {"frozen": {}, "plain": {}}  # how a dense weight can be trained: not
 class DenseSingle(nn.Module):
     """The dense layer, whole on every rank. weight [N, K], bias [N]."""
 
+    method = "dense_single"
     masks = ()
     policies = POLICIES
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.weight = nn.Parameter(weight)
-        self.bias = parts.bias_parameter(bias)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.out_features, self.in_features = weight.shape
 
     @staticmethod
     def unsupported(N, K, *, dtype, device_type, ranks, mask=None) -> str | None:
@@ -66,22 +69,20 @@ class DenseSingle(nn.Module):
         return product_cost(batch, N, K, size)
 
 
-class DenseTPRow(nn.Module):
+class DenseTPRow(Split):
     """Row-parallel: this rank's columns w_k [N, K/R]; the partial products are summed."""
 
+    method = "dense_tp_row"
     masks = ()
     reduces = REDUCES
     policies = POLICIES
 
     def __init__(self, weight: Tensor, bias: Tensor | None, group, how: str):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = parts.bias_parameter(bias)
-        self.group, self.ranks = group, collectives.group_size(group)
-        N, width = weight.shape
-        self.K, self.start = width * self.ranks, width * collectives.group_rank(group)
+        (N, width), ranks = weight.shape, collectives.group_size(group)
+        super().__init__(weight, bias, N, width * ranks, group)
+        self.start = width * self.rank
         self.output = Sum(how, N, group)
-        self.input = Gather(how, self.K, joins.side_by_side, group)
+        self.input = Gather(how, self.in_features, joins.side_by_side, group)
 
     @staticmethod
     def unsupported(
@@ -101,8 +102,6 @@ class DenseTPRow(nn.Module):
         source = parts.checked(cls, weight, group, reduce=reduce)
         return cls(_own_columns(source, group), bias, group, reduce)
 
-    __deepcopy__ = parts.copy_in_group
-
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
         return parts.apply(self, x)
@@ -113,11 +112,11 @@ class DenseTPRow(nn.Module):
 
     def product(self, x_k: Tensor) -> Tensor:
         """X[:, k_r] w_kᵀ -> [rows, N]."""
-        return F.linear(x_k, self.weight, functions.bias_of_first(self))
+        return F.linear(x_k, self.part, functions.bias_of_first(self))
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dY w_k -> [B, K/R]."""
-        return dy @ self.weight
+        return dy @ self.part
 
     def weight_gradient(self, dy: Tensor, x_k: Tensor) -> Tensor:
         """dYᵀ X[:, k_r] -> [N, K/R]."""
@@ -128,9 +127,9 @@ class DenseTPRow(nn.Module):
         N, width = self.weight.shape
 
         def place(full):
-            full[:, self.start : self.start + width] = self.weight
+            full[:, self.start : self.start + width] = self.part
 
-        return parts.assemble(place, (N, self.K), self.weight, self.group)
+        return parts.assemble(place, (N, self.in_features), self.part, self.group)
 
     def restrict(self, source) -> dict[str, Tensor]:
         """What this rank's parameters would be for another dense [N, K]."""
@@ -145,22 +144,19 @@ class DenseTPRow(nn.Module):
         return parts.row_cost(self, batch, self.weight.shape[1])
 
 
-class DenseTPColumn(nn.Module):
+class DenseTPColumn(Split):
     """Column-parallel: this rank's rows w_n [N/R, K]; the slices of the output are gathered."""
 
+    method = "dense_tp_column"
     masks = ()
     reduces = REDUCES
     policies = POLICIES
 
     def __init__(self, weight: Tensor, bias: Tensor | None, group, how: str):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = parts.bias_parameter(bias)
-        self.group, self.ranks = group, collectives.group_size(group)
-        height, K = weight.shape
-        self.N, start = height * self.ranks, height * collectives.group_rank(group)
-        self.rows = slice(start, start + height)
-        self.output = Gather(how, self.N, joins.side_by_side, group)
+        (height, K), ranks = weight.shape, collectives.group_size(group)
+        super().__init__(weight, bias, height * ranks, K, group)
+        self.rows = slice(height * self.rank, height * (self.rank + 1))
+        self.output = Gather(how, self.out_features, joins.side_by_side, group)
         self.input = Sum(how, K, group)
 
     @staticmethod
@@ -181,8 +177,6 @@ class DenseTPColumn(nn.Module):
         source = parts.checked(cls, weight, group, reduce=reduce)
         return cls(_own_rows(source, group), bias, group, reduce)
 
-    __deepcopy__ = parts.copy_in_group
-
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
         return parts.apply(self, x)
@@ -193,13 +187,11 @@ class DenseTPColumn(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """X w_nᵀ, with this rank's slice of the bias -> [rows, N/R]."""
-        return F.linear(
-            x, self.weight, None if self.bias is None else self.bias.detach()[self.rows]
-        )
+        return F.linear(x, self.part, None if self.bias is None else self.added[self.rows])
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dY[:, n_r] w_n -> [B, K]."""
-        return dy[:, self.rows] @ self.weight
+        return dy[:, self.rows] @ self.part
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """dY[:, n_r]ᵀ X -> [N/R, K]."""
@@ -207,7 +199,7 @@ class DenseTPColumn(nn.Module):
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank."""
-        return collectives.all_gather(self.weight.detach(), self.group).flatten(0, 1)
+        return collectives.all_gather(self.part, self.group).flatten(0, 1)
 
     def restrict(self, source) -> dict[str, Tensor]:
         """What this rank's parameters would be for another dense [N, K]."""
@@ -226,7 +218,7 @@ class DenseTPColumn(nn.Module):
             height,
             K,
             size,
-            wire_forward=all_gather_wire(batch * self.N * size, self.ranks),
+            wire_forward=all_gather_wire(batch * self.out_features * size, self.ranks),
             wire_backward=all_reduce_wire(batch * K * size, self.ranks),
         )
 

@@ -14,29 +14,29 @@ from functools import partial
 from typing import ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from blockshock import masks as masks24
-from blockshock.distributed import collectives, functions
+from blockshock.distributed import functions
 from blockshock.distributed.joins import Gather, Sum
 from blockshock.kernels import columns as kept_columns
 from blockshock.linear import parts, ways
+from blockshock.linear.split import Split
 from blockshock.measure.floor import Cost
 
 
-class BlockShockFolded(nn.Module):
+class BlockShockFolded(Split):
     """The kept columns of one term. weight [N, K/R], bias [N]."""
 
+    method = "block_shock_folded"
     masks = ("1100", "1010", "1001")
     reduces = parts.REDUCES
     policies: ClassVar = {"frozen": {}, "packed_master": {}}
 
     def __init__(self, weight: Tensor, mask: str, term: parts.Term, K: int, bias, group, how):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = parts.bias_parameter(bias)
-        self.mask, self.term, self.K, self.group = mask, term, K, group
-        self.ranks, N = collectives.group_size(group), weight.shape[0]
+        N = weight.shape[0]
+        super().__init__(weight, bias, N, K, group)
+        self.mask, self.term = mask, term
         first = tuple(place for place in range(4) if mask[place] == "1")
         self.places = first if term.index == 0 else kept_columns.others(first)
         self.output = Sum(how, N, group)
@@ -68,7 +68,9 @@ class BlockShockFolded(nn.Module):
         own = parts.take_columns(source, _columns(mask, term, source.device))
         return cls(own, mask, term, K, bias, group, reduce)
 
-    __deepcopy__ = parts.copy_in_group
+    def part_of(self) -> dict[str, str | int]:
+        """What the weight is a part of: the mask is none that a state could bring."""
+        return super().part_of() | {"mask": self.mask}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
@@ -80,11 +82,11 @@ class BlockShockFolded(nn.Module):
 
     def product(self, x_c: Tensor) -> Tensor:
         """X[:, c_g] w_gᵀ -> [rows, N]."""
-        return F.linear(x_c, self.weight, functions.bias_of_first(self))
+        return F.linear(x_c, self.part, functions.bias_of_first(self))
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dY w_g -> [B, K/R]."""
-        return dy @ self.weight
+        return dy @ self.part
 
     def weight_gradient(self, dy: Tensor, x_c: Tensor) -> Tensor:
         """dYᵀ X[:, c_g] -> [N, K/R]."""
@@ -95,9 +97,9 @@ class BlockShockFolded(nn.Module):
         own = _columns(self.mask, self.term, self.weight.device)
 
         def place(full):
-            full[:, own] = self.weight
+            full[:, own] = self.part
 
-        return parts.assemble(place, (self.weight.shape[0], self.K), self.weight, self.group)
+        return parts.assemble(place, (self.out_features, self.in_features), self.part, self.group)
 
     def restrict(self, source) -> dict[str, Tensor]:
         """What this rank's parameters would be for another dense [N, K]."""

@@ -12,28 +12,28 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from blockshock.distributed import collectives, functions
+from blockshock.distributed import functions
 from blockshock.distributed.joins import Gather, Sum
 from blockshock.linear import parts, ways
+from blockshock.linear.split import Split
 from blockshock.measure.floor import Cost, all_reduce_wire, product_cost
 
 
-class MaskedSplit(nn.Module):
-    """One masked term, dense. weight [N, K/S] with zeros where `codes` keep nothing, bias [N]."""
+class MaskedSplit(Split):
+    """One masked term, dense. weight [N, K/S] with zeros where `mask` keeps nothing, bias [N]."""
 
+    method = "masked_split"
     masks = ("tile", "tile_magnitude", "1100", "1010", "1001", "random", "magnitude")
     reduces = parts.REDUCES
     policies: ClassVar = {"frozen": {}, "plain": {}}
 
     def __init__(self, weight: Tensor, mask: Tensor, term: parts.Term, K: int, bias, group, how):
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.register_buffer("mask", mask)
-        self.bias = parts.bias_parameter(bias)
-        self.term, self.K, self.group = term, K, group
-        self.ranks, N = collectives.group_size(group), weight.shape[0]
+        N = weight.shape[0]
+        super().__init__(weight, bias, N, K, group)
+        self.mask, self.term = mask, term
+        self._seen = None  # the weight's version when it was masked last
         self.output = Sum(how, N, group)
         self.input = Sum(how, K, group)
         if self.ranks > 2:
@@ -67,11 +67,34 @@ class MaskedSplit(nn.Module):
             local[start:stop] = rows[:, term.columns] * kept[start:stop]
         return cls(local, kept, term, K, bias, group, reduce)
 
-    __deepcopy__ = parts.copy_in_group
+    def mask_state(self) -> dict[str, Tensor]:
+        """The mask, bool [N, K/S]."""
+        return {"mask": self.mask}
+
+    def of_first_term(self, mask: Tensor) -> Tensor:
+        """A term's mask is its partner's complement."""
+        return ~mask if self.term.index else mask
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.mask = self.mask.to(self.weight.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
+        self._mask_again()
         return parts.apply(self, x)
+
+    @torch.no_grad()
+    def _mask_again(self) -> None:
+        """Entries off the mask, which a write may have brought, are the other term's.
+
+        Gradients are masked, so no optimizer's step brings any.
+        """
+        now = self.written()
+        if now != self._seen:
+            self.weight.data.mul_(self.mask)  # no change to what a backward has saved
+            self._seen = now
 
     def local_input(self, x: Tensor) -> Tensor:
         """The shard's columns, [B, K/S]."""
@@ -79,11 +102,11 @@ class MaskedSplit(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """X W(g)ᵀ -> [rows, N]."""
-        return F.linear(x, self.weight, functions.bias_of_first(self))
+        return F.linear(x, self.part, functions.bias_of_first(self))
 
     def input_gradient(self, dy: Tensor) -> Tensor:
         """dY W(g) -> [B, K/S]."""
-        return dy @ self.weight
+        return dy @ self.part
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """(dYᵀ X) ∘ M(g) -> [N, K/S]."""
@@ -95,11 +118,12 @@ class MaskedSplit(nn.Module):
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] on every rank: the sum of all terms."""
+        self._mask_again()
 
         def place(full):
-            full[:, self.term.columns] = self.weight
+            full[:, self.term.columns] = self.part
 
-        return parts.assemble(place, (self.weight.shape[0], self.K), self.weight, self.group)
+        return parts.assemble(place, (self.out_features, self.in_features), self.part, self.group)
 
     def restrict(self, source) -> dict[str, Tensor]:
         """What this rank's parameters would be for another dense [N, K] under the same mask."""
@@ -115,5 +139,5 @@ class MaskedSplit(nn.Module):
             width,
             size,
             wire_forward=all_reduce_wire(batch * N * size, self.ranks),
-            wire_backward=all_reduce_wire(batch * self.K * size, self.ranks),
+            wire_backward=all_reduce_wire(batch * self.in_features * size, self.ranks),
         )

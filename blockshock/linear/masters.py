@@ -8,7 +8,8 @@
 
 kept: the parameter -> kept values. like: kept values -> the parameter's form, for gradients.
 renew: brings the compressed form into step with a parameter that was written. term: the dense
-W(g) [N, K] that is multiplied. dtype: the parameter's, for products of a dtype.
+W(g) [N, K] that is multiplied. dtype: the parameter's, for products of a dtype. products: the
+products' dtype, from the parameter's and what it was.
 """
 
 import torch
@@ -30,6 +31,9 @@ class Packed:
     def dtype(self, products: torch.dtype) -> torch.dtype:
         return products
 
+    def products(self, parameter: torch.dtype, before: torch.dtype) -> torch.dtype:
+        return parameter
+
     def kept(self, weight: Tensor, codes: Tensor) -> Tensor:
         return weight
 
@@ -40,7 +44,7 @@ class Packed:
         return packed.unpack()
 
     def renew(self, weight: Tensor, packed: Packed24, *, by_library: bool) -> None:
-        packed.refresh()
+        packed.mark_stale()
 
 
 class Float32:
@@ -54,6 +58,9 @@ class Float32:
     def dtype(self, products: torch.dtype) -> torch.dtype:
         return torch.promote_types(products, torch.float32)  # float64 stays
 
+    def products(self, parameter: torch.dtype, before: torch.dtype) -> torch.dtype:
+        return before
+
     def kept(self, weight: Tensor, codes: Tensor) -> Tensor:
         return weight
 
@@ -65,7 +72,7 @@ class Float32:
 
     def renew(self, weight: Tensor, packed: Packed24, *, by_library: bool) -> None:
         packed.values.copy_(weight)
-        packed.refresh()
+        packed.mark_stale()
 
 
 class Dense:
@@ -79,6 +86,9 @@ class Dense:
     def dtype(self, products: torch.dtype) -> torch.dtype:
         return products
 
+    def products(self, parameter: torch.dtype, before: torch.dtype) -> torch.dtype:
+        return parameter
+
     def kept(self, weight: Tensor, codes: Tensor) -> Tensor:
         return pack.gather_kept(weight, codes)
 
@@ -90,7 +100,7 @@ class Dense:
 
     def renew(self, weight: Tensor, packed: Packed24, *, by_library: bool) -> None:
         """by_library: cuSPARSELt finds the places anew, as `torch.sparse` does after each step."""
-        weight.mul_(masks.decode(packed.codes))
+        weight.data.mul_(masks.decode(packed.codes))  # no change to what a backward has saved
         (packed.recompress if by_library else packed.rewrite)(weight)
 
 

@@ -5,12 +5,11 @@ method takes from a block what it holds. The same taking, applied to the dense g
 a parameter's gradient must be.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blockshock import masks, sources
 from blockshock.distributed import collectives, functions
@@ -112,7 +111,7 @@ def row_cost(layer, batch: int, width: int, like: Tensor | None = None) -> Cost:
         width,
         size,
         wire_forward=all_reduce_wire(batch * N * size, layer.ranks),
-        wire_backward=all_gather_wire(batch * layer.K * size, layer.ranks),
+        wire_backward=all_gather_wire(batch * layer.in_features * size, layer.ranks),
     )
 
 
@@ -168,19 +167,6 @@ def _stack(blocks, source, height: int) -> Tensor:
         part[filled : filled + block.shape[0]] = block
         filled += block.shape[0]
     return part
-
-
-def bias_parameter(bias: Tensor | None) -> nn.Parameter | None:
-    """The whole bias [N], held by every rank; see `distributed.functions` for who adds it."""
-    return None if bias is None else nn.Parameter(bias.detach().clone())
-
-
-def copy_in_group(layer: nn.Module, memo: dict) -> nn.Module:
-    """`__deepcopy__` of a layer: the copy is in the same process group, which has no copies."""
-    memo[id(layer.group)] = layer.group
-    twin = memo[id(layer)] = layer.__new__(type(layer))
-    twin.__dict__.update(copy.deepcopy(layer.__dict__, memo))
-    return twin
 
 
 def flatten(x: Tensor, width: int, like: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def _question(layer, side: str, like: Tensor) -> str:
 
 
 def _dtype(layer) -> torch.dtype:
-    return getattr(layer, "products_like", layer.weight).dtype
+    return layer.packed.values.dtype if hasattr(layer, "packed") else layer.weight.dtype
 
 
 def _group(layer):

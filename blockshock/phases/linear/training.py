@@ -1,4 +1,4 @@
-"""Training: forward, loss, backward, optimizer and upkeep of the compressed form, as one step.
+"""Training: forward (upkeep of the compressed form in it), loss, backward, optimizer, as one step.
 
 The loss is `workloads.LOSSES[case.loss]`, summed over features and averaged over rows, so that the
 gradient is 2 (Y − T) / B whatever N is, and fp16 does not underflow. The policies are the method's
@@ -27,12 +27,11 @@ STEPS = 10
 
 
 def training(case: LinearCase, layer, problem: Problem) -> Experiment:
-    """A step: forward, loss, backward, optimizer, and upkeep of the compressed form."""
+    """A step: forward, loss, backward, optimizer; the upkeep of the compressed form is in it."""
     trained = case.policy != "frozen"
     layer.weight.requires_grad_(trained)
     x = problem.x.clone().requires_grad_()
     optimizer = make_optimizer(case, layer.parameters(), problem.steepness)
-    upkeep = getattr(layer, "upkeep", None) if trained else None
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -45,8 +44,6 @@ def training(case: LinearCase, layer, problem: Problem) -> Experiment:
             loss.backward()
         with region("optimizer"):
             optimizer.step()
-        if upkeep:
-            upkeep()
 
     def check():
         figures = {}

@@ -1,0 +1,43 @@
+"""What the ranks of a group tell each other before they go on, by the process group's store.
+
+No device takes part, and the wait has an end: a rank that does not come is an error, and no hang.
+"""
+
+from collections import Counter
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from blockshock.distributed import collectives
+
+SECONDS = 60.0
+_turns: Counter[str] = Counter()  # by group; every rank of it counts alike
+
+
+def told_by_all(text: str, group=None, *, about: str, seconds: float = SECONDS) -> list[str]:
+    """What each rank of the group says, in the group's order. Every rank must call it.
+
+    Raises RuntimeError, which names `about`, where a rank has not called it after so many seconds.
+    """
+    ranks = collectives.group_size(group)
+    if ranks == 1:
+        return [text]
+    name, store = _name(group), dist.distributed_c10d._get_default_store()
+    turn, own = _turns[name], collectives.group_rank(group)
+    _turns[name] += 1
+    keys = [f"blockshock/{name}/{turn}/{rank}" for rank in range(ranks)]
+    store.set(keys[own], text)
+    try:
+        store.wait(keys, timedelta(seconds=seconds))
+    except dist.DistError as error:
+        raise RuntimeError(
+            f"{about} is a step of all {ranks} ranks of the group, and one of them has not come "
+            f"within {seconds:.0f} s; call it on every rank"
+        ) from error
+    if turn > 1:  # whoever has answered this turn has read the one before
+        store.delete_key(f"blockshock/{name}/{turn - 2}/{own}")
+    return [store.get(key).decode() for key in keys]
+
+
+def _name(group) -> str:
+    return (group or dist.group.WORLD).group_name

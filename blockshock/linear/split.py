@@ -1,0 +1,182 @@
+"""What every layer of several ranks is: a part of a dense layer, which says so wherever it goes."""
+
+import copy
+import json
+import zlib
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from blockshock.distributed import agree, collectives
+
+# Products, and the transposes that precede one.
+_REFUSED = {
+    torch.nn.functional.linear,
+    *(getattr(torch, name) for name in ("mm", "matmul", "addmm", "bmm", "einsum", "t")),
+    *(
+        getattr(Tensor, name)
+        for name in ("mm", "matmul", "__matmul__", "__rmatmul__", "addmm", "t")
+    ),
+    *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
+}
+
+
+class PartWeight(nn.Parameter):
+    """A rank's part of a weight: a parameter to optimizers, and refused in products.
+
+    A part of the shape [N, K] would give a wrong Y without a word to code that takes a layer's
+    weight and multiplies by itself. Use `layer(x)`, or `layer.to_dense()` for the whole weight.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in _REFUSED:
+            raise TypeError(
+                "this weight is one rank's part of a layer's weight, and a product with it is no "
+                "output of the layer; call the layer, or take the whole weight, `to_dense()`"
+            )
+        return nn.Parameter.__torch_function__(func, types, args, kwargs or {})
+
+
+class Split(nn.Module):
+    """A layer [N, K] of which this rank holds a part. weight: that part; bias [N]: whole.
+
+    A state_dict carries, besides these, what it is a part of. `load_state_dict` refuses a state
+    that is another part, or none, with RuntimeError, also where it is not strict.
+    """
+
+    method: ClassVar[str]  # its name in `METHODS`
+
+    def __init__(self, part: Tensor, bias: Tensor | None, N: int, K: int, group):
+        super().__init__()
+        self.weight = PartWeight(part)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.out_features, self.in_features, self.group = N, K, group
+        self.ranks, self.rank = collectives.group_size(group), collectives.group_rank(group)
+
+    def __deepcopy__(self, memo: dict) -> "Split":
+        """The copy is in the same process group, which has no copies."""
+        memo[id(self.group)] = self.group
+        twin = memo[id(self)] = self.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    @property
+    def part(self) -> Tensor:
+        """The weight's values, for products."""
+        return self.weight.detach()
+
+    @property
+    def added(self) -> Tensor | None:
+        """The bias's values in the products' dtype [N]."""
+        return None if self.bias is None else self.bias.detach()
+
+    def written(self) -> tuple[int, int]:
+        """Another one after each write to the weight that PyTorch counts.
+
+        A weight that was made in inference mode counts none: it becomes an ordinary one.
+        """
+        if self.weight.is_inference():
+            with torch.inference_mode(False):
+                values, trained = self.weight.clone(), self.weight.requires_grad
+                self.weight = nn.Parameter(values, requires_grad=trained)
+        return self.weight._version, self.weight.data_ptr()
+
+    def mask_state(self) -> dict[str, Tensor]:
+        """The mask by its name, one byte an entry; {} where there is none, or an option names it."""
+        return {}
+
+    def of_first_term(self, mask: Tensor) -> Tensor:
+        """What a mask of this term says of the pair's first one."""
+        return mask
+
+    def prepare_gradients(self) -> None:
+        """Called before the products of a backward: nothing to do."""
+
+    def part_of(self) -> dict[str, str | int]:
+        """What the weight is a part of. Only a state that says the same can be loaded."""
+        return {"method": self.method, "rank": self.rank, "ranks": self.ranks}
+
+    def get_extra_state(self) -> Tensor:
+        """`part_of` and the mask, for a state_dict: uint8, so that what copies tensors copies it.
+
+        A line of JSON, then the mask's bytes, on the layer's device.
+        """
+        masks = self.mask_state().values()
+        told = self.part_of() | {"digest": [_digest(mask) for mask in masks]}
+        line = torch.frombuffer(bytearray(json.dumps(told).encode() + b"\n"), dtype=torch.uint8)
+        bytes_of = [mask.view(torch.uint8).flatten() for mask in masks]
+        return torch.cat([line.to(self.weight.device), *bytes_of])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes the mask of a state that was found to be of this part."""
+        _, masks = self._read(state)
+        for own, mask in zip(self.mask_state().values(), masks, strict=True):
+            own.copy_(mask)
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        if f"{prefix}weight" in state:
+            problem = self._refused(state.get(f"{prefix}_extra_state"))
+            if problem:
+                errors.append(f"{prefix.rstrip('.') or 'the layer'}: {problem}")
+                return
+        with torch.inference_mode(False):
+            super()._load_from_state_dict(
+                state, prefix, metadata, strict, missing, unexpected, errors
+            )
+
+    def _refused(self, state: Tensor | None) -> str | None:
+        """Why the ranks' states are not those of this layer, alike on all ranks, or None."""
+        problem, pair = self._another(state), []
+        if problem is None:
+            pair = [_digest(self.of_first_term(mask)) for mask in self._read(state)[1]]
+        about = "load_state_dict of a layer that several ranks hold"
+        texts = agree.told_by_all(json.dumps([problem, pair]), self.group, about=about)
+        told = [json.loads(text) for text in texts]
+        for rank, (found, of_pair) in enumerate(told):
+            if found:
+                return f"rank {rank}: {found}"
+            if of_pair != told[rank - rank % 2][1]:
+                return (
+                    f"ranks {rank - 1} and {rank} hold terms of different masks; save both at once"
+                )
+        return None
+
+    def _another(self, state: Tensor | None) -> str | None:
+        """Why a state is none of this part, or None."""
+        try:
+            told, masks = self._read(state)
+        except (ValueError, AttributeError, TypeError):
+            return (
+                "the state does not say which part of the weight it holds, as a dense layer's; "
+                "load that before `convert`, or between `revert` and `convert`"
+            )
+        own = self.part_of()
+        if any(told.get(name) != value for name, value in own.items()):
+            return (
+                f"the state is {_named(told)}, the layer is {_named(own)}; each rank saves and "
+                "loads its own (`blockshock.linear.checkpoint`), or save the reverted model"
+            )
+        if told.get("digest") != [_digest(mask) for mask in masks]:
+            return "the state's mask was changed after it was saved; save it again"
+        return None
+
+    def _read(self, state: Tensor) -> tuple[dict, list[Tensor]]:
+        """What `get_extra_state` wrote. Raises ValueError for anything else."""
+        line, _, rest = state.cpu().numpy().tobytes().partition(b"\n")
+        own = list(self.mask_state().values())
+        told = json.loads(line)
+        if not isinstance(told, dict) or len(rest) != sum(mask.numel() for mask in own):
+            raise ValueError("no state of this layer")
+        flat = torch.frombuffer(bytearray(rest), dtype=torch.uint8) if rest else None
+        return told, [flat.view(mask.dtype).view(mask.shape) for mask in own]
+
+
+def _named(part: dict) -> str:
+    said = f"rank {part.get('rank')} of {part.get('ranks')} of {part.get('method')}"
+    return said + (f" {part['mask']}" if "mask" in part else "")
+
+
+def _digest(mask: Tensor) -> int:
+    return zlib.crc32(mask.cpu().contiguous().view(torch.uint8).numpy())
