@@ -27,21 +27,20 @@ import torch
 from torch import Tensor
 
 from blockshock import masks as masks24
-from blockshock.distributed import collectives, exchange, functions
+from blockshock.distributed import exchange, functions
 from blockshock.distributed.functions import Way
 from blockshock.distributed.joins import Gather, Sum
 from blockshock.kernels import columns, cusparselt, pack, products
 from blockshock.linear import parts, ways
 from blockshock.linear.masters import MASTERS
-from blockshock.linear.split import Split
+from blockshock.linear.packed_split import PackedSplit
 from blockshock.measure.floor import Cost, all_reduce_wire
-from blockshock.measure.regions import region
-from blockshock.packed import Packed24, check_codes, check_shape, estimated_bytes
+from blockshock.packed import Packed24, check_shape, estimated_bytes
 
 FOLDED_MASKS = tuple(name for name, pattern in masks24.PATTERNS.items() if pattern.fixed)
 
 
-class BlockShock(Split):
+class BlockShock(PackedSplit):
     """One 2:4 term. weight: as `masters` says, of [N, K/S]; bias [N], of the weight's dtype."""
 
     method = "block_shock"
@@ -58,13 +57,8 @@ class BlockShock(Split):
     def __init__(
         self, packed: Packed24, master: str, term: parts.Term, K: int, bias, group, kernel, how
     ):
-        own = MASTERS[master].parameter(packed)
-        super().__init__(own, bias, packed.shape[0], K, group)
-        self.term, self.master, self.kernel, self.how = term, master, kernel, how
-        if bias is not None:
-            self.bias.data = self.bias.data.to(own.dtype)
-        self._replayed = False  # whether a graph may write the weight
-        self._settle(packed)
+        self.kernel, self.how = kernel, how
+        super().__init__(packed, master, term, K, bias, group)
 
     @staticmethod
     def unsupported(
@@ -133,16 +127,6 @@ class BlockShock(Split):
     def _by_library(self) -> bool:
         return self.master == "dense" and self.kernel in ("auto", "cusparselt")
 
-    @property
-    def codes(self) -> Tensor:
-        """The mask of this term, uint8 [N, K/4S]."""
-        return self.packed.codes
-
-    @property
-    def added(self) -> Tensor | None:
-        """The bias's values in the products' dtype [N]."""
-        return None if self.bias is None else self.bias.detach().to(self.packed.values.dtype)
-
     @torch.compiler.disable  # version counters would be guards, and each step another graph
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], the same bits on every rank."""
@@ -195,38 +179,6 @@ class BlockShock(Split):
         bias = None if self.bias is None else self.bias.to(dtype)
         options = self.term, self.in_features, bias, self.group, self.kernel, self.how
         return type(self)(packed, self.master, *options)
-
-    def prepare_gradients(self) -> None:
-        """Brings the transpose into step, where dX needs it; in a graph at each replay."""
-        packed = self.packed
-        if packed.has_transpose and (packed.stale or self._capturing):
-            with region("compress"):
-                packed.refresh()
-
-    def upkeep(self) -> None:
-        """Brings the packed form into step with the weight; see `masters`.
-
-        `forward` does it by itself, at each call while the weight can be trained, else after a
-        write that PyTorch counts. Call it after one that it does not count, through `.data`.
-        """
-        with torch.inference_mode(False), torch.no_grad(), region("compress"):
-            if self._apart:
-                self._rebuild()
-            else:
-                MASTERS[self.master].renew(self.part, self.packed, by_library=self._by_library)
-
-    def check_pair(self) -> None:
-        """Raises ValueError unless the partner rank holds the exact complement. A collective.
-
-        Masks are made on each rank from its own copy of the weight: copies that differ show here.
-        """
-        codes = collectives.all_gather(self.codes, self.group)
-        partner = codes[collectives.group_rank(self.group) ^ 1]
-        if not torch.equal(masks24.complement(partner), self.codes):
-            raise ValueError(
-                "the two terms of a pair are not each other's complement: the ranks were given "
-                "different weights; broadcast the model from one rank first"
-            )
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] that is multiplied, on every rank: the sum of all terms."""
@@ -296,66 +248,6 @@ class BlockShock(Split):
         backward = "2:4" if self.packed.has_transpose else "dense (mask is not transposable)"
         return f"{self.in_features} -> {N}, term {self.term.index}, {self.master}, dX: {backward}"
 
-    def mask_state(self) -> dict[str, Tensor]:
-        """The codes: a state brings its own mask."""
-        return {"codes": self.codes}
-
-    def of_first_term(self, mask: Tensor) -> Tensor:
-        """A term's codes are its partner's complement."""
-        return masks24.complement(mask) if self.term.index else mask
-
-    def __deepcopy__(self, memo: dict) -> "BlockShock":
-        """In the same process group, in memory of its own."""
-        with torch.inference_mode(False):
-            twin = super().__deepcopy__(memo)
-            twin._rebuild()
-        return twin
-
-    def _apply(self, fn, recurse=True):
-        with torch.inference_mode(False):
-            dtype = fn(self.packed.values.new_empty(0)).dtype
-            own = [p for p in (self.weight, self.bias) if p is not None]
-            before = [p.data for p in own]
-            super()._apply(fn, recurse)
-            for parameter, values in zip((self.weight, self.bias), before, strict=False):
-                if MASTERS[self.master].dtype(dtype) != dtype:  # moved, not rounded on the way
-                    parameter.data = values.to(parameter.device)
-            self._rebuild(dtype)
-        return self
-
-    def _another(self, state) -> str | None:
-        problem = super()._another(state)
-        if problem is None:
-            try:
-                check_codes(self._read(state)[1][0])
-            except ValueError as error:
-                return f"the state's codes are no 2:4 mask: {error}"
-        return problem
-
-    def _load_from_state_dict(self, *args) -> None:
-        super()._load_from_state_dict(*args)
-        with torch.inference_mode(False):
-            self._rebuild()
-
-    def _settle(self, packed: Packed24) -> None:
-        """Takes a packed form of the weight; its values become the weight, if they are shared."""
-        self.packed = packed
-        if MASTERS[self.master].shared:
-            self.weight.data = packed.values
-        self._seen, self._seen_codes = self.written(), self.codes._version
-        self.output, self.input = self._joins()
-
-    @torch.no_grad()
-    def _rebuild(self, dtype: torch.dtype | None = None) -> None:
-        """Another packed form, of the weight as it is; dtype: of the products, if it is another."""
-        master, codes = MASTERS[self.master], self.codes.to(self.weight.device)
-        dtype = dtype or master.products(self.weight.dtype, self.packed.values.dtype)
-        for parameter in (self.weight, self.bias):
-            if parameter is not None and parameter.dtype != master.dtype(dtype):
-                parameter.data = parameter.data.to(master.dtype(dtype))
-        kept = master.kept(self.part, codes).to(dtype)
-        self._settle(Packed24.from_codes(kept, codes).with_transpose_if_possible())
-
     def _joins(self):
         N, _ = self.packed.shape
         output = Sum(self.how, N, self.group)
@@ -367,31 +259,3 @@ class BlockShock(Split):
         if self.ranks == 2:
             return output, Sum(self.how, self.in_features, self.group)
         return output, Gather(self.how, self.in_features, parts.add_pairs, self.group)
-
-    @property
-    def _capturing(self) -> bool:
-        """Whether a graph is being captured that may be replayed after the weight was stepped."""
-        weight = self.weight
-        return weight.requires_grad and weight.is_cuda and torch.cuda.is_current_stream_capturing()
-
-    @property
-    def _apart(self) -> bool:
-        """Whether the packed form is none of this weight's memory, or of another mask."""
-        values = self.packed.values
-        apart = MASTERS[self.master].shared and self.weight.data_ptr() != values.data_ptr()
-        return apart or self.codes._version != self._seen_codes
-
-    def _follow_weight(self) -> None:
-        """`upkeep`, unless nothing can have written the weight since the last one.
-
-        A fused optimizer's step and a graph's replay leave no trace. So while the weight can be
-        stepped, for it is trained, has a gradient, or was in a graph, it counts as written.
-        """
-        self._replayed = self._replayed or self._capturing
-        weight, now = self.weight, self.written()
-        stepped = weight.requires_grad and (
-            torch.is_grad_enabled() or weight.grad is not None or self._replayed
-        )
-        if stepped or now != self._seen or self._apart:
-            self.upkeep()
-            self._seen = None if stepped else self.written()

@@ -84,7 +84,7 @@ class Split(nn.Module):
         return self.weight._version, self.weight.data_ptr()
 
     def mask_state(self) -> dict[str, Tensor]:
-        """The mask by its name, one byte an entry; {} where there is none, or an option names it."""
+        """The mask by its name, a byte an entry; {} where there is none, or an option names it."""
         return {}
 
     def of_first_term(self, mask: Tensor) -> Tensor:

@@ -1,0 +1,163 @@
+"""What the ranks do in the tests of how a layer follows its weight; the tests judge the answers."""
+
+import copy
+import random
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from blockshock.distributed import collectives
+from blockshock.distributed.ranks import device
+from blockshock.kernels import pack
+from blockshock.linear import METHODS
+from blockshock.linear.masters import MASTERS
+from blockshock.measure.errors import relative_error
+
+N, K, B = 64, 128, 16
+
+
+def usual():
+    """The dtype of the products, and another one to cast to."""
+    cuda = device().type == "cuda"
+    return (torch.bfloat16, torch.float16) if cuda else (torch.float32, torch.float64)
+
+
+def built(**options):
+    """A model of one layer, the same on all ranks."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(N, K), torch.randn(N)
+    to = device(), usual()[0]
+    layer = METHODS["block_shock"].from_dense(weight.to(*to), bias.to(*to), **options)
+    return nn.Sequential(layer)
+
+
+def whole(layer):
+    """The weight [N, K] in float64 by the parameter's values, not by what is multiplied."""
+    dtype = layer.packed.values.dtype
+    kept = MASTERS[layer.master].kept(layer.weight.detach().clone(), layer.codes)
+    term = pack.expand(kept.to(dtype).double(), layer.codes)
+    return collectives.all_reduce(term, layer.group)
+
+
+def errors(model, x):
+    """(of Y, of dX if x has a gradient) against the parameters as they are."""
+    (layer,) = model
+    x = x.detach().to(layer.packed.values.dtype)
+    weight, bias = whole(layer), layer.bias.detach().to(x.dtype).double()
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        return [relative_error(model(x), x.double() @ weight.t() + bias)]
+    x.requires_grad_()
+    y = model(x)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    true = torch.ones(B, N, dtype=torch.float64, device=x.device) @ weight
+    return [
+        relative_error(y.detach(), x.detach().double() @ weight.t() + bias),
+        relative_error(dx, true),
+    ]
+
+
+class Life:
+    """A model and what may happen to it."""
+
+    def __init__(self, options):
+        loads = options.pop("loads", options["mask"])
+        self.model, self.other = built(**options), built(**options | {"mask": loads})
+        self.optimizer, self.ema = None, None
+
+    def step(self, **how):
+        if self.optimizer is None or not self.model[0].weight.requires_grad:
+            self.optimizer = torch.optim.Adam(self.model.parameters(), 0.1, **how)
+        self.optimizer.step()
+
+    def backward(self):
+        like = {"dtype": self.model[0].packed.values.dtype, "device": device()}
+        x = torch.ones(B, K, **like, requires_grad=True)
+        self.model(x).square().mean().backward()
+
+    def fused_step(self):
+        self.step(fused=True)
+
+    def counted_step(self):
+        self.step(foreach=True)
+
+    def zero_grad(self):
+        self.model.zero_grad()
+
+    def freeze(self):
+        self.model.requires_grad_(not self.model[0].weight.requires_grad)
+
+    def cast(self):
+        first, second = usual()
+        dtype = self.model[0].packed.values.dtype
+        self.changed(self.model.to(second if dtype == first else first))
+
+    def cast_in_inference_mode(self):
+        with torch.inference_mode():
+            self.cast()
+
+    def copied(self):
+        self.changed(copy.deepcopy(self.model))
+
+    def copied_in_inference_mode(self):
+        with torch.inference_mode():
+            self.copied()
+
+    def loaded(self):
+        self.model.load_state_dict(self.other.state_dict())
+
+    def loaded_and_assigned(self):
+        state = {name: value.clone() for name, value in self.other.state_dict().items()}
+        self.model.load_state_dict(state, assign=True)
+        self.changed(self.model)
+
+    def assigned(self):
+        layer = self.model[0]
+        layer.weight = nn.Parameter(layer.weight.detach() * 0.5)
+        self.changed(self.model)
+
+    def data_replaced(self):
+        self.model[0].weight.data = self.model[0].weight.detach() * 0.5
+
+    def written(self):
+        with torch.no_grad():
+            self.model[0].weight.mul_(0.5)
+
+    def written_in_inference_mode(self):
+        with torch.inference_mode():
+            self.model[0].weight.mul_(0.5)
+
+    def averaged(self):
+        if self.ema is None:
+            self.ema = AveragedModel(self.model, use_buffers=True)
+        if self.ema.module[0].weight.dtype == self.model[0].weight.dtype:
+            self.ema.update_parameters(self.model)
+
+    def changed(self, model):
+        self.model, self.optimizer = model, None
+
+
+DEEDS = sorted(
+    name
+    for name, value in vars(Life).items()
+    if callable(value) and name not in ("__init__", "step", "changed")
+)
+
+
+def lives(options, seed, turns=25):
+    """The largest error of random lives, each checked after every deed, and the deeds before it."""
+    chance, life, done = random.Random(seed), Life(dict(options)), []
+    x = torch.randn(B, K, generator=torch.Generator().manual_seed(seed)).to(device())
+    worst = (0.0, [])
+    for _ in range(turns):
+        done.append(chance.choice(DEEDS))
+        getattr(life, done[-1])()
+        for model in [life.model] + ([life.ema.module] if life.ema else []):
+            mode = chance.choice([torch.enable_grad, torch.no_grad, torch.inference_mode])
+            done.append(mode.__name__)
+            with mode():
+                found = errors(model, x)
+            limit = torch.finfo(model[0].packed.values.dtype).eps
+            if max(found) / limit > worst[0]:
+                worst = (max(found) / limit, list(done))
+    return worst
