@@ -63,12 +63,10 @@ class Life:
     def __init__(self, options):
         loads = options.pop("loads", options["mask"])
         self.model, self.other = built(**options), built(**options | {"mask": loads})
-        self.optimizer, self.ema = None, None
+        self.ema = None
 
     def step(self, **how):
-        if self.optimizer is None or not self.model[0].weight.requires_grad:
-            self.optimizer = torch.optim.Adam(self.model.parameters(), 0.1, **how)
-        self.optimizer.step()
+        torch.optim.SGD(self.model.parameters(), 0.1, **how).step()
 
     def backward(self):
         like = {"dtype": self.model[0].packed.values.dtype, "device": device()}
@@ -81,6 +79,18 @@ class Life:
     def counted_step(self):
         self.step(foreach=True)
 
+    def fused_training(self):
+        self.backward()
+        self.step(fused=True)
+        self.zero_grad()
+
+    def fused_training_with_a_look_between(self):
+        self.backward()
+        with torch.no_grad():
+            errors(self.model, torch.ones(B, K, device=device()))
+        self.step(fused=True)
+        self.zero_grad()
+
     def zero_grad(self):
         self.model.zero_grad()
 
@@ -90,14 +100,14 @@ class Life:
     def cast(self):
         first, second = usual()
         dtype = self.model[0].packed.values.dtype
-        self.changed(self.model.to(second if dtype == first else first))
+        self.model.to(second if dtype == first else first)
 
     def cast_in_inference_mode(self):
         with torch.inference_mode():
             self.cast()
 
     def copied(self):
-        self.changed(copy.deepcopy(self.model))
+        self.model = copy.deepcopy(self.model)
 
     def copied_in_inference_mode(self):
         with torch.inference_mode():
@@ -109,12 +119,10 @@ class Life:
     def loaded_and_assigned(self):
         state = {name: value.clone() for name, value in self.other.state_dict().items()}
         self.model.load_state_dict(state, assign=True)
-        self.changed(self.model)
 
     def assigned(self):
         layer = self.model[0]
         layer.weight = nn.Parameter(layer.weight.detach() * 0.5)
-        self.changed(self.model)
 
     def data_replaced(self):
         self.model[0].weight.data = self.model[0].weight.detach() * 0.5
@@ -133,18 +141,15 @@ class Life:
         if self.ema.module[0].weight.dtype == self.model[0].weight.dtype:
             self.ema.update_parameters(self.model)
 
-    def changed(self, model):
-        self.model, self.optimizer = model, None
-
 
 DEEDS = sorted(
     name
     for name, value in vars(Life).items()
-    if callable(value) and name not in ("__init__", "step", "changed")
+    if callable(value) and name not in ("__init__", "step")
 )
 
 
-def lives(options, seed, turns=25):
+def lives(options, seed, turns=40):
     """The largest error of random lives, each checked after every deed, and the deeds before it."""
     chance, life, done = random.Random(seed), Life(dict(options)), []
     x = torch.randn(B, K, generator=torch.Generator().manual_seed(seed)).to(device())
