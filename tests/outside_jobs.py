@@ -19,7 +19,6 @@ import blockshock
 from blockshock import sources
 from blockshock.distributed.ranks import device
 from blockshock.linear import METHODS, checkpoint
-from blockshock.measure.clock import capture
 from blockshock.measure.errors import relative_error
 
 WIDTH, TOKENS, HEADS = 128, 96, 2
@@ -100,44 +99,6 @@ def compiled(method, options, backend, steps=4):
         for optimizer in optimizers:
             optimizer.step()
     return errors, graphs
-
-
-def captured(method, options, replays=3):
-    """How far replayed steps of one CUDA graph are from eager ones, by parameter, and in dX."""
-    eager = built()
-    blockshock.convert(eager, method, **options)
-    start = {name: p.detach().clone() for name, p in eager.named_parameters()}
-    x, dy = inputs()
-
-    def step_of(net):
-        # So large an eps that gradients which are zero but for rounding move nothing.
-        options = {"lr": 0.01, "eps": 1.0, "fused": True, "capturable": True}
-        x_in, adam = x.clone().requires_grad_(), torch.optim.Adam(net.parameters(), **options)
-        layers = [module for module in net.modules() if hasattr(module, "upkeep")]
-
-        def step():
-            adam.zero_grad(set_to_none=True)
-            x_in.grad = None
-            net(x_in).backward(dy)
-            adam.step()
-            for layer in layers:
-                layer.upkeep()
-
-        return step, x_in
-
-    net = copy.deepcopy(eager)
-    step, eager_x = step_of(eager)
-    for _ in range(replays + 1):  # a capture warms up with one step
-        step()
-    step, net_x = step_of(net)
-    graph = capture(step)
-    for _ in range(replays):
-        graph.replay()
-    torch.cuda.synchronize()
-    true = {name: p.detach() - start[name] for name, p in eager.named_parameters()}
-    own = {name: p.detach() - start[name] for name, p in net.named_parameters()}
-    errors = {name: relative_error(own[name], true[name]) for name in true}
-    return errors | {"x": relative_error(net_x.grad, eager_x.grad)}
 
 
 def autocast(method, weight_dtype, backward_inside):

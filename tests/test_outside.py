@@ -43,15 +43,6 @@ def test_a_compiled_model_is_the_eager_one_and_compiles_once(ranks, method, opti
         assert graphs[0] == graphs[-1], graphs
 
 
-@pytest.mark.parametrize(("method", "options"), LAYERS, ids=identify)
-def test_a_captured_training_step_replays_the_eager_steps(ranks, method, options):
-    if ranks.device != "cuda":
-        pytest.skip("CUDA graphs need GPUs")
-    for errors in ranks.run(jobs.captured, method, options):
-        # The weights move by half of themselves; a stale form or a lost step costs far more.
-        assert all(error < 0.02 for error in errors.values()), errors
-
-
 @pytest.mark.parametrize("inside", [False, True], ids=["backward-outside", "backward-inside"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("method", ["block_shock", "masked_split", "dense_tp_row"])

@@ -1,0 +1,47 @@
+"""Layers in CUDA graphs: a replay multiplies what the weights hold then."""
+
+import pytest
+
+from tests import graph_jobs as jobs
+
+pytestmark = pytest.mark.gpus(2)
+LAYERS = [
+    ("block_shock", {"mask": "tile"}),
+    ("block_shock", {"mask": "1100"}),
+    ("block_shock", {"mask": "magnitude"}),
+    ("block_shock", {"mask": "tile", "master": "float32"}),
+    ("block_shock", {"mask": "1100", "master": "float32"}),
+    ("block_shock", {"mask": "magnitude", "master": "float32"}),
+    ("block_shock", {"mask": "tile", "master": "dense"}),
+    ("block_shock", {"mask": "1100", "master": "dense"}),
+    ("block_shock", {"mask": "magnitude", "master": "dense"}),
+    ("block_shock_folded", {}),
+    ("masked_split", {}),
+    ("dense_tp_row", {}),
+    ("dense_tp_column", {}),
+]
+layers = pytest.mark.parametrize(
+    ("method", "options"),
+    LAYERS,
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else value,
+)
+
+
+@layers
+def test_a_captured_training_step_replays_the_eager_steps(ranks, method, options):
+    for errors in ranks.run(jobs.captured, method, options):
+        # The weights move by half of themselves; a stale form or a lost step costs far more.
+        assert all(error < 0.02 for error in errors.values()), errors
+
+
+@layers
+def test_graphed_callables_train_as_eager_ones(ranks, method, options):
+    for errors in ranks.run(jobs.graphed, method, options):
+        assert all(error < 0.02 for error in errors.values()), errors
+
+
+@layers
+def test_a_captured_evaluation_sees_what_was_trained_since(ranks, method, options):
+    for same, moved in ranks.run(jobs.evaluation_between_training, method, options):
+        assert same < 1e-6
+        assert moved > 0.01
