@@ -178,7 +178,7 @@ def refusal(method, N, K, dtype, poison=None, **options):
     return None
 
 
-def train(method, steps, optimizer, fused, call_upkeep, dtype, size, **options):
+def train(method, steps, optimizer, fused, dtype, size, **options):
     """How far the weight's change in some training steps, and dX after them, are from dense's.
 
     Beside float32 master values stands a float32 layer: what a bf16 one loses in each step is more
@@ -195,8 +195,6 @@ def train(method, steps, optimizer, fused, call_upkeep, dtype, size, **options):
             x_in = x.to(kind, copy=True).requires_grad_()
             (layer(x_in) - dy.to(kind)).square().mean().backward()
             step.step()
-            if call_upkeep and hasattr(layer, "upkeep"):
-                layer.upkeep()
         layer(x_in).backward(dy.to(kind))  # dX by the transposed form after the last step
         layer.dx = x_in.grad
     whole = weight.to(wide), dense.weight.detach()

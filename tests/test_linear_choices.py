@@ -49,9 +49,7 @@ def test_folding_training_steps_follow_dense(ranks, master):
     dtype, size = ("bf16" if on_gpu else "fp32"), 64 * ranks.size
     change, dx = (0.1, 0.02) if on_gpu else (1e-3, 1e-5)
     options = {"mask": "1010", "kernel": "folded", "master": master}
-    for answer in ranks.run(
-        jobs.train, "block_shock", 10, "Adam", True, False, dtype, size, **options
-    ):
+    for answer in ranks.run(jobs.train, "block_shock", 10, "Adam", True, dtype, size, **options):
         assert answer["weight"] < change
         assert answer["dx"] < dx
 

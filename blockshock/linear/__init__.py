@@ -11,7 +11,7 @@ A method is an `nn.Module`, a `split.Split` where several ranks hold it, with, b
     cost(batch)                         arithmetic and bytes of one product
     masks, policies                     what it can be asked for; the first is the usual one
 
-and optionally `upkeep()` after an optimizer step, `paths(batch)` and `weight_bytes()`.
+and optionally `paths(batch)` and `weight_bytes()`.
 """
 
 from blockshock.linear.block_shock import BlockShock
