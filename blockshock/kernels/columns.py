@@ -8,6 +8,7 @@ i = (i0, i1), i0 < i1, are two places of a group. Deterministic copies, bound by
 types on CUDA by Triton kernels that move whole groups, else plain PyTorch.
 """
 
+import torch
 from torch import Tensor
 
 Places = tuple[int, int]
@@ -21,7 +22,8 @@ def others(places: Places) -> Places:
 
 def take_reference(x: Tensor, places: Places) -> Tensor:
     """Plain-PyTorch `take`."""
-    return x.unflatten(1, (-1, 4))[:, :, list(places)].flatten(1)
+    groups = x.unflatten(1, (-1, 4))
+    return torch.stack([groups[:, :, place] for place in places], dim=2).flatten(1)
 
 
 def join_reference(a: Tensor, b: Tensor, places: Places, out: Tensor) -> None:
