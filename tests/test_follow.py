@@ -1,7 +1,12 @@
 """What a parameter holds is what is multiplied, whatever was done to the layer before."""
 
-import pytest
+import copy
 
+import pytest
+import torch
+from torch import nn
+
+from blockshock.linear.split import PartWeight
 from tests import follow_jobs as jobs
 
 LAYERS = [
@@ -21,3 +26,24 @@ LAYERS = [
 def test_a_layer_multiplies_its_parameter_whatever_happened(ranks, options, seed):
     for error, deeds in ranks.run(jobs.lives, options, seed):
         assert error < 8, deeds  # in units of the dtype's rounding
+
+
+PRODUCTS = [
+    lambda x, weight: torch.nn.functional.linear(x, weight),
+    lambda x, weight: x @ weight.t(),
+    lambda x, weight: x @ weight.T,
+    lambda x, weight: weight @ x.t(),
+    lambda x, weight: x @ weight,
+    lambda x, weight: torch.einsum("bk,nk->bn", x, weight),
+    lambda x, weight: torch.nn.functional.embedding(x.long(), weight),
+    torch.compile(lambda x, weight: torch.nn.functional.linear(x, weight), backend="eager"),
+]
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=range(len(PRODUCTS)))
+def test_a_product_by_a_part_is_refused(product):
+    weight = PartWeight(torch.ones(64, 64))
+    for part in (weight, copy.deepcopy(weight), nn.ParameterList([weight]).double()[0]):
+        with pytest.raises(RuntimeError, match="one rank's part"):
+            product(torch.zeros(8, 64, dtype=part.dtype), part)
+    assert type(weight.detach()) is torch.Tensor  # so is what a state_dict holds

@@ -13,6 +13,7 @@ from blockshock.distributed import agree, collectives
 # Products, and the transposes that precede one.
 _REFUSED = {
     torch.nn.functional.linear,
+    torch.nn.functional.embedding,
     *(getattr(torch, name) for name in ("mm", "matmul", "addmm", "bmm", "einsum", "t")),
     *(
         getattr(Tensor, name)
@@ -32,7 +33,7 @@ class PartWeight(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func in _REFUSED:
-            raise TypeError(
+            raise RuntimeError(
                 "this weight is one rank's part of a layer's weight, and a product with it is no "
                 "output of the layer; call the layer, or take the whole weight, `to_dense()`"
             )
