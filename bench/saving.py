@@ -27,10 +27,13 @@ class SafeResults:
         self.target = self.partial = None
         self.cut_short = ""  # by what
         self.told = ""  # the last line of the run
+        self.on_interrupt = None  # what SIGINT does, while it is ignored
         self.stream: Unbroken | None = None
         self.empty: list[str] = []  # benchmark files of which the sweep has no case
-        if not config.option.results or hasattr(config, "workerinput"):
+        if config.option.results is None or hasattr(config, "workerinput"):
             return
+        if not config.option.results:
+            raise pytest.UsageError("--results '' names no file; name one, such as r.json")
         self.target = Path(config.option.results)
         begin = f".{self.target.name}.{platform.node()}."
         self.partial = self.target.with_name(f"{begin}{os.getpid()}.partial")
@@ -61,6 +64,9 @@ class SafeResults:
         self.cut_short = (
             "interrupted" if excinfo.errisinstance(KeyboardInterrupt) else "ended early"
         )
+        if threading.current_thread() is threading.main_thread():
+            # Ctrl-C twice, until the results are kept. What takes longer then, it ends again.
+            self.on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session):
@@ -68,6 +74,8 @@ class SafeResults:
             self.cut_short = self.cut_short or "ended early"
         try:
             self.told = self._keep(session)
+            if self.on_interrupt:
+                signal.signal(signal.SIGINT, self.on_interrupt)
             return (yield)
         except KeyboardInterrupt:
             if self.target and not self.told:

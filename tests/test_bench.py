@@ -116,6 +116,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
         (["--profile", str(ROOT / "bench/bench_linear.py")], "*put --profile last*"),
         (["--profile", str(ROOT / "bench")], "*put --profile last, or write --profile=DIR*"),
         (["--results", "/dev/null"], "*/dev/null is no file*"),
+        (["--results", ""], "*--results '' names no file; name one, such as r.json*"),
         (["--deadline", "0"], "*--deadline 0: a number of seconds above 0*"),
         (["--ranks", "0"], "*--ranks 0: at least one*"),
         (["--results", "/proc/nowhere/r.json"], "*cannot be written*"),
