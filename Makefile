@@ -6,7 +6,8 @@
 #
 # VENV=/opt/venv                    run in this environment as it is, and install nothing into it
 # PYTHON=python3.12                 another interpreter for .venv (3.10 or newer)
-# PYTEST_ARGS="-k forward -x"       passed on to pytest
+# PYTEST_ARGS="-k forward -x"       passed on to pytest; a path in it, tests/test_masks.py, is all
+#                                   that runs
 # SWEEP=n_sweep                     another file of bench/sweeps
 # VENV_ARGS=--system-site-packages  .venv keeps the torch that this machine has; nothing is pinned
 #                                   then. `make clean` first, if .venv was made without it. Where
@@ -28,6 +29,8 @@ PY := $(firstword $(wildcard $(VENV)/bin/python $(VENV)/bin/python3) $(VENV)/bin
 READY := given
 endif
 CONSTRAINTS := $(if $(findstring --system-site-packages,$(VENV_ARGS)),,-c constraints.txt)
+# A path in PYTEST_ARGS replaces the folder: pytest would run both.
+folder = $(if $(filter $(1)/%,$(PYTEST_ARGS)),,$(1))
 # Stamped with the second and claimed by mkdir, so that no run overwrites another.
 RUN := build/bench/$(shell date -u +%Y%m%dT%H%M%SZ)-$(basename $(notdir $(SWEEP)))
 
@@ -35,17 +38,17 @@ RUN := build/bench/$(shell date -u +%Y%m%dT%H%M%SZ)-$(basename $(notdir $(SWEEP)
 .DEFAULT_GOAL := test
 
 test: $(READY)
-	$(PY) -m pytest tests $(PYTEST_ARGS)
+	$(PY) -m pytest $(call folder,tests) $(PYTEST_ARGS)
 
 # pytest.ini leaves the slow tests out; an empty -m takes all.
 test-all: $(READY)
-	$(PY) -m pytest tests -m "" $(PYTEST_ARGS)
+	$(PY) -m pytest $(call folder,tests) -m "" $(PYTEST_ARGS)
 
 # A case that fails makes the end fail, and still leaves the report of those that passed.
 bench: $(READY)
 	@mkdir -p build/bench && mkdir $(RUN)
 	@status=0; \
-	$(PY) -m pytest bench --sweep $(SWEEP) --results $(RUN).json $(PYTEST_ARGS) || status=$$?; \
+	$(PY) -m pytest $(call folder,bench) --sweep $(SWEEP) --results $(RUN).json $(PYTEST_ARGS) || status=$$?; \
 	if [ -s $(RUN).json ]; then \
 	    for tool in plot verdict report; do \
 	        $(PY) -m tools.$$tool $(RUN).json --out $(RUN) || status=$$?; \

@@ -10,6 +10,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -20,18 +21,24 @@ from pytest_benchmark.utils import safe_dumps
 class SafeResults:
     """Writes what was measured beside `--results`, then renames it; says where it is, or why not.
 
-    A run that was cut short never replaces an earlier result: its cases go to r.partial.json.
+    A run that was cut short never replaces an earlier result: its cases go to r.partial.json. Nor
+    is what another run wrote meanwhile replaced: the cases go to r.2.json. What the disk does not
+    take goes to the folder of temporary files.
     """
 
     def __init__(self, config):
         self.target = self.partial = None
         self.cut_short = ""  # by what
         self.told = ""  # the last line of the run
+        self.on_interrupt = None  # what SIGINT does, while it is ignored
         self.stream: Unbroken | None = None
         self.empty: list[str] = []  # benchmark files of which the sweep has no case
-        if not config.option.results or hasattr(config, "workerinput"):
+        if config.option.results is None or hasattr(config, "workerinput"):
             return
+        if not config.option.results:
+            raise pytest.UsageError("--results '' names no file; name one, such as r.json")
         self.target = Path(config.option.results)
+        self.before = _version(self.target)
         begin = f".{self.target.name}.{platform.node()}."
         self.partial = self.target.with_name(f"{begin}{os.getpid()}.partial")
         if self.target.exists() and not self.target.is_file():
@@ -61,6 +68,9 @@ class SafeResults:
         self.cut_short = (
             "interrupted" if excinfo.errisinstance(KeyboardInterrupt) else "ended early"
         )
+        if threading.current_thread() is threading.main_thread():
+            # Ctrl-C twice, until the results are kept. What takes longer then, it ends again.
+            self.on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_sessionfinish(self, session):
@@ -68,6 +78,8 @@ class SafeResults:
             self.cut_short = self.cut_short or "ended early"
         try:
             self.told = self._keep(session)
+            if self.on_interrupt:
+                signal.signal(signal.SIGINT, self.on_interrupt)
             return (yield)
         except KeyboardInterrupt:
             if self.target and not self.told:
@@ -90,8 +102,9 @@ class SafeResults:
         if not self.target:
             return ""
         total = sum("record" in item.fixturenames for item in session.items)
+        content = _as_json(config, plugin, measured)
         try:
-            self.partial.write_bytes(_as_json(config, plugin, measured))
+            self.partial.write_bytes(content)
             place, stays = self._place()
             self.partial.replace(place)
         except OSError as error:
@@ -99,18 +112,37 @@ class SafeResults:
             return (
                 f"the results could not be saved to {self.target}: {error}. "
                 f"{'What was there before is untouched. ' if self.target.exists() else ''}"
-                "Free space, or choose another --results, and run again."
+                f"{self._kept_elsewhere(content)}"
             )
-        if self.cut_short:
-            return f"{self.cut_short}: {len(measured)} of {total} cases are in {place}{stays}"
-        return f"{len(measured)} of {total} cases are in {place}"
+        why = f"{self.cut_short}: " if self.cut_short else ""
+        return f"{why}{len(measured)} of {total} cases are in {place}{stays}"
 
     def _place(self) -> tuple[Path, str]:
-        """Where the results belong, and what to say about a complete one that stays."""
-        if not (self.cut_short and self.target.exists()):
+        """Where the results belong, and what to say about others that stay."""
+        if not self.target.exists():
             return self.target, ""
-        names = (self.target.with_suffix(f".partial{n}.json") for n in ("", *range(2, 10**6)))
-        return next(name for name in names if not name.exists()), f"; {self.target} stays as it was"
+        if self.cut_short:
+            names, stays = ("partial", *(f"partial{n}" for n in range(2, 10**6))), "stays as it was"
+        elif _version(self.target) != self.before:
+            names, stays = range(2, 10**6), "is of another run, which ended before this one"
+        else:
+            return self.target, ""
+        files = (self.target.with_suffix(f".{name}.json") for name in names)
+        return next(file for file in files if not file.exists()), f"; {self.target} {stays}"
+
+    def _kept_elsewhere(self, content: bytes) -> str:
+        """Saves in the folder of temporary files what --results does not take; says where."""
+        self.partial.unlink(missing_ok=True)
+        name = None
+        try:
+            handle, name = tempfile.mkstemp(prefix=f"{self.target.stem}.", suffix=".json")
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+        except OSError:
+            if name:
+                Path(name).unlink()
+            return "Free space, or choose another --results, and run again."
+        return f"They are in {name}: move them to a place that keeps them."
 
     def _why_nothing(self, session) -> str:
         """Why no case was measured, where one could have been expected."""
@@ -218,6 +250,15 @@ def _as_json(config, plugin, measured) -> bytes:
     )
     hook.pytest_benchmark_update_json(config=config, benchmarks=measured, output_json=content)
     return safe_dumps(content, ensure_ascii=True, indent=4).encode()
+
+
+def _version(file: Path) -> tuple[int, int] | None:
+    """What changes when the file is written anew; None where there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _remove_stale(folder: Path, begin: str) -> None:

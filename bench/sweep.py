@@ -88,7 +88,7 @@ def parse_set(settings: list[str], family: str) -> dict[str, list]:
 def cases(sweep: dict, phase: str, device: str, ranks: int, settings: dict) -> list[Case]:
     """The cases of one phase, the methods of a point next to each other."""
     family = FAMILIES[sweep["family"]]
-    if phase not in (sweep.get("phases") or family.phases):
+    if phase not in sweep["phases"]:
         return []
     parts = [sweep.get("common") or {}, sweep.get(device) or {}]
     said = {"points": [{}], **axes.defaults(family.case)}
@@ -110,7 +110,9 @@ def cases(sweep: dict, phase: str, device: str, ranks: int, settings: dict) -> l
 def _read(file: Path) -> dict:
     """The sweep in a file, checked, with its family."""
     try:
-        sweep = yaml.safe_load(file.read_text())
+        text = file.read_text()
+        _each_key_once(yaml.compose(text, yaml.SafeLoader), file)
+        sweep = yaml.safe_load(text)
     except (OSError, UnicodeError) as error:
         raise SweepError(f"{file} cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -129,13 +131,32 @@ def _read(file: Path) -> dict:
         _known_keys(sweep.get(part) or {}, {*known, *family.phases}, f"{file}, {part}")
         for phase in family.phases:
             _known_keys((sweep.get(part) or {}).get(phase) or {}, known, f"{file}, {part}, {phase}")
-    phases = sweep.get("phases") or tuple(family.phases)
-    if not isinstance(phases, list | tuple):
-        raise SweepError(f"{file}: phases must be a list, such as [{phases}]")
+    phases = sweep.setdefault("phases", list(family.phases))
+    if not isinstance(phases, list) or not phases:
+        raise SweepError(
+            f"{file}: phases must be a list, such as [forward], and is {phases!r}; leave it out "
+            "for all"
+        )
     for phase in phases:
         if phase not in family.phases:
             raise SweepError(f"{file}: unknown phase {phase!r}; known: {', '.join(family.phases)}")
     return sweep
+
+
+def _each_key_once(node: yaml.Node | None, file: Path) -> None:
+    """Raises SweepError for a key that a mapping has twice: PyYAML would take the last."""
+    parts = node.value if isinstance(node, yaml.CollectionNode) else []
+    if isinstance(node, yaml.MappingNode):
+        keys = Counter(key.value for key, _ in parts if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
+                raise SweepError(
+                    f"{file}, line {node.start_mark.line + 1}: {key!r} is there {count} times; say "
+                    "it once"
+                )
+        parts = [part for _, part in parts]
+    for part in parts:
+        _each_key_once(part, file)
 
 
 def _value(word: str, wanted: tuple[type, ...]):
@@ -146,7 +167,8 @@ def _value(word: str, wanted: tuple[type, ...]):
 
 
 def _points(points, case: type[Case]) -> list[dict]:
-    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
+    mappings = isinstance(points, list) and all(isinstance(point, dict) for point in points)
+    if not mappings or not points:
         raise SweepError(f"points must be a list of mappings of axes to values, and is {points!r}")
     for point in points:
         _known_keys(point, axes.of(case), "points")

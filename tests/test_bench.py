@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 from _pytest.terminal import TerminalReporter
 
-from bench import reporting
+from bench import reporting, saving
 from blockshock.distributed import Ranks, open_ranks
 from blockshock.phases import session
 
@@ -116,6 +116,7 @@ def test_what_cannot_run_is_skipped_with_the_reason(bench):
         (["--profile", str(ROOT / "bench/bench_linear.py")], "*put --profile last*"),
         (["--profile", str(ROOT / "bench")], "*put --profile last, or write --profile=DIR*"),
         (["--results", "/dev/null"], "*/dev/null is no file*"),
+        (["--results", ""], "*--results '' names no file; name one, such as r.json*"),
         (["--deadline", "0"], "*--deadline 0: a number of seconds above 0*"),
         (["--ranks", "0"], "*--ranks 0: at least one*"),
         (["--results", "/proc/nowhere/r.json"], "*cannot be written*"),
@@ -303,6 +304,42 @@ def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, t
     out.stdout.fnmatch_lines(["*could not be saved*File too large*untouched*"])
     assert target.read_text() == "earlier"
     assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.usefixtures("shared_ranks")
+def test_what_the_disk_of_results_does_not_take_is_kept_elsewhere(bench, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def full(path, content):
+        if path.suffix == ".partial":
+            raise OSError(28, "No space left on device")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(saving.tempfile, "tempdir", str(tmp_path / "other"))
+    (tmp_path / "other").mkdir()
+    args = ("--results", tmp_path / "r.json", "--set", "method=dense_single")
+    out = bench(*SMALL, *args, files=[FORWARD])
+    assert out.ret == pytest.ExitCode.INTERNAL_ERROR
+    out.stdout.fnmatch_lines(
+        ["*r.json: *No space left on device. They are in *other/r.*.json: move*"]
+    )
+    (file,) = (tmp_path / "other").glob("r.*.json")
+    assert len(results(file)[1]) == 1
+    assert files(tmp_path) == []
+
+
+def test_a_result_that_another_run_wrote_meanwhile_stays(tmp_path):
+    config = SimpleNamespace(
+        option=SimpleNamespace(results=str(tmp_path / "r.json")), add_cleanup=lambda clean: None
+    )
+    first, second = saving.SafeResults(config), saving.SafeResults(config)
+    assert first._place() == (tmp_path / "r.json", "")
+    (tmp_path / "r.json").write_text("the first")
+    place, words = second._place()
+    assert place == tmp_path / "r.2.json"
+    assert words == f"; {tmp_path / 'r.json'} is of another run, which ended before this one"
+    assert saving.SafeResults(config)._place() == (tmp_path / "r.json", "")  # as asked
 
 
 def test_the_time_that_is_left_counts_points_and_not_cases(monkeypatch):

@@ -122,6 +122,21 @@ def test_a_reader_that_goes_ends_no_run(start, tmp_path):
     assert measured(tmp_path / "r.json") == 2
 
 
+def test_ctrl_c_twice_keeps_what_was_measured_and_shows_no_traceback(start, tmp_path):
+    with start("dense_tp_row") as command:
+        while not command.stdout.readline().startswith("[1/2]"):
+            assert command.poll() is None
+        time.sleep(1)
+        for _ in range(2):
+            os.kill(command.pid, signal.SIGINT)
+            time.sleep(0.1)
+        out, err = command.communicate()
+    assert f"interrupted: 1 of 2 cases are in {tmp_path / 'r.json'}" in out
+    assert "Traceback" not in out + err
+    assert command.returncode == pytest.ExitCode.INTERRUPTED
+    assert measured(tmp_path / "r.json") == 1
+
+
 def test_sigterm_keeps_what_was_measured_and_leaves_no_process_and_no_file(start, tmp_path):
     temporary = tmp_path / "tmp"
     temporary.mkdir()

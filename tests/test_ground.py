@@ -123,6 +123,15 @@ def test_make_test_is_pytest_tests(checkout):
     assert "run: -m pytest tests -k forward" in done.stdout
 
 
+@pytest.mark.parametrize("target", ["test", "test-all", "bench"])
+def test_a_path_in_pytest_args_is_all_that_runs(checkout, target):
+    path = f"{target.removesuffix('-all').replace('test', 'tests')}/x.py::test_y"
+    done = checkout(target, f"PYTEST_ARGS=-x {path}", program=MEASURES % 0)
+    run = next(line.split() for line in done.stdout.splitlines() if line.startswith("run: "))
+    assert path in run
+    assert not {"tests", "bench"} & set(run)
+
+
 def test_make_test_all_takes_the_slow_tests_as_well(checkout):
     done = checkout("test-all", "PYTEST_ARGS=-x")
     assert done.returncode == 0, done.stderr

@@ -225,6 +225,7 @@ def test_a_missing_case_fails_the_gate_with_its_own_message(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert f"FAIL: {ID} is missing from the new results" in printed
     assert "only in new" in printed
+    assert "Nothing was compared: no case is on both sides." in printed
     assert compare.main([old, new]) == 0
 
 

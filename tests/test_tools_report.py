@@ -72,7 +72,7 @@ def test_a_plot_without_data_is_not_drawn_and_says_why(tmp_path, capsys):
     drawn = {file.stem for file in (tmp_path / "plots").glob("*.png")}
     for name in set(FIGURES) - drawn:
         assert re.search(rf"not drawn: {name}: .+", printed)
-    assert "not drawn: drift: no drift results" in printed
+    assert "not drawn: drift: no results of drift" in printed
     assert "two values of N" in printed
 
 

@@ -151,6 +151,10 @@ def summary(comparison: Comparison) -> list[str]:
     """What the table comes to, in a few lines."""
     rows, found = comparison.both, [row.verdict for row in comparison.rows]
     lines = [", ".join(f"{found.count(name)} {name}" for name in VERDICTS) + "."]
+    if not rows:
+        lines.append(
+            "Nothing was compared: no case is on both sides. Give two runs of the same sweep."
+        )
     if rows:
         mean = geometric_mean([row.ratio.value for row in rows])
         lines.append(f"Geometric mean of new/old over {len(rows)} cases: {change(mean)}.")

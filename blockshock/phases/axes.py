@@ -83,6 +83,8 @@ def _values(name: str, value, device: str) -> list:
     if value is None:
         raise ValueError(f"the sweep says no {name} for {device}; add it, or use --set {name}=...")
     values = value if isinstance(value, list) else [value]
+    if not values:
+        raise ValueError(f"{name} is an empty list; name a value, or leave {name} out")
     for single in values:
         if not isinstance(single, SINGLE):
             raise ValueError(f"{name}: {single!r} is not one number, name or text")

@@ -55,7 +55,7 @@ def settings(
     """The results of each setting, the setting with the most results first.
 
     Raises Absent when there are none. With more lines than a panel carries, unusual variants go,
-    the labels of `main` last, and the text says how many lines are left.
+    the labels of `main` last, and the text says that some are left out.
     """
     groups: dict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -63,7 +63,7 @@ def settings(
         frozen = ", weights frozen" if result.case.policy == "frozen" else ""
         groups[result.setting + frozen].append(result)
     if not groups:
-        raise Absent(f"no {phase} results")
+        raise Absent(f"no results of {phase}")
     ranked = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
     few = [(text, *_few_lines(sorted(group, key=order), main(group))) for text, group in ranked]
     return {text + left: group for text, group, left in few}
@@ -118,6 +118,6 @@ def _few_lines(results: list[Result], main: set[str]) -> tuple[list[Result], str
     ranked = sorted(results, key=lambda r: (r.label not in main, r.line_order[::-1], r.id))
     labels = list(dict.fromkeys(result.label for result in ranked))
     kept = labels[:MOST_LINES]
-    words = f"; {len(kept)} of {len(labels)} lines, the others are in the tables"
+    words = "; the other lines are in the tables"  # how many are drawn, the legend decides
     left = [result for result in results if result.label in kept]
     return left, words if len(kept) < len(labels) else ""

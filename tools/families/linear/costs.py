@@ -43,7 +43,7 @@ def memory_vs_size(results: Results) -> list[Drawing]:
     def held(name: str) -> series.Value:
         return lambda result: result.memory.get(name)
 
-    groups = series.by_size(few(found), "forward results with memory", most=3)
+    groups = series.by_size(few(found), "forward with memory figures", most=3)
     for panels in groups.values():
         estimates = {
             (r.case.N, r.memory["weight_bytes_estimated"])

@@ -17,7 +17,7 @@ def over_floor(results: Results, phase: str) -> list[Drawing]:
     largest N.
     """
     found = [r for r in few(results.of(phase)) if r.floor.get("seconds", 0) > 0]
-    settings = style.settings(found, f"{phase} results with a floor")
+    settings = style.settings(found, f"{phase} with a floor")
     groups = {text: panels for text, group in settings.items() if (panels := _panels(group))}
     if not groups:
         raise Absent("a line needs two values of N with the same B, or of B with the same N")
