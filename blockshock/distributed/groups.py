@@ -31,7 +31,7 @@ def itself(group=None):
 def exists(group) -> bool:
     """Whether a group was not destroyed."""
     if group is _ALONE:
-        return True
+        return not dist.is_initialized()
     try:
         dist.get_process_group_ranks(group)
     except (KeyError, ValueError):  # the group is gone, or all of them are
@@ -54,6 +54,10 @@ class ByGroup(Generic[T]):
     def all(self) -> list[T]:
         """The values of all groups."""
         return list(self._values.values())
+
+    def items(self) -> list[tuple[object, T]]:
+        """(group, its value), for all groups."""
+        return list(self._values.items())
 
     def clear(self) -> None:
         """Forgets all of them."""
