@@ -20,7 +20,8 @@ class Uses:
     """
 
     def __init__(self):
-        self._lock, self._begun = threading.RLock(), False
+        self._lock = threading.RLock()
+        self._begun = None  # (stream of the use that has begun, whether a capture has it)
         self._last = None  # stream of the last use outside captures
         self._end = None  # event at the end of it; made once, because the CPU has none
         self._captured = None  # stream of the last use inside a capture
@@ -37,33 +38,33 @@ class Uses:
                     "a use of the group's shared memory began inside another one; wait for the "
                     "pending result first"
                 )
-            self._await_last(torch.cuda.current_stream())
-            self._begun = True
+            stream = torch.cuda.current_stream()
+            captured = torch.cuda.is_current_stream_capturing()
+            if captured:
+                # Streams of one capture capture until its end; the last one may be of an earlier
+                # graph.
+                if self._captured not in (None, stream) and _captures(self._captured):
+                    stream.wait_stream(self._captured)
+            elif self._last not in (None, stream):
+                stream.wait_event(self._end)
+            self._begun = stream, captured
         except BaseException:
             self._lock.release()
             raise
 
     def end(self) -> None:
-        """After the last touch, in the stream that began."""
+        """After the last touch, or after what makes the stream that began wait for it."""
+        stream, captured = self._begun
         try:
-            stream = torch.cuda.current_stream()
-            if torch.cuda.is_current_stream_capturing():
+            if captured:
                 self._captured = stream
             else:
                 self._end = self._end or torch.cuda.Event()
                 self._end.record(stream)
                 self._last = stream
         finally:
-            self._begun = False
+            self._begun = None
             self._lock.release()
-
-    def _await_last(self, stream: torch.cuda.Stream) -> None:
-        if torch.cuda.is_current_stream_capturing():
-            # Streams of one capture capture until its end; the last one may be of an earlier graph.
-            if self._captured not in (None, stream) and _captures(self._captured):
-                stream.wait_stream(self._captured)
-        elif self._last not in (None, stream):
-            stream.wait_event(self._end)
 
     def __enter__(self) -> None:
         self.begin()
