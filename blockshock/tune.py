@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from blockshock import cache, masks, sources
+from blockshock import cache, masks, sources, tuning
 from blockshock.distributed import note, open_ranks
 from blockshock.linear import METHODS, ways
 
@@ -24,6 +24,7 @@ TUNED = [name for name, method in METHODS.items() if "auto" in getattr(method, "
 def measure(method: str, mask: str | None, N: int, B: int, dtype: str) -> dict[str, dict]:
     """What is fastest for one layer: `ways.answers`. Called in every rank of the default group."""
     logging.getLogger("blockshock.tuning").setLevel(logging.ERROR)  # the command tells it all
+    tuning.exact_sizes()
     note(f"measuring {method} at N = {N}, B = {B}")
     like = {"dtype": DTYPES[dtype], "device": torch.device("cuda", torch.cuda.current_device())}
     options = {"mask": mask} if mask else {}

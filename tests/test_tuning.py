@@ -1,4 +1,4 @@
-"""What was fastest at a size is taken at that size, kept for this machine, and agreed on."""
+"""What was fastest at a size is taken for its class of sizes, kept for this machine, agreed on."""
 
 import json
 import logging
@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from blockshock import cache, tuning
+from blockshock.distributed import reduce
 from blockshock.phases.linear.case import LinearCase as Case
 from blockshock.phases.linear.lessons import lessons
-from blockshock.tuning import race
+from blockshock.tuning import answers as answers_file
+from blockshock.tuning import race, sizes
 from tests import tuning_jobs as jobs
 from tests.tuning_jobs import GivenTimes
 
@@ -44,6 +46,7 @@ def tuned(tmp_path, monkeypatch):
 
     yield ask
     tuning.forget()
+    tuning.exact_sizes(False)
 
 
 def kept_file(folder):
@@ -63,7 +66,7 @@ def test_the_fastest_is_taken_and_kinds_far_behind_do_not_enter(tuned):
 
 def test_an_answer_is_kept_on_disk_with_its_runners_up(tuned, tmp_path):
     tuned()
-    again = tuned({name: 1 / seconds for name, seconds in TIMES.items()})  # would be another
+    again = tuned(OTHER)
     assert (again.name, again.source) == ("folded; exchange, 4 chunks", "kept")
     assert again.seconds["folded; exchange, 8 chunks"] == 2.1
     content = json.loads(kept_file(tmp_path).read_text())
@@ -71,11 +74,114 @@ def test_an_answer_is_kept_on_disk_with_its_runners_up(tuned, tmp_path):
     assert content["holds for"]["device"] == "Some-GPU"
 
 
-def test_nothing_is_taken_from_a_neighbouring_size(tuned):
+OTHER = {name: 1 / seconds for name, seconds in TIMES.items()}  # another one is the fastest
+
+
+def test_nothing_is_taken_from_another_class_of_sizes(tuned):
     tuned()
-    other = {name: 1 / seconds for name, seconds in TIMES.items()}
-    answer = tuned(other, question="layer forward: B=65")
+    answer = tuned(OTHER, question="layer forward: B=65")
     assert (answer.name, answer.source) == ("thin; collective", "measured")
+
+
+def test_another_size_of_a_class_takes_its_answer_and_says_so(tuned, tmp_path):
+    tuned(question="layer forward: B=100")
+    for again in ("from memory", "from the disk"):
+        found = tuning.pick("layer forward: B=99", steps(OTHER), CPU)
+        source = "measured" if again == "from memory" else "kept"
+        assert (found.name, found.source) == (
+            "folded; exchange, 4 chunks", f"{source}, of B=100"
+        )  # fmt: skip
+        tuning.forget()
+    assert "layer forward: B=99" not in json.loads(kept_file(tmp_path).read_text())
+
+
+def test_a_size_that_was_measured_is_answered_by_its_own_times(tuned):
+    tuned(question="layer forward: B=100")
+    tuning.exact_sizes()
+    answer = tuned(OTHER, question="layer forward: B=99")
+    assert (answer.name, answer.source) == ("thin; collective", "measured")
+    tuning.exact_sizes(False)
+    tuning.forget()
+    found = [tuning.pick(f"layer forward: B={B}", steps(), CPU) for B in (97, 100, 99)]
+    assert [(answer.name, answer.source) for answer in found] == [
+        ("thin; collective", "kept, of B=99"),
+        ("folded; exchange, 4 chunks", "kept"),
+        ("thin; collective", "kept"),
+    ]
+
+
+def test_a_size_without_the_way_of_its_class_measures_once_for_those_like_it(tuned):
+    tuned(question="layer forward: B=100")
+    fewer = {name: seconds for name, seconds in OTHER.items() if "4 chunks" not in name}
+    sources = [
+        tuning.pick(f"layer forward: B={B}", steps(fewer), CPU).source for B in (110, 111, 105)
+    ]
+    assert sources == ["measured", "measured, of B=110", "measured, of B=110"]
+
+
+def test_switching_classes_off_forgets_what_came_from_another_size(tuned):
+    tuned(question="layer forward: B=100")
+    tuning.pick("layer forward: B=99", steps(), CPU)
+    tuning.exact_sizes()
+    assert tuning.known("layer forward: B=99") is None
+    assert tuning.pick("layer forward: B=99", steps(), CPU).source == "measured"
+    assert tuning.pick("layer forward: B=100", steps(), CPU).source == "kept"
+
+
+def test_an_answer_of_another_size_teaches_nothing(tuned, tmp_path):
+    tuned(question="layer forward: B=100")
+    tuning.pick("layer forward: B=99", steps(), CPU)
+    before = kept_file(tmp_path).read_text()
+    tuning.learn("layer forward: B=99", "thin; collective", 0.5)
+    assert kept_file(tmp_path).read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "span"),
+    [
+        (1, (1, 8)), (8, (1, 8)), (9, (9, 16)), (63, (57, 64)), (64, (57, 64)),
+        (65, (65, 128)), (128, (65, 128)), (129, (129, 192)),
+        (255, (193, 255)), (256, (256, 256)), (257, (257, 320)),
+        (511, (449, 511)), (512, (512, 512)), (513, (513, 576)),
+        (1023, (961, 1023)), (1024, (1024, 1024)), (1025, (1025, 1152)), (2048, (1921, 2048)),
+        (2049, (2049, 2304)), (40960, (36865, 40960)), (40961, (40961, 45056)),
+    ],
+)  # fmt: skip
+def test_classes_end_at_these_rows(rows, span):
+    assert sizes.span(rows) == span
+
+
+def test_every_number_of_rows_is_in_one_class_narrow_enough():
+    at, found = 1, 0
+    while at <= 1 << 16:
+        first, last = sizes.span(at)
+        assert all(sizes.span(rows) == (first, last) for rows in {at, (at + last) // 2, last})
+        assert first == at
+        assert last - first < (8 if last <= 64 else max(64, first / 8))
+        at, found = last + 1, found + 1
+    assert found == 8 + 15 + len(sizes.CUTS) + 8 * 6
+
+
+def test_rows_of_one_class_have_the_same_ways(monkeypatch):
+    monkeypatch.setattr(reduce.collectives, "group_size", lambda group=None: 2)
+    monkeypatch.setattr(reduce.symmetric, "why_not", lambda group=None: None)
+    monkeypatch.setattr(reduce.symmetric, "PUSH_BYTES", 1 << 40)  # the one limit beside rows
+    at = 1
+    while at < 5000:
+        _, last = sizes.span(at)
+        ways = [
+            reduce.plans("auto", rows, 64, torch.bfloat16, torch.device("cuda"))
+            for rows in (at, last)
+        ]
+        assert ways[0] == ways[1]
+        at = last + 1
+
+
+def test_a_question_names_its_class():
+    assert sizes.split("layer forward: N=64 B=100 bf16") == (
+        "layer forward: N=64 B=65..128 bf16", 100
+    )  # fmt: skip
+    assert sizes.split("no rows") == ("no rows", 0)
 
 
 def picked(monkeypatch, unable):
@@ -131,8 +237,7 @@ def test_rounds_end_after_a_time(monkeypatch):
 def test_another_driver_or_library_measures_anew(tuned, tmp_path, monkeypatch):
     tuned()
     monkeypatch.setattr(torch, "__version__", "9.9.9")
-    other = {name: 1 / seconds for name, seconds in TIMES.items()}
-    assert tuned(other).source == "measured"
+    assert tuned(OTHER).source == "measured"
     assert len(list(tmp_path.glob("ways-*.json"))) == 2
 
 
@@ -219,21 +324,26 @@ def test_the_first_use_that_measures_is_told_once(tuned, caplog):
 
 def test_memory_is_bounded(tuned, monkeypatch):
     tuned()
-    monkeypatch.setattr(tuning, "MOST", 3)
+    monkeypatch.setattr(answers_file, "MOST", 3)
     for number in range(10):
         tuning.pick(f"question {number}", steps(), CPU)
-    assert len(tuning._answers[None]) == 3
+    memory = tuning._memory.of()
+    assert len(memory.answers) == len(memory.settled) == 3
     assert tuning.known("question 9")
 
 
 def test_a_rank_of_two_groups_forgets_what_the_others_forget(tuned, monkeypatch):
-    monkeypatch.setattr(tuning, "MOST", 3)
-    for group, number in (("pair", 1), ("all", 3)):
+    class Group:
+        pass
+
+    pair, everyone = Group(), Group()
+    monkeypatch.setattr(answers_file, "MOST", 3)
+    for group, number in ((pair, 1), (everyone, 3)):
         for asked in range(number):
             tuning.remember(f"question {asked}", tuning.Answer("a", "kept"), group)
-    tuning.remember("question 2", tuning.Answer("b", "kept"), "all")  # again: nothing goes
-    assert tuning.known("question 0", "pair")
-    assert tuning.known("question 0", "all")
+    tuning.remember("question 2", tuning.Answer("b", "kept"), everyone)  # again: nothing goes
+    assert tuning.known("question 0", pair)
+    assert tuning.known("question 0", everyone)
 
 
 def test_what_was_learned_is_the_fastest_of_its_times(tuned):
@@ -250,6 +360,29 @@ def test_ranks_take_the_first_ones_answer_whatever_their_own_files_say(ranks, tm
     assert answers == [[("kernel; exchange, 4 chunks", "measured")] * 3] * ranks.size
     assert list((tmp_path / "0").glob("ways-*.json"))
     assert not (tmp_path / "1").exists()
+
+
+def test_a_loop_over_many_sizes_asks_once_a_class(ranks, tmp_path):
+    classes = len({sizes.span(B) for B in jobs.MANY})
+    for asked, again, memory, names in ranks.run(jobs.many_sizes, str(tmp_path)):
+        assert asked == classes
+        assert again == 0
+        assert memory == (len(jobs.MANY), classes)
+        assert names == {"kernel; exchange, 4 chunks"}
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("dense_tp_row", {}), ("block_shock", {"mask": "1100", "kernel": "folded"})],
+)
+def test_a_loop_over_many_sizes_neither_stalls_nor_grows(ranks, method, options):
+    for found in ranks.run(jobs.serving_loop, method, 2048, **options, timeout=600):
+        assert found["asked"] <= 3 * found["classes"]  # forward, and dX alone or beside dW
+        assert found["asked again"] == 0
+        assert found["symmetric"][0] == found["symmetric"][1]
+        assert found["reserved"][1] - found["reserved"][0] <= 64 << 20
+        assert found["largest ms"] < 100
 
 
 @pytest.mark.gpus(2)

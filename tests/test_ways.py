@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from blockshock import tuning
-from blockshock.distributed import collectives
+from blockshock.distributed import collectives, reduce
+from blockshock.distributed.groups import ByGroup
 from blockshock.kernels import products
 from blockshock.linear import METHODS, ways
+from blockshock.tuning import sizes
+from tests import tuning_jobs
 
 
 class OnGPU:
@@ -26,8 +29,12 @@ def two_ranks(monkeypatch):
     """The first of two ranks, which are not there."""
     monkeypatch.setattr(collectives, "group_size", lambda group=None: 2)
     monkeypatch.setattr(collectives, "group_rank", lambda group=None: 0)
-    for home, name in ((ways, "_ways"), (ways, "_ruled"), (tuning, "_answers")):
-        monkeypatch.setattr(home, name, {})
+    for home, name, made in (
+        (ways, "_ways", dict),
+        (ways, "_ruled", dict),
+        (tuning, "_memory", tuning.Memory),
+    ):
+        monkeypatch.setattr(home, name, ByGroup(made))
 
 
 def chosen(layer, side, like):
@@ -77,3 +84,29 @@ def test_the_stand_in_copies_no_hooks(two_ranks):
         assert torch.equal(twin.packed.values, layer.packed.values.bfloat16())
         assert twin.kind == layer.kind
         assert not twin._forward_hooks
+
+
+def test_each_size_takes_a_way_that_it_has_and_few_of_them_ask(two_ranks, monkeypatch, tmp_path):
+    tuning_jobs.stand_ins(monkeypatch, tmp_path, Ever())
+    monkeypatch.setattr(reduce.symmetric, "why_not", lambda group=None: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    asked = []
+
+    def idle(way):
+        return lambda: None
+
+    monkeypatch.setattr(tuning, "_of_first", lambda value, group: asked.append(1) or value)
+    layer = METHODS["dense_tp_row"].from_dense(torch.randn(64, 64), reduce="auto")
+    for _ in range(2):
+        for rows in tuning_jobs.MANY:
+            like = OnGPU(rows)
+            way = ways._chosen(layer, ways.FORWARD, like, idle, idle, None)
+            assert way in ways.candidates(layer, ways.FORWARD, like)
+    assert len(asked) == len({sizes.span(rows) for rows in tuning_jobs.MANY})
+
+
+class Ever(dict):
+    """Times of a race: the more chunks the faster."""
+
+    def __missing__(self, name):
+        return 1.0 - 0.01 * sum(int(word) for word in name.split() if word.isdecimal())

@@ -11,6 +11,7 @@ left at the end is the last chunk's way; with two ranks it takes one kernel, if 
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -117,42 +118,47 @@ def begin(
     bounds = cut(len(x), chunks)
     ranks = collectives.group_size(group)
     side, partials = streams(ranks), []
-    main, y, box, last = side.fork(), None, None, None
-    try:
-        for chunk, (start, stop) in enumerate(pairwise(bounds)):
-            partial = collectives.fix_layout(product(x[start:stop]))
-            partials.append(partial)  # held until the streams have joined
-            if y is None:
-                y = partial.new_empty(len(x), partial.shape[1])
-                row = y.shape[1] * y.element_size()
-                # With two ranks the mailbox has partials, with more their sums as well.
-                room = y.nbytes if ranks == 2 else 2 * y.nbytes + chunks * ranks * row
-                box = symmetric.mailbox(room, group)
-                for peer, stream in zip(box.shared.peers, side.send, strict=True):
-                    with torch.cuda.stream(stream):
-                        box.open(peer)
-            small = partial.nbytes <= symmetric.PUSH_BYTES and row % 16 == 0
-            if ranks == 2 and stop == len(x) and not hide and small:
-                # Nothing is left to hide the last one behind: one kernel ends sooner than messages.
-                last = partial
-                continue
-            ready = main.record_event()
-            for stream in (*side.send, side.finish):
-                stream.wait_event(ready)
-            if ranks == 2:
-                _cross(partial, y, start, chunk, side, box)
-            else:
-                _scatter(partial, y, start, chunk, chunks, side, box)
-    except BaseException:  # ranks that fail at the same chunk can go on with the next round
+    with ExitStack() as use:
+        use.enter_context(symmetric.uses(group))
+        main, y, box, last = side.fork(), None, None, None
+        try:
+            for chunk, (start, stop) in enumerate(pairwise(bounds)):
+                partial = collectives.fix_layout(product(x[start:stop]))
+                partials.append(partial)  # held until the streams have joined
+                if y is None:
+                    y = partial.new_empty(len(x), partial.shape[1])
+                    row = y.shape[1] * y.element_size()
+                    # With two ranks the mailbox has partials, with more their sums as well.
+                    room = y.nbytes if ranks == 2 else 2 * y.nbytes + chunks * ranks * row
+                    box = symmetric.mailbox(room, group)
+                    for peer, stream in zip(box.shared.peers, side.send, strict=True):
+                        with torch.cuda.stream(stream):
+                            box.open(peer)
+                small = partial.nbytes <= symmetric.PUSH_BYTES and row % 16 == 0
+                if ranks == 2 and stop == len(x) and not hide and small:
+                    # Nothing is left to hide the last one behind: one kernel ends sooner than
+                    # messages.
+                    last = partial
+                    continue
+                ready = main.record_event()
+                for stream in (*side.send, side.finish):
+                    stream.wait_event(ready)
+                if ranks == 2:
+                    _cross(partial, y, start, chunk, side, box)
+                else:
+                    _scatter(partial, y, start, chunk, chunks, side, box)
+        except BaseException:  # ranks that fail at the same chunk can go on with the next round
+            _close(side, box)
+            side.join(main)
+            raise
         _close(side, box)
-        side.join(main)
-        raise
-    _close(side, box)
+        ends = use.pop_all()
 
     def finish():
-        if last is not None:
-            symmetric.push(group).sum(last, y[len(y) - len(last) :])
-        side.join(main)
+        with ends:
+            if last is not None:
+                symmetric.push(group).sum(last, y[len(y) - len(last) :])
+            side.join(main)
 
     return Pending(y, finish, partials)
 

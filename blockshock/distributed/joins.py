@@ -5,6 +5,7 @@ rank holds in the same bits. In between the caller may do other work (`hide`).
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -84,23 +85,32 @@ class Gather:
 
     def _exchange(self, part: Tensor, out: Tensor) -> Pending:
         ranks = collectives.group_size(self.group)
-        side, box = exchange.streams(ranks), symmetric.mailbox(ranks * part.nbytes, self.group)
-        rank, main = box.shared.rank, side.fork()
-        for peer, stream in zip(box.shared.peers, side.send, strict=True):
-            with torch.cuda.stream(stream):
-                box.open(peer)
-                box.send(peer, 0, part, rank * part.numel())
-        with torch.cuda.stream(side.finish):
-            parts = {
-                peer: box.receive(peer, 0, part.shape, part.dtype, peer * part.numel())
-                for peer in box.shared.peers
-            }
-            parts[rank] = part
-            try:
-                self.place([parts[r] for r in range(ranks)], out)
-            finally:
-                box.close()
-        return Pending(out, lambda: side.join(main), [part], name="allgather")
+        side = exchange.streams(ranks)
+        with ExitStack() as use:
+            use.enter_context(symmetric.uses(self.group))
+            box = symmetric.mailbox(ranks * part.nbytes, self.group)
+            rank, main = box.shared.rank, side.fork()
+            for peer, stream in zip(box.shared.peers, side.send, strict=True):
+                with torch.cuda.stream(stream):
+                    box.open(peer)
+                    box.send(peer, 0, part, rank * part.numel())
+            with torch.cuda.stream(side.finish):
+                parts = {
+                    peer: box.receive(peer, 0, part.shape, part.dtype, peer * part.numel())
+                    for peer in box.shared.peers
+                }
+                parts[rank] = part
+                try:
+                    self.place([parts[r] for r in range(ranks)], out)
+                finally:
+                    box.close()
+            ends = use.pop_all()
+
+        def finish():
+            with ends:
+                side.join(main)
+
+        return Pending(out, finish, [part], name="allgather")
 
 
 def side_by_side(parts: list[Tensor], out: Tensor) -> None:

@@ -122,11 +122,11 @@ def begin_sum(
         return Pending(partial)
     if chosen.how == "exchange":
         total = torch.empty_like(partial)
-        with region("allreduce", bytes=partial.nbytes):
+        with region("allreduce", bytes=partial.nbytes), symmetric.uses(group):
             symmetric.push(group).sum(partial, total)
         return Pending(total)
     if chosen.how == "two_shot":
-        with region("allreduce", bytes=partial.nbytes):
+        with region("allreduce", bytes=partial.nbytes), symmetric.uses(group):
             room = partial.nbytes + 16 * collectives.group_size(group)  # even for every rank
             return Pending(symmetric.two_shot(room, group).sum(partial))
     if hide:

@@ -5,18 +5,22 @@
                copies into the receiver's buffer and signals, the receiver's stream waits
     TwoShot    PyTorch's own two-shot all-reduce, on a staged copy
 
-All of it can be captured in CUDA graphs. NVLink multicast is not used. What is here must be called
-by all ranks of the group in the same order, from one stream at a time.
+All of it can be captured in CUDA graphs. NVLink multicast is not used. Each use of a group's
+buffers stands in `uses(group)`, which orders the uses of a rank; all ranks must make them in the
+same order. The buffers go with the group: once it is destroyed and nobody refers to it, or at the
+latest when the next ones are made. A graph that captured them must not be replayed after that.
 """
 
 import os
 import socket
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from blockshock.distributed import groups
+from blockshock.distributed.uses import Uses
 from blockshock.kernels import nvrtc
 
 PUSH_BLOCKS, PUSH_SPAN = 512, 2048  # blocks of threads, and vectors of 16 bytes for each
@@ -24,17 +28,37 @@ PUSH_BYTES = PUSH_BLOCKS * PUSH_SPAN * 16  # 16 MiB
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
+@dataclass
+class _Held:
+    """Of a group on this rank: its buffers by class, the roomiest last, and their uses."""
+
+    uses: Uses = field(default_factory=Uses)
+    made: dict[type, list] = field(default_factory=dict)
+    why_not: list[str | None] = field(default_factory=list)  # the answer, once it is known
+
+
+_held = groups.ByGroup(_Held)
+
+
+def uses(group=None) -> Uses:
+    """The uses of the group's buffers: `with uses(group):`, or its `begin` and `end`."""
+    return _held.of(group).uses
+
+
+def held_bytes() -> int:
+    """Bytes of all buffers on this rank, which PyTorch's allocator does not count."""
+    made = (one for held in _held.all() for of_class in held.made.values() for one in of_class)
+    return sum(one.shared.memory.nbytes for one in made)
+
+
 def why_not(group=None) -> str | None:
     """Why the ranks of a group cannot reach each other's memory, or None. A collective, once."""
-    return _why_not(_group(group))
+    known = _held.of(group).why_not
+    if not known:
+        known.append(_why_not(groups.itself(group)))
+    return known[0]
 
 
-def _group(group):
-    """Never None, which would name another group after the process group was made anew."""
-    return dist.group.WORLD if group is None else group
-
-
-@lru_cache
 def _why_not(group) -> str | None:
     if "nccl" not in dist.get_backend(group):
         return "its ranks have no GPU each"
@@ -79,15 +103,16 @@ class Shared:
                 "a graph is being captured and the ranks have no shared buffer of "
                 f"{nbytes} bytes yet; run this shape once before the capture"
             )
+        _held.drop_destroyed()
         # PyTorch would set multicast up beside the buffer; nothing here uses it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
-        device = torch.device("cuda", torch.cuda.current_device())
-        self.group = _group(group)
+        device, group = torch.device("cuda", torch.cuda.current_device()), groups.itself(group)
+        self.name = group.group_name  # the group itself would be kept alive by its own buffers
         self.memory = symmetric.empty(nbytes, dtype=torch.uint8, device=device)
-        self.handle = symmetric.rendezvous(self.memory, self.group)
+        self.handle = symmetric.rendezvous(self.memory, group)
         self.memory.zero_()
         torch.cuda.synchronize()
-        dist.barrier(self.group, device_ids=[device.index])
+        dist.barrier(group, device_ids=[device.index])
         self.rank, self.ranks = self.handle.rank, self.handle.world_size
         self.peers = [(self.rank + away) % self.ranks for away in range(1, self.ranks)]
 
@@ -175,25 +200,16 @@ class TwoShot:
         staged = self.shared.memory.view(partial.dtype)[:room]
         staged[: partial.numel()] = partial.view(-1)
         out = partial.new_empty(room)
-        name = self.shared.group.group_name
-        torch.ops.symm_mem.two_shot_all_reduce_out(staged, "sum", name, out)
+        torch.ops.symm_mem.two_shot_all_reduce_out(staged, "sum", self.shared.name, out)
         return out[: partial.numel()].view(partial.shape)
-
-
-_made: dict = {}
-
-
-def held_bytes() -> int:
-    """Bytes of all buffers on this rank, which PyTorch's allocator does not count."""
-    return sum(one.shared.memory.nbytes for made in _made.values() for one in made)
 
 
 def push(group=None) -> Push:
     """The group's `Push`, made on first use."""
-    group = _group(group)
-    if (Push, group) not in _made:
-        _made[Push, group] = [Push(group)]
-    return _made[Push, group][0]
+    made = _made(Push, group)
+    if not made:
+        made.append(Push(group))
+    return made[0]
 
 
 def two_shot(nbytes: int, group=None) -> TwoShot:
@@ -208,8 +224,11 @@ def mailbox(nbytes: int, group=None) -> Mailbox:
 
 def _roomy(cls, nbytes: int, group):
     """The largest made so far, or a new one. Outgrown ones stay: captured graphs may use them."""
-    group = _group(group)
-    made = _made.setdefault((cls, group), [])
+    made = _made(cls, group)
     if not made or made[-1].nbytes < nbytes:
         made.append(cls(1 << max(24, (nbytes - 1).bit_length()), group))
     return made[-1]
+
+
+def _made(cls, group) -> list:
+    return _held.of(group).made.setdefault(cls, [])

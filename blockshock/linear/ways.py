@@ -5,7 +5,8 @@
     backward, hidden    the join of dX behind dW
 
 For an input of given rows every kernel the layer may take is combined with every plan its join may
-take, and what was fastest in `tuning` is taken. One candidate alone is taken as it is.
+take, and what was fastest in `tuning` is taken, at these rows or at others of their class. One
+candidate alone is taken as it is.
 """
 
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import Tensor
 from blockshock import tuning
 from blockshock.distributed import functions
 from blockshock.distributed.functions import Way
+from blockshock.distributed.groups import ByGroup
 from blockshock.distributed.reduce import Plan
 from blockshock.tuning import Answer
 
@@ -87,11 +89,11 @@ def answers(layer, batch: int) -> dict[str, dict]:
     like = layer.weight.new_empty(0, dtype=_dtype(layer)).expand(batch, 0)
     found = {}
     for side in (FORWARD, BACKWARD, HIDDEN):
-        question, group = _question(layer, side, like), _group(layer)
+        question, group = _question(layer, side, like), layer.group
         answer = tuning.known(question, group)
-        if answer is None and len(only := _ways.get(group, {}).get(question, ())) == 1:
+        if answer is None and len(only := _ways.of(group).get(question, ())) == 1:
             answer = Answer(next(iter(only)), "the only way")
-        if answer is None and (ruled := _ruled.get(group, {}).get(question)):
+        if answer is None and (ruled := _ruled.of(group).get(question)):
             answer = Answer(str(ruled), CAPTURED)
         if answer is not None:
             found[side] = {"question": question, "way": answer.name, "source": answer.source}
@@ -102,16 +104,16 @@ def answers(layer, batch: int) -> dict[str, dict]:
 
 
 def _chosen(layer, side: str, like: Tensor, step, trial, stand_in) -> Way:
-    question, group = _question(layer, side, like), _group(layer)
-    by_name, answer = _ways.get(group, {}).get(question), tuning.known(question, group)
+    question, group = _question(layer, side, like), layer.group
+    by_name, answer = _ways.of(group).get(question), tuning.known(question, group)
     if by_name is not None and (answer is not None or len(by_name) == 1):
         return by_name[answer.name if answer else next(iter(by_name))]
     if like.is_cuda and torch.cuda.is_current_stream_capturing():
         way = _by_rule(layer, side, like)
-        tuning.hold(_ruled, question, way, group)
+        tuning.hold(_ruled.of(group), question, way)
         return way
     by_name = {str(way): way for way in candidates(layer, side, like)}
-    tuning.hold(_ways, question, by_name, group)
+    tuning.hold(_ways.of(group), question, by_name)
     if answer is not None and answer.name in by_name:
         return by_name[answer.name]
     if len(by_name) == 1:
@@ -134,8 +136,8 @@ def _chosen(layer, side: str, like: Tensor, step, trial, stand_in) -> Way:
 
 
 CAPTURED = "by rule: a graph was being captured"
-_ways: dict[object, dict[str, dict[str, Way]]] = {}  # by group and question, then by name
-_ruled: dict[object, dict[str, Way]] = {}  # by group and question: what a capture took
+_ways = ByGroup(dict)  # of a group, by question: {name: Way}
+_ruled = ByGroup(dict)  # of a group, by question: the Way that a capture took
 
 
 def _by_rule(layer, side: str, like: Tensor) -> Way:
@@ -150,11 +152,11 @@ def _by_rule(layer, side: str, like: Tensor) -> Way:
 
 
 def _known(layer, side: str, like: Tensor) -> tuple[Way, str]:
-    question, group = _question(layer, side, like), _group(layer)
-    answer, by_name = tuning.known(question, group), _ways.get(group, {}).get(question, {})
+    question, group = _question(layer, side, like), layer.group
+    answer, by_name = tuning.known(question, group), _ways.of(group).get(question, {})
     if answer is not None and answer.name in by_name:
         return by_name[answer.name], answer.source
-    if not by_name and (ruled := _ruled.get(group, {}).get(question)):
+    if not by_name and (ruled := _ruled.of(group).get(question)):
         return ruled, CAPTURED
     return candidates(layer, side, like)[0], ""
 
@@ -180,10 +182,3 @@ def _question(layer, side: str, like: Tensor) -> str:
 
 def _dtype(layer) -> torch.dtype:
     return layer.packed.values.dtype if hasattr(layer, "packed") else layer.weight.dtype
-
-
-def _group(layer):
-    """Never None, which would name another group after the process group was made anew."""
-    if layer.group is None and torch.distributed.is_initialized():
-        return torch.distributed.group.WORLD
-    return layer.group

@@ -4,16 +4,20 @@ A question is a text that names all that the answer depends on: method, directio
 ranks, what was asked for. `pick` answers it with one of the candidates: the fastest of all that
 can be had, each measured end to end at these very sizes, with every rank of the group (`race`).
 
+Numbers of rows fall into classes (`sizes`). The first one of a class that a process asks for is
+looked up, or measured. Another one then takes the nearest answer of the class that is among its
+candidates, without asking any rank, and its source tells "of B=…"; what was measured at the very
+rows is preferred. `exact_sizes` switches classes off, as the laboratory and `tune` need it.
+
 An answer holds for the GPU, driver and libraries it was measured with: `cache_file` names them.
-Nothing is taken from a neighbouring size. `BLOCKSHOCK_TUNE=0` switches measuring off: what is on
-disk still counts, and where nothing is, a rule decides: the first candidate of the first kind.
+`BLOCKSHOCK_TUNE=0` switches measuring off: what is on disk still counts, and where nothing is, a
+rule decides: the first candidate of the first kind.
 """
 
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -22,44 +26,35 @@ import torch
 import torch.distributed as dist
 
 from blockshock import cache
+from blockshock.distributed.groups import ByGroup
 from blockshock.measure import environment, nvidia_smi
+from blockshock.tuning import sizes
+from blockshock.tuning.answers import Answer, Memory, hold
 from blockshock.tuning.race import Race, Step
 
 log = logging.getLogger("blockshock.tuning")
 
-MOST = 4096  # answers of a group in memory; beyond it the oldest are asked of the disk again
 KINDS = 1.3  # how far behind a kind may be with its first candidate, for the others to enter
 RIVALS = ((1.15, 7), (1.06, 31))  # those so near to the fastest are timed in so many rounds more
 CLEARLY, OFTEN = 0.98, 0.9  # a clearly faster one takes at most this time, in so many rounds
 
-
-@dataclass(frozen=True)
-class Answer:
-    """One candidate by name. source: "measured", "kept" on disk, or why a rule decided.
-
-    seconds: of a call, by candidate, as far as they were measured; the runner-up is among them.
-    took: seconds that measuring took just now.
-    """
-
-    name: str
-    source: str
-    seconds: dict[str, float] = field(default_factory=dict)
-    took: float = 0.0
-
-    def of(self, names: Iterable[str]) -> "Answer":
-        """The fastest of these by the same times; the first one where a rule decided."""
-        names = list(names)
-        timed = [name for name in self.seconds if name in names]
-        return replace(self, name=min(timed, key=self.seconds.get, default=names[0]))
-
-
-_answers: dict[object, dict[str, Answer]] = {}  # by group, then by question
+_memory = ByGroup(Memory)
+_exact = False  # whether each size is measured by itself
 _told: set[Path] = set()  # for which files it was said that there is measuring
+
+
+def exact_sizes(on: bool = True) -> None:
+    """Whether each number of rows is measured by itself from now on. To be called by all ranks."""
+    global _exact
+    if on != _exact:
+        _exact = on
+        for memory in _memory.all():
+            memory.answers.clear()  # some may be of other rows; what was measured stays settled
 
 
 def known(question: str, group=None) -> Answer | None:
     """The answer in memory."""
-    return _answers.get(group, {}).get(question)
+    return _memory.of(group).answers.get(question)
 
 
 def pick(
@@ -71,7 +66,8 @@ def pick(
     trials: Mapping[str, Step] | None = None,
     stand_in: Callable[[], Answer] | None = None,
 ) -> Answer:
-    """The fastest candidate. A collective of the group, at the first call for a question.
+    """The fastest candidate. A collective of the group, at the first call for a class of rows;
+    another number of rows of the class is answered by the same times.
 
     candidates: by kind, and in it by name, functions without arguments that do the work once. A
     kind far behind with its first candidate does not enter the others. Not inside a capture.
@@ -81,33 +77,28 @@ def pick(
     if found := known(question, group):
         return found
     names = [name for of_kind in candidates.values() for name in of_kind]
-    found, may_measure = _of_first(_looked_up(question) if _first(group) else None, group)
-    if found is None or found.name not in names:
-        if stand_in:
-            found = stand_in().of(names)
-        elif may_measure:
-            found = _measured(question, candidates, trials or {}, device, group)
-        else:
-            found = Answer(names[0], "by rule: BLOCKSHOCK_TUNE=0")
+    memory = _memory.of(group)
+    if found := memory.find(question, names, exact=_exact):
+        return remember(question, found, group)
+    kept, may_measure = _of_first(_looked_up(question) if _first(group) else None, group)
+    for other, answer in kept.items():
+        memory.settle(other, answer)
+    if found := memory.find(question, names, exact=_exact):
+        return remember(question, found, group)
+    if stand_in:
+        found = stand_in().of(names)
+    elif may_measure:
+        found = _measured(question, candidates, trials or {}, device, group)
+    else:
+        found = Answer(names[0], "by rule: BLOCKSHOCK_TUNE=0")
+    memory.settle(question, found)
     return remember(question, found, group)
 
 
 def remember(question: str, answer: Answer, group=None) -> Answer:
     """Keeps an answer in memory."""
-    hold(_answers, question, answer, group)
+    hold(_memory.of(group).answers, question, answer)
     return answer
-
-
-def hold(memory: dict, question: str, value, group=None) -> None:
-    """Sets memory[group][question]; the group's oldest entry goes where there are MOST.
-
-    Each group has entries of its own, so its ranks forget the same ones: a rank of several groups
-    would otherwise ask in a collective where the others still know.
-    """
-    of_group = memory.setdefault(group, {})
-    while len(of_group) >= MOST and question not in of_group:
-        del of_group[next(iter(of_group))]
-    of_group[question] = value
 
 
 def clearly_faster(samples: list[float], than: list[float]) -> bool:
@@ -122,30 +113,41 @@ def learn(question: str, name: str, ratio: float) -> None:
     ratio: of its time to that of the candidate taken so far. (The laboratory's seconds are not
     comparable with a race's.)
     """
-    for group, of_group in _answers.items():
-        answer = of_group.get(question)
+    _memory.drop_destroyed()
+    for group, memory in _memory.items():
+        answer = memory.settled_for(question)
         if answer is not None and answer.name in answer.seconds:
             times = answer.seconds | {name: ratio * min(answer.seconds.values())}
-            of_group[question] = Answer(name, "measured", times)
+            learned = Answer(name, "measured", times)
+            memory.settle(question, learned)
+            hold(memory.answers, question, learned)
             if _first(group):
-                _store(question, of_group[question], replace=True)
+                _store(question, learned, replace=True)
 
 
 def forget() -> None:
     """Asks the disk again."""
-    _answers.clear()
+    _memory.clear()
     cache_file.cache_clear()
 
 
-def _looked_up(question: str) -> tuple[Answer | None, bool]:
-    """(what the disk says, whether measuring is allowed), on the rank that speaks for all."""
+def _looked_up(question: str) -> tuple[dict[str, Answer], bool]:
+    """(what the disk says of a class of rows, by question; whether measuring is allowed), on the
+    rank that speaks for all.
+    """
+    whole, _ = sizes.split(question)
+    entries = cache.read(cache_file()).items()
+    kept = {asked: _of_entry(entry) for asked, entry in entries if sizes.split(asked)[0] == whole}
     allowed = os.environ.get("BLOCKSHOCK_TUNE", "1") != "0"
-    entry = cache.read(cache_file()).get(question)
+    return {asked: answer for asked, answer in kept.items() if answer is not None}, allowed
+
+
+def _of_entry(entry) -> Answer | None:
     try:
         times = {str(name): float(value) for name, value in entry["seconds"].items()}
-        return Answer(str(entry["way"]), "kept", times), allowed
-    except (TypeError, KeyError, ValueError, AttributeError):  # absent, or not of this form
-        return None, allowed
+        return Answer(str(entry["way"]), "kept", times)
+    except (TypeError, KeyError, ValueError, AttributeError):  # not of this form
+        return None
 
 
 def _measured(question: str, kinds: dict, trials, device: torch.device, group) -> Answer:
@@ -166,7 +168,7 @@ def _measured(question: str, kinds: dict, trials, device: torch.device, group) -
     log.info("%s: %s, measured in %.1f s", question, best, took)
     if _first(group):
         _store(question, answer)
-        kept, _ = _looked_up(question)
+        kept = _looked_up(question)[0].get(question)
         if kept is None or not any(kept.name in of_kind for of_kind in kinds.values()):
             _store(question, answer, replace=True)  # what stood there could never be used
     return answer
@@ -192,7 +194,8 @@ def _store(question: str, answer: Answer, *, replace: bool = False) -> None:
 def _tell(question: str, group) -> None:
     if cache_file() not in _told and _first(group):
         log.warning(
-            "measuring what is fastest here for %s, a second or two at the first use of a size; "
+            "measuring what is fastest here for %s, a second or two at the first use of each class "
+            "of sizes; "
             "kept in %s; BLOCKSHOCK_TUNE=0 switches it off",
             question,
             cache_file(),

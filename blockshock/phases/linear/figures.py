@@ -3,6 +3,7 @@
 floor of a step = its products at the layer's cost: `measure.floor`
 """
 
+from blockshock import tuning
 from blockshock.distributed import symmetric
 from blockshock.linear import ways
 from blockshock.measure.floor import step_floor
@@ -12,6 +13,7 @@ from blockshock.phases.linear.problem import Problem, check_data
 
 def build(case: LinearCase, problem: Problem):
     """The layer, from the point's weight."""
+    tuning.exact_sizes()  # a result tells what is fastest at its own number of rows
     return case.cls.from_dense(problem.weight, problem.bias, **case.options())
 
 
