@@ -1,9 +1,9 @@
 """A layer whose weight is multiplied in packed form, and how that form follows the weight.
 
 Whatever writes the weight (an optimizer, a graph's replay, `load_state_dict`, a cast), the packed
-form is brought into step before it is multiplied: by `upkeep` at each forward in which the weight
-may have changed, and anew where the weight is another tensor or the mask another one. In training
-that is a part of every step, so a captured step has it as well.
+form is brought into step before it is multiplied: at each forward, so a captured step has it as
+well, unless the weight is frozen and unchanged; and anew where the weight is another tensor or the
+mask another one.
 """
 
 import torch
@@ -27,7 +27,6 @@ class PackedSplit(Split):
         self.master, self.term = master, term
         if bias is not None:
             self.bias.data = self.bias.data.to(own.dtype)
-        self._replayed = False  # whether a graph may write the weight
         self._seen: tuple | None = None  # `written` at the last upkeep; None: it may have changed
         self._settle(packed)
 
@@ -55,8 +54,9 @@ class PackedSplit(Split):
     def upkeep(self) -> None:
         """Brings the packed form into step with the weight; see `masters`.
 
-        `forward` does it by itself, at each call while the weight can be trained, else after a
-        write that PyTorch counts. Call it after one that it does not count, through `.data`.
+        `forward` does it by itself: at each call while the weight requires a gradient; of a frozen
+        one after a write that PyTorch counts. Call it after one that it does not count, such as
+        through `.data`.
         """
         with torch.inference_mode(False), torch.no_grad(), region("compress"):
             if self._apart:
@@ -154,16 +154,11 @@ class PackedSplit(Split):
         )
 
     def _follow_weight(self) -> None:
-        """`upkeep`, unless nothing can have written the weight since the last one.
+        """`upkeep`, unless the weight is frozen and was not written since the last one.
 
-        A fused optimizer's step and a graph's replay leave no trace. So while the weight can be
-        stepped, for it is trained, has a gradient, or was in a graph, it counts as written.
+        Not all writes leave a trace: a fused optimizer's step and a graph's replay leave none. So
+        a weight that can be trained counts as written, in evaluation as well.
         """
-        self._replayed = self._replayed or self._capturing
-        weight, now = self.weight, self.written()
-        stepped = weight.requires_grad and (
-            torch.is_grad_enabled() or weight.grad is not None or self._replayed
-        )
-        if stepped or now != self._seen or self._apart:
+        if self.weight.requires_grad or self.written() != self._seen or self._apart:
             self.upkeep()
-            self._seen = None if stepped else self.written()
+            self._seen = None if self.weight.requires_grad else self.written()
