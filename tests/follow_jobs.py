@@ -97,6 +97,11 @@ class Life:
     def freeze(self):
         self.model.requires_grad_(not self.model[0].weight.requires_grad)
 
+    def frozen_after_fused_training(self):
+        self.model.requires_grad_(True)
+        self.fused_training()
+        self.model.requires_grad_(False)
+
     def cast(self):
         first, second = usual()
         dtype = self.model[0].packed.values.dtype
