@@ -9,34 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blockshock.distributed import agree, collectives
-
-# Products, and the transposes that precede one.
-_REFUSED = {
-    torch.nn.functional.linear,
-    *(getattr(torch, name) for name in ("mm", "matmul", "addmm", "bmm", "einsum", "t")),
-    *(
-        getattr(Tensor, name)
-        for name in ("mm", "matmul", "__matmul__", "__rmatmul__", "addmm", "t")
-    ),
-    *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
-}
-
-
-class PartWeight(nn.Parameter):
-    """A rank's part of a weight: a parameter to optimizers, and refused in products.
-
-    A part of the shape [N, K] would give a wrong Y without a word to code that takes a layer's
-    weight and multiplies by itself. Use `layer(x)`, or `layer.to_dense()` for the whole weight.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in _REFUSED:
-            raise TypeError(
-                "this weight is one rank's part of a layer's weight, and a product with it is no "
-                "output of the layer; call the layer, or take the whole weight, `to_dense()`"
-            )
-        return nn.Parameter.__torch_function__(func, types, args, kwargs or {})
+from blockshock.linear.part import PartWeight
 
 
 class Split(nn.Module):
@@ -50,9 +23,9 @@ class Split(nn.Module):
 
     def __init__(self, part: Tensor, bias: Tensor | None, N: int, K: int, group):
         super().__init__()
-        self.weight = PartWeight(part)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.out_features, self.in_features, self.group = N, K, group
+        self.weight = nn.Parameter(part)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.ranks, self.rank = collectives.group_size(group), collectives.group_rank(group)
 
     def __deepcopy__(self, memo: dict) -> "Split":
@@ -61,6 +34,21 @@ class Split(nn.Module):
         twin = memo[id(self)] = self.__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+    def __setattr__(self, name: str, value) -> None:
+        """Whatever becomes the weight is a `PartWeight` of the layer's group."""
+        if name == "weight":
+            value = PartWeight.of(value, self.group)
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.weight = self.weight
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.weight = self.weight  # PyTorch may have made another nn.Parameter of it
+        return self
 
     @property
     def part(self) -> Tensor:
@@ -84,7 +72,7 @@ class Split(nn.Module):
         return self.weight._version, self.weight.data_ptr()
 
     def mask_state(self) -> dict[str, Tensor]:
-        """The mask by its name, one byte an entry; {} where there is none, or an option names it."""
+        """The mask by its name, one byte an entry; {} where none is kept as a tensor."""
         return {}
 
     def of_first_term(self, mask: Tensor) -> Tensor:
