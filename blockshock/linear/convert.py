@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from torch import nn
 
 from blockshock.distributed import collectives
-from blockshock.linear import METHODS
+from blockshock.linear import METHODS, ignore_in_ddp
 
 
 @dataclass
@@ -81,6 +81,8 @@ def convert(
         _replace(model, name, layer)
         report.replaced.append(name)
     _avoid_fused_encoders(model, built)
+    if built and collectives.group_size(group) == collectives.group_size():
+        ignore_in_ddp(model)
     if not built:
         warnings.warn(f"convert changed nothing: {report}", stacklevel=2)
     return report

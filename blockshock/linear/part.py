@@ -12,6 +12,7 @@ Both are collectives of the layer's group, and give the same bits on every rank.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import _foreach_supported_types as _for_optimizers
 from torch.utils._foreach_utils import _foreach_supported_types as _for_norms
@@ -143,6 +144,20 @@ class PartWeight(nn.Parameter):
         """Saved as a plain parameter: a process group cannot be."""
         values = nn.Parameter(self.detach(), requires_grad=self.requires_grad)
         return values.__reduce_ex__(protocol)
+
+
+def check_bias(bias: nn.Parameter | None, group) -> None:
+    """Raises TypeError for a bias that is sharded over more ranks than hold the parts."""
+    mesh = getattr(bias, "device_mesh", None)  # of a DTensor, half a second to import
+    if mesh is not None:
+        ranks = set(mesh.mesh.flatten().tolist())
+        holders = set(dist.get_process_group_ranks(group))
+        if not ranks <= holders:
+            raise TypeError(
+                f"fully_shard over the ranks {sorted(ranks)} would average the bias of a layer, "
+                f"and not its weight, which the ranks {sorted(holders)} hold in parts; use "
+                "DistributedDataParallel over ranks that hold the same part"
+            )
 
 
 # As for DTensor: PyTorch's fast paths ask for the type.

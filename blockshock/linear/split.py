@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blockshock.distributed import agree, collectives
-from blockshock.linear.part import PartWeight
+from blockshock.linear.part import PartWeight, check_bias
 
 
 class Split(nn.Module):
@@ -36,9 +36,15 @@ class Split(nn.Module):
         return twin
 
     def __setattr__(self, name: str, value) -> None:
-        """Whatever becomes the weight is a `PartWeight` of the layer's group."""
+        """Whatever becomes the weight is a `PartWeight` of the layer's group.
+
+        Raises TypeError for what fully_shard puts there, and for a bias that it averages over ranks
+        over which it cannot average the weight.
+        """
         if name == "weight":
             value = PartWeight.of(value, self.group)
+        elif name == "bias":
+            check_bias(value, self.group)
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict) -> None:
@@ -75,6 +81,10 @@ class Split(nn.Module):
         """The mask by its name, one byte an entry; {} where none is kept as a tensor."""
         return {}
 
+    def mask_digests(self) -> list[int]:
+        """What tells its masks from others."""
+        return [_digest(mask) for mask in self.mask_state().values()]
+
     def of_first_term(self, mask: Tensor) -> Tensor:
         """What a mask of this term says of the pair's first one."""
         return mask
@@ -92,7 +102,7 @@ class Split(nn.Module):
         A line of JSON, then the mask's bytes, on the layer's device.
         """
         masks = self.mask_state().values()
-        told = self.part_of() | {"digest": [_digest(mask) for mask in masks]}
+        told = self.part_of() | {"digest": self.mask_digests()}
         line = torch.frombuffer(bytearray(json.dumps(told).encode() + b"\n"), dtype=torch.uint8)
         bytes_of = [mask.view(torch.uint8).flatten() for mask in masks]
         return torch.cat([line.to(self.weight.device), *bytes_of])
