@@ -106,24 +106,24 @@ def _check_same(model: nn.Module, group) -> None:
 
 
 def _check_step(optimizer: Optimizer, args, kwargs) -> None:
-    """Raises ValueError before a step that is not the dense model's."""
+    """Raises ValueError before a step that would not be the dense model's."""
+    kind = type(optimizer).__name__
     names = {cls.__name__ for cls in type(optimizer).__mro__}
-    if "ZeroRedundancyOptimizer" in names:
-        sent = set(dist.get_process_group_ranks(optimizer.process_group))
-    elif not names & _OF_WHOLE_WEIGHTS:
+    needs_whole, sends = names & _OF_WHOLE_WEIGHTS, "ZeroRedundancyOptimizer" in names
+    if not (needs_whole or sends):
         return
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         if not isinstance(parameter, PartWeight) or collectives.group_size(parameter.group) == 1:
             continue
-        kind = type(optimizer).__name__
-        if names & _OF_WHOLE_WEIGHTS:
+        if needs_whole:
             raise ValueError(
                 f"{kind} needs all of a weight, and this rank holds a part of one; use an "
                 "elementwise optimizer for the converted layers, such as SGD or AdamW"
             )
-        if sent & set(dist.get_process_group_ranks(parameter.group)) != {dist.get_rank()}:
+        ranks = set(dist.get_process_group_ranks(optimizer.process_group))
+        if ranks & set(dist.get_process_group_ranks(parameter.group)) != {dist.get_rank()}:
             raise ValueError(
-                f"{kind} over the ranks {sorted(sent)} would put one rank's part of a weight in "
+                f"{kind} over the ranks {sorted(ranks)} would put one rank's part of a weight in "
                 "the place of the others'; give the weights of converted layers an optimizer of "
                 "their own"
             )
