@@ -172,6 +172,7 @@ def norm_of_a_copy():
         "data": lambda g: g.data.norm(2.0),
         "detached": lambda g: g.detach().clone().norm(p=2),
         "moved": lambda g: torch.norm(g.to(torch.float64), p="fro"),
+        "in one row": lambda g: g.view(-1).norm(),
         "copied": lambda g: copy.deepcopy(g).norm(),
     }
     far = {name: abs(float(way(weight.grad)) / expected - 1) for name, way in ways.items()}

@@ -31,8 +31,12 @@ _PRODUCTS = {
     ),
     *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
 }
-# The same gradient in another tensor.
-_SAME = {Tensor.detach, Tensor.clone, Tensor.data.__get__, Tensor.to, Tensor.float, Tensor.double}
+# The same entries in another tensor.
+_SAME = {
+    Tensor.data.__get__,
+    *(getattr(Tensor, name) for name in ("detach", "clone", "view", "reshape", "flatten")),
+    *(getattr(Tensor, name) for name in ("to", "cpu", "float", "double", "half", "bfloat16")),
+}
 
 
 class PartGradient(Tensor):
