@@ -7,6 +7,7 @@ import torch
 
 from blockshock.distributed import open_ranks
 from tests import trainer_jobs as jobs
+from tests import wrapper_jobs as wrapped
 
 LAYERS = [
     ("block_shock", {"mask": "tile"}),
@@ -138,13 +139,13 @@ def test_an_optimizer_that_sends_parameters_is_refused_the_parts(ranks):
 )
 @EACH
 def test_ddp_over_a_layers_ranks_leaves_the_parts_alone(ranks, method, options, ddp):
-    for far in ranks.run(jobs.in_ddp, method, options, **ddp):
+    for far in ranks.run(wrapped.in_ddp, method, options, **ddp):
         assert max(far.values()) < limit(ranks), far
 
 
 @EACH
 def test_ddp_that_was_not_told_is_refused_before_it_sends_anything(ranks, method, options):
-    for text, untouched, after, ignored in ranks.run(jobs.not_asked_to_ignore, method, options):
+    for text, untouched, after, ignored in ranks.run(wrapped.not_asked_to_ignore, method, options):
         assert "blockshock.ignore_in_ddp(model)" in text
         assert untouched
         assert after is None
@@ -153,13 +154,13 @@ def test_ddp_that_was_not_told_is_refused_before_it_sends_anything(ranks, method
 
 @EACH
 def test_ddp_beside_the_layers_ranks_averages_the_parts(four, method, options):
-    for far in four.run(jobs.in_two_dimensions, method, options):
+    for far in four.run(wrapped.in_two_dimensions, method, options):
         assert max(far.values()) < limit(four), far
 
 
 @EACH
 def test_ddp_over_other_ranks_is_refused(four, method, options):
-    for said in four.run(jobs.wrong_in_two_dimensions, method, options):
+    for said in four.run(wrapped.wrong_in_two_dimensions, method, options):
         right = {name for name, text in said.items() if text is None}
         assert right == {"right", "right, ignored"}, said
         assert all("process_group=" in said[n] for n in ("all ranks", "all ranks, ignored"))
@@ -171,7 +172,7 @@ def test_ddp_over_other_ranks_is_refused(four, method, options):
 
 @EACH
 def test_fully_shard_is_refused_a_part_and_trains_the_rest(ranks, method, options):
-    for text, far in ranks.run(jobs.fully_sharded, method, options):
+    for text, far in ranks.run(wrapped.fully_sharded, method, options):
         assert "ignored_params" in text
         assert max(far.values()) < limit(ranks), far
 
@@ -179,13 +180,13 @@ def test_fully_shard_is_refused_a_part_and_trains_the_rest(ranks, method, option
 @pytest.mark.parametrize("use_orig_params", [False, True])
 @EACH
 def test_fully_sharded_data_parallel_is_refused_a_part(ranks, method, options, use_orig_params):
-    for text in ranks.run(jobs.sharded_flat, method, options, use_orig_params):
+    for text in ranks.run(wrapped.sharded_flat, method, options, use_orig_params):
         assert "ignored_states" in text
 
 
 @EACH
 def test_fully_shard_over_replicas_is_refused(four, method, options):
-    for text, ignored in four.run(jobs.sharded_over_replicas, method, options):
+    for text, ignored in four.run(wrapped.sharded_over_replicas, method, options):
         assert "over ranks that hold the same part use DistributedDataParallel" in text
         assert "average the bias" in ignored
 
