@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from blockshock.linear.split import PartWeight
+from blockshock.linear.part import PartWeight
 from tests import follow_jobs as jobs
 
 LAYERS = [

@@ -18,6 +18,9 @@ from blockshock.linear.block_shock import BlockShock
 from blockshock.linear.dense import DenseSingle, DenseTPColumn, DenseTPRow
 from blockshock.linear.folded import BlockShockFolded
 from blockshock.linear.masked_split import MaskedSplit
+from blockshock.linear.trainers import ignore_in_ddp
+
+__all__ = ["METHODS", "ignore_in_ddp"]
 
 _CLASSES = DenseSingle, DenseTPRow, DenseTPColumn, MaskedSplit, BlockShock, BlockShockFolded
 METHODS = {cls.method: cls for cls in _CLASSES}

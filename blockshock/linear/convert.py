@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from torch import nn
 
 from blockshock.distributed import collectives
-from blockshock.linear import METHODS
+from blockshock.linear import METHODS, ignore_in_ddp
 
 
 @dataclass
@@ -53,7 +53,8 @@ def convert(
     the method's `from_dense`, such as mask="tile_magnitude". A layer that the method cannot hold
     (a size, a dtype, one rank, a kernel or sum that is not to be had here), that shares something
     with another module, that has hooks, or that is a subclass of nn.Linear is left, with the
-    reason; when all are left, that is a warning. Raises ValueError, and changes nothing, for an
+    reason; when all are left, that is a warning. Where all ranks hold the layers, it calls
+    `ignore_in_ddp(model)`. Raises ValueError, and changes nothing, for an
     unknown method or option, a weight that is not finite, and ranks whose terms are not
     each other's complement.
     """
@@ -81,6 +82,8 @@ def convert(
         _replace(model, name, layer)
         report.replaced.append(name)
     _avoid_fused_encoders(model, built)
+    if built and collectives.group_size(group) == collectives.group_size():
+        ignore_in_ddp(model)
     if not built:
         warnings.warn(f"convert changed nothing: {report}", stacklevel=2)
     return report

@@ -9,35 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blockshock.distributed import agree, collectives
-
-# Products, and the transposes that precede one.
-_REFUSED = {
-    torch.nn.functional.linear,
-    torch.nn.functional.embedding,
-    *(getattr(torch, name) for name in ("mm", "matmul", "addmm", "bmm", "einsum", "t")),
-    *(
-        getattr(Tensor, name)
-        for name in ("mm", "matmul", "__matmul__", "__rmatmul__", "addmm", "t")
-    ),
-    *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
-}
-
-
-class PartWeight(nn.Parameter):
-    """A rank's part of a weight: a parameter to optimizers, and refused in products.
-
-    A part of the shape [N, K] would give a wrong Y without a word to code that takes a layer's
-    weight and multiplies by itself. Use `layer(x)`, or `layer.to_dense()` for the whole weight.
-    """
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in _REFUSED:
-            raise RuntimeError(
-                "this weight is one rank's part of a layer's weight, and a product with it is no "
-                "output of the layer; call the layer, or take the whole weight, `to_dense()`"
-            )
-        return nn.Parameter.__torch_function__(func, types, args, kwargs or {})
+from blockshock.linear.part import PartWeight, check_bias
 
 
 class Split(nn.Module):
@@ -51,9 +23,9 @@ class Split(nn.Module):
 
     def __init__(self, part: Tensor, bias: Tensor | None, N: int, K: int, group):
         super().__init__()
-        self.weight = PartWeight(part)
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.out_features, self.in_features, self.group = N, K, group
+        self.weight = nn.Parameter(part)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.ranks, self.rank = collectives.group_size(group), collectives.group_rank(group)
 
     def __deepcopy__(self, memo: dict) -> "Split":
@@ -62,6 +34,27 @@ class Split(nn.Module):
         twin = memo[id(self)] = self.__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+    def __setattr__(self, name: str, value) -> None:
+        """Whatever becomes the weight is a `PartWeight` of the layer's group.
+
+        Raises TypeError for what fully_shard puts there, and for a bias that it averages over ranks
+        over which it cannot average the weight.
+        """
+        if name == "weight":
+            value = PartWeight.of(value, self.group)
+        elif name == "bias":
+            check_bias(value, self.group)
+        super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.weight = self.weight
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.weight = self.weight  # PyTorch may have made another nn.Parameter of it
+        return self
 
     @property
     def part(self) -> Tensor:
@@ -85,8 +78,12 @@ class Split(nn.Module):
         return self.weight._version, self.weight.data_ptr()
 
     def mask_state(self) -> dict[str, Tensor]:
-        """The mask by its name, a byte an entry; {} where there is none, or an option names it."""
+        """The mask by its name, one byte an entry; {} where none is kept as a tensor."""
         return {}
+
+    def mask_digests(self) -> list[int]:
+        """What tells its masks from others."""
+        return [_digest(mask) for mask in self.mask_state().values()]
 
     def of_first_term(self, mask: Tensor) -> Tensor:
         """What a mask of this term says of the pair's first one."""
@@ -105,7 +102,7 @@ class Split(nn.Module):
         A line of JSON, then the mask's bytes, on the layer's device.
         """
         masks = self.mask_state().values()
-        told = self.part_of() | {"digest": [_digest(mask) for mask in masks]}
+        told = self.part_of() | {"digest": self.mask_digests()}
         line = torch.frombuffer(bytearray(json.dumps(told).encode() + b"\n"), dtype=torch.uint8)
         bytes_of = [mask.view(torch.uint8).flatten() for mask in masks]
         return torch.cat([line.to(self.weight.device), *bytes_of])
