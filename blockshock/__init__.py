@@ -1,12 +1,13 @@
 """Block-Shock: a dense layer as a sum of 2:4-sparse terms on several GPUs, and its measuring.
 
 convert(model, method) and revert(model) put a method in place of a model's linear layers and take
-it out again; `blockshock.linear.METHODS` are the layers themselves.
+it out again; check_inputs(model) compares what its ranks are given. `blockshock.linear.METHODS` are
+the layers themselves.
 """
 
 from blockshock.version import __version__
 
-__all__ = ["__version__", "convert", "revert"]
+__all__ = ["__version__", "check_inputs", "convert", "revert"]
 
 
 def __getattr__(name: str):
@@ -15,4 +16,8 @@ def __getattr__(name: str):
         from blockshock.linear import convert as conversion
 
         return getattr(conversion, name)
+    if name == "check_inputs":
+        from blockshock.linear import alike
+
+        return alike.check_inputs
     raise AttributeError(f"module 'blockshock' has no attribute {name!r}")

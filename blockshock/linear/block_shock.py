@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from blockshock import masks as masks24
-from blockshock.distributed import collectives, exchange, functions
+from blockshock.distributed import exchange, functions
 from blockshock.distributed.functions import Way
 from blockshock.distributed.joins import Gather, Sum
 from blockshock.kernels import columns, cusparselt, pack, products
@@ -214,19 +214,6 @@ class BlockShock(Split):
                 self._rebuild()
             else:
                 MASTERS[self.master].renew(self.part, self.packed, by_library=self._by_library)
-
-    def check_pair(self) -> None:
-        """Raises ValueError unless the partner rank holds the exact complement. A collective.
-
-        Masks are made on each rank from its own copy of the weight: copies that differ show here.
-        """
-        codes = collectives.all_gather(self.codes, self.group)
-        partner = codes[collectives.group_rank(self.group) ^ 1]
-        if not torch.equal(masks24.complement(partner), self.codes):
-            raise ValueError(
-                "the two terms of a pair are not each other's complement: the ranks were given "
-                "different weights; broadcast the model from one rank first"
-            )
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] that is multiplied, on every rank: the sum of all terms."""
