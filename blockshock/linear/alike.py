@@ -88,8 +88,9 @@ def _difference(first: dict, other: dict, rank: int) -> str | None:
             return f"{layer}: rank {lacks} has none; {_FIX}"
         for name in (*a, *b):
             if a.get(name) != b.get(name):
-                values = f"{a.get(name)} on rank 0 and {b.get(name)} on rank {rank}"
-                return f"{layer}: {name}: {values}; {_FIXES.get(name, _FIX)}"
+                one, two = a.get(name, "none"), b.get(name, "none")
+                seen = f"rank 0 has {one}, rank {rank} has {two}"
+                return f"{layer}, {name}: {seen}; {_FIXES.get(name, _FIX)}"
     return None
 
 
@@ -144,10 +145,14 @@ class Check:
         own = {"call": f"{what} of {about}", "shape": str(list(tensor.shape))}
         ranks = _told(own | {"digest": digest(tensor)}, group, about)
         for rank, found in enumerate(ranks):
-            for field in own:
-                if found[field] != ranks[0][field]:
-                    seen = f"{field} {ranks[0][field]} on rank 0, {found[field]} on rank {rank}"
-                    raise ValueError(_not_the_same(own["call"], seen))
+            if found["call"] != ranks[0]["call"]:
+                raise ValueError(
+                    f"the ranks take other ways through the model: rank 0 is at {ranks[0]['call']}, "
+                    f"rank {rank} at {found['call']}; call the same layers in the same order"
+                )
+            if found["shape"] != ranks[0]["shape"]:
+                seen = f"{ranks[0]['shape']} on rank 0, {found['shape']} on rank {rank}"
+                raise ValueError(_not_the_same(own["call"], seen))
         if len({found["digest"] for found in ranks}) > 1:
             rows = _told({"row": _differing_row(tensor, group)}, group, about)
             for rank, found in enumerate(rows):

@@ -194,9 +194,9 @@ def _why_left(layer: nn.Linear, cls, users: Counter, group, options) -> str | No
 def _facts(method: str, options: dict, wanted: dict, left: dict) -> dict[str, dict]:
     """What every rank must have alike: layer -> what -> value."""
     facts = {"the call": {"method": method} | options}
-    facts |= {f"layer {name!r}": {"left, because": reason} for name, reason in left.items()}
+    facts |= {f"layer {name!r}": {"result": f"left, {reason}"} for name, reason in left.items()}
     for name, layer in wanted.items():
-        own = {"training": layer.training}
+        own = {"result": "replaced", "training": layer.training}
         for kind, parameter in layer.named_parameters():
             own[f"shape of {kind}"] = list(parameter.shape)
             own[f"dtype of {kind}"] = str(parameter.dtype)
