@@ -17,11 +17,6 @@ def test_another_model_on_one_rank_is_the_same_error_on_all(ranks, kind):
     answers = ranks.run(jobs.other_model, kind)
     (text,) = {text for text, _ in answers}
     assert text.startswith("ValueError: convert changes nothing")
-    assert (
-        f"on rank {ranks.size - 1}" in text
-        or f"rank {ranks.size - 1} has none" in text
-        or (kind == "one more" and "rank 0 has none" in text)
-    )
     assert ("layer '3'" if kind == "one more" else "layer '2'") in text
     assert all(unchanged for _, unchanged in answers)
 
@@ -42,7 +37,7 @@ def test_another_call_on_one_rank_is_an_error_on_all(ranks, kind):
 
 
 def test_another_method_on_one_rank_is_an_error_on_all(ranks):
-    assert all("method: dense_tp_row on rank 0" in text for text in ranks.run(jobs.other_method))
+    assert all("method: rank 0 has dense_tp_row" in text for text in ranks.run(jobs.other_method))
 
 
 def test_a_rank_that_cannot_build_its_layers_leaves_all_models_as_they_were(ranks):

@@ -147,8 +147,9 @@ class Check:
         for rank, found in enumerate(ranks):
             if found["call"] != ranks[0]["call"]:
                 raise ValueError(
-                    f"the ranks take other ways through the model: rank 0 is at {ranks[0]['call']}, "
-                    f"rank {rank} at {found['call']}; call the same layers in the same order"
+                    f"the ranks take other ways through the model: rank 0 is at "
+                    f"{ranks[0]['call']}, rank {rank} at {found['call']}; call the same layers in "
+                    "the same order"
                 )
             if found["shape"] != ranks[0]["shape"]:
                 seen = f"{ranks[0]['shape']} on rank 0, {found['shape']} on rank {rank}"
