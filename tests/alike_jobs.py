@@ -1,5 +1,6 @@
 """What the ranks do in the tests of what they must have alike; the tests judge the answers."""
 
+import warnings
 from functools import lru_cache
 
 import torch
@@ -225,6 +226,7 @@ def captured(every):
     blockshock.convert(net, "dense_tp_row")
     blockshock.check_inputs(net, every)
     x, stream = batch(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.no_grad(), torch.cuda.stream(stream):
         net(x)
         stream.synchronize()
@@ -232,9 +234,19 @@ def captured(every):
 
         def capture():
             with torch.cuda.graph(graph, stream=stream):
-                net(x)
+                net(x + 1)  # no graph may be empty
 
         return said(capture)
+
+
+def wrapped_before():
+    """What is warned of where data parallelism was built around the dense model."""
+    net = built()
+    wrapper = nn.parallel.DistributedDataParallel(net)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        blockshock.convert(net, "dense_tp_row")
+    return [str(one.message) for one in told if type(wrapper).__name__ in str(one.message)]
 
 
 def there_and_back(method, kind, options):

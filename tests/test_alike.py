@@ -70,6 +70,12 @@ def test_a_group_that_this_rank_is_not_in_is_refused(ranks):
     assert all("not in the process group" in text for text in others)
 
 
+def test_a_wrapper_made_before_is_a_warning(ranks):
+    for told in ranks.run(jobs.wrapped_before):
+        (text,) = told
+        assert "make it after convert" in text
+
+
 @pytest.mark.parametrize("method", SPLIT)
 @pytest.mark.parametrize(
     ("kind", "what"),

@@ -150,7 +150,7 @@ def test_weights_that_share_memory_alone_are_left():
 def test_an_optimizer_made_before_is_a_warning_and_the_report_says_what_to_put_in_it():
     model, true = net(), net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with pytest.warns(UserWarning, match=r"\(SGD\) holds parameters that convert has replaced"):
+    with pytest.warns(UserWarning, match=r"SGD holds parameters that convert has replaced"):
         report = convert(model, "*")
     for group in optimizer.param_groups:
         group["params"] = [report.parameters.get(p, p) for p in group["params"]]
@@ -159,7 +159,7 @@ def test_an_optimizer_made_before_is_a_warning_and_the_report_says_what_to_put_i
         model_(torch.ones(2, 64)).square().sum().backward()
         optimizer_.step()
     assert all(map(torch.equal, model.parameters(), true.parameters()))
-    with pytest.warns(UserWarning, match=r"\(SGD\) holds parameters that revert has replaced"):
+    with pytest.warns(UserWarning, match=r"SGD holds parameters that revert has replaced"):
         blockshock.revert(model)
 
 
@@ -180,6 +180,14 @@ def test_an_optimizer_of_another_model_or_of_none_any_more_is_no_warning():
         warnings.simplefilter("error")
         blockshock.convert(model, "dense_single")
     assert used.param_groups
+
+
+def test_a_where_that_asks_for_nothing_is_a_warning_and_changes_nothing():
+    model = net()
+    with pytest.warns(UserWarning, match="changed nothing"):
+        report = blockshock.convert(model, "dense_single", where="")
+    assert all("not asked for" in reason for reason in report.left.values())
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
 
 
 def test_converting_twice_and_reverting_twice_change_nothing_more():

@@ -20,6 +20,7 @@ from fnmatch import fnmatch
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from blockshock.distributed import collectives
@@ -70,7 +71,7 @@ def convert(
     kernel or sum that is not to be had here, the meta device), if it shares something with another
     module, is a subclass of nn.Linear, has a gradient, or has what acts on it (hooks, a forward of
     its own, buffers, objects as attributes). Plain attributes are carried over. When all are left,
-    that is a warning, and so is an optimizer that holds a replaced parameter.
+    that is a warning, and so is an optimizer or a DDP wrapper that holds a replaced parameter.
 
     Raises ValueError, on all ranks, and changes nothing, for an unknown method or option, a weight
     that is not finite, and where the ranks disagree: about a layer, its flags, an option, or the
@@ -97,7 +98,7 @@ def convert(
     old = [parameter for layer in wanted.values() for parameter in layer.parameters()]
     new = [parameter for layer in built.values() for parameter in layer.parameters()]
     report.parameters.update(zip(old, new, strict=True))
-    _warn_of_optimizers(old, "convert", ", or put report.parameters[old] in its param_groups")
+    _warn_of_holders(old, "convert", ", or, in an optimizer, put report.parameters[old] for old")
     if not built:
         warnings.warn(f"convert changed nothing: {report}", stacklevel=2)
     return report
@@ -109,7 +110,7 @@ def revert(model: nn.Module) -> list[str]:
     Weight and bias have the dtype that the layer multiplied in. A collective: every rank of the
     layers' group must call it. Raises ValueError, on all ranks, and changes nothing, where the
     ranks have other layers, or something acts on a converted layer, such as a hook. An optimizer
-    that holds its parameters is a warning.
+    or a DDP wrapper that holds its parameters is a warning.
     """
     if isinstance(model, _CLASSES):
         raise ValueError(
@@ -130,7 +131,7 @@ def revert(model: nn.Module) -> list[str]:
         if hasattr(encoder, _NESTED):
             encoder.use_nested_tensor = getattr(encoder, _NESTED)
             delattr(encoder, _NESTED)
-    _warn_of_optimizers([p for layer in plain for p in layer.parameters()], "revert")
+    _warn_of_holders([p for layer in plain for p in layer.parameters()], "revert")
     return list(found)
 
 
@@ -274,27 +275,31 @@ def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, new)
 
 
-def _warn_of_optimizers(old: list[nn.Parameter], step: str, else_: str = "") -> None:
-    """PyTorch's optimizers only: any other holder of a parameter is not to be told from a list."""
+def _warn_of_holders(old: list[nn.Parameter], step: str, else_: str = "") -> None:
+    """Optimizers and DDP only: any other holder of a parameter is not to be told from a list."""
     lost = {id(parameter) for parameter in old}
     if not any(_holding(lost)):
         return
     gc.collect()  # one that nobody uses any more is not meant
-    for name in sorted({type(optimizer).__name__ for optimizer in _holding(lost)}):
+    for name in sorted({type(holder).__name__ for holder in _holding(lost)}):
         warnings.warn(
-            f"an optimizer ({name}) holds parameters that {step} has replaced, and would step them "
-            f"in vain; make it after {step}{else_}",
+            f"{name} holds parameters that {step} has replaced, and not the new ones; make "
+            f"it after {step}{else_}",
             stacklevel=3,
         )
 
 
-def _holding(lost: set[int]) -> Iterator[torch.optim.Optimizer]:
-    """The optimizers that hold one of these parameters, by its id."""
+def _holding(lost: set[int]) -> Iterator[torch.optim.Optimizer | DistributedDataParallel]:
+    """What trains one of these parameters, given by its id."""
     for one in gc.get_objects():
         if issubclass(type(one), torch.optim.Optimizer):
-            groups = vars(one).get("param_groups", ())
-            if any(id(parameter) in lost for group in groups for parameter in group["params"]):
-                yield one
+            held = (p for group in vars(one).get("param_groups", ()) for p in group["params"])
+        elif issubclass(type(one), DistributedDataParallel):
+            held = vars(one).get("_module_parameters", ())
+        else:
+            continue
+        if any(id(parameter) in lost for parameter in held):
+            yield one
 
 
 def _avoid_fused_encoders(model: nn.Module, built: dict[str, nn.Module]) -> None:
