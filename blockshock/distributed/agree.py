@@ -29,7 +29,9 @@ def told_by_all(text: str, group=None, *, about: str, seconds: float = SECONDS) 
     store.set(keys[own], text)
     try:
         store.wait(keys, timedelta(seconds=seconds))
-    except dist.DistError as error:
+    except RuntimeError as error:  # of every store; a FileStore's is no DistError
+        store.delete_key(keys[own])  # whoever comes late must not take it for a later turn's
+        _turns[name] -= 1
         raise RuntimeError(
             f"{about} is a step of all {ranks} ranks of the group, and one of them has not come "
             f"within {seconds:.0f} s; call it on every rank"

@@ -59,6 +59,13 @@ class Ways(Protocol):
         """local: the local input, if dW is computed as well, behind which the join is hidden."""
 
 
+class Check(Protocol):
+    """Who compares what should be replicated."""
+
+    def look(self, what: str, tensor: Tensor, layer: "Layer") -> None:
+        """what: "x" [B, K] or "dY" [B, N]. Raises ValueError where the ranks' are not the same."""
+
+
 class Layer(Protocol):
     """What `apply` asks of a layer; B rows. A layer with kernels takes `kernel=` in the first
     three.
@@ -70,6 +77,7 @@ class Layer(Protocol):
     added: Tensor | None  # the bias's values, in the products' dtype
     output: Sum | Gather
     input: Sum | Gather
+    check: Check | None
 
     def prepare_gradients(self) -> None:
         """Called once before the products of a backward."""
@@ -99,6 +107,8 @@ def apply(layer: Layer, x: Tensor, ways: Ways) -> Tensor:
             f"the layer was built by {layer.ranks} ranks and its group has {ranks}; use it in the "
             "process group it was built in, or `revert` it there first"
         )
+    if layer.check is not None:
+        layer.check.look("x", x, layer)
     with torch.autocast(x.device.type, enabled=False):  # it computes in x's dtype
         return _Apply.apply(x, layer.weight, layer.bias, layer, ways)
 
@@ -153,6 +163,8 @@ class _Apply(torch.autograd.Function):
         local, _ = ctx.saved_tensors
         layer, (need_x, need_weight, need_bias, *_) = ctx.layer, ctx.needs_input_grad
         local, pending = local if need_weight else None, None
+        if layer.check is not None:
+            layer.check.look("dY", dy, layer)
         layer.prepare_gradients()
         dx = dw = None
         if need_x:

@@ -5,30 +5,45 @@
     ...
     blockshock.revert(model) # nn.Linear again; its state_dict is the dense model's
 
-Every rank of the group must call both with the same model. The converted model computes the dense
-model's outputs and gradients; its own state_dict holds this rank's parts and loads back to the bit.
+Every rank of the group must call both with the same model; they compare it before they change it.
+The converted model computes the dense model's outputs and gradients; its own state_dict holds this
+rank's parts and loads back to the bit.
 """
 
+import gc
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
+import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from blockshock.distributed import collectives
-from blockshock.linear import METHODS, ignore_in_ddp
+from blockshock.linear import METHODS, alike, extras, ignore_in_ddp
+from blockshock.linear.dense import DenseSingle
+from blockshock.linear.split import Split
+
+_CLASSES = tuple(METHODS.values())
+_NESTED = "_nested_before_convert"  # an encoder's flag, for `revert`
 
 
 @dataclass
 class Conversion:
-    """What `convert` did: names of replaced layers, and name -> reason of those left."""
+    """What `convert` did.
+
+    replaced: names of layers; left: name -> reason; parameters: old parameter -> new one, for as
+    long as somebody holds the old one, as an optimizer does that was made before.
+    """
 
     method: str
     replaced: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
+    parameters: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False)
 
     def __str__(self) -> str:
         lines = [f"{len(self.replaced)} linear layers are now {self.method}"]
@@ -50,40 +65,43 @@ def convert(
     """Replaces nn.Linear layers of `model` in place by a method of `blockshock.linear.METHODS`.
 
     where: a glob over the layers' names ("*.mlp.*"), or a function of (name, layer). options: for
-    the method's `from_dense`, such as mask="tile_magnitude". A layer that the method cannot hold
-    (a size, a dtype, one rank, a kernel or sum that is not to be had here), that shares something
-    with another module, that has hooks, or that is a subclass of nn.Linear is left, with the
-    reason; when all are left, that is a warning. Where all ranks hold the layers, it calls
-    `ignore_in_ddp(model)`. Raises ValueError, and changes nothing, for an
-    unknown method or option, a weight that is not finite, and ranks whose terms are not
-    each other's complement.
+    the method's `from_dense`, such as mask="tile_magnitude".
+
+    A layer is left, with the reason, if the method cannot hold it (a size, a dtype, one rank, a
+    kernel or sum that is not to be had here, the meta device), if it shares something with another
+    module, is a subclass of nn.Linear, has a gradient, or has what acts on it (hooks, a forward of
+    its own, buffers, objects as attributes). Plain attributes are carried over. When all are left,
+    that is a warning, and so is an optimizer or a DDP wrapper that holds a replaced parameter.
+
+    Raises ValueError, on all ranks, and changes nothing, for an unknown method or option, a weight
+    that is not finite, and where the ranks disagree: about a layer, its flags, an option, or the
+    bits of a weight. RuntimeError where a rank does not call it.
+
+    At the first calls of a layer its ranks compare x and dY; see `check_inputs`. Where all ranks
+    hold the layers, it calls `ignore_in_ddp(model)`.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
-    if isinstance(model, nn.Linear):
-        raise ValueError("the model is itself one nn.Linear; use METHODS[method].from_dense")
-    wanted = where if callable(where) else lambda name, layer: fnmatch(name, where)
-    cls, report, users = METHODS[method], Conversion(method), _users(model)
-    _check_options(cls, options)
-    built = {}
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if not isinstance(layer, nn.Linear):
-            continue
-        reason = "not asked for by `where`" if not wanted(name, layer) else None
-        reason = reason or _keep(layer, cls, users, group, options)
-        if reason:
-            report.left[name] = reason
-        else:
-            built[name] = _converted(layer, cls, group, options)
-    for layer in built.values():  # nothing is replaced before all could be built
-        if hasattr(layer, "check_pair"):
-            layer.check_pair()
-    for name, layer in built.items():
+    cls, report = METHODS.get(method), Conversion(method)
+    alone = collectives.group_size(group) == 1 or cls is DenseSingle
+    with torch.inference_mode(False), torch.no_grad():
+        with alike.together(group, "convert", alone=alone) as facts:
+            _check(model, method, options)
+            wanted = _wanted(model, cls, where, group, options, report)
+            if not alone:
+                facts.update(_facts(method, options, wanted, report.left))
+        with alike.together(group, "convert", alone=alone):
+            built = {
+                name: _converted(name, layer, cls, group, options) for name, layer in wanted.items()
+            }
+    for name, layer in built.items():  # nothing is replaced before all ranks could build all
         _replace(model, name, layer)
         report.replaced.append(name)
     _avoid_fused_encoders(model, built)
     if built and collectives.group_size(group) == collectives.group_size():
         ignore_in_ddp(model)
+    old = [parameter for layer in wanted.values() for parameter in layer.parameters()]
+    new = [parameter for layer in built.values() for parameter in layer.parameters()]
+    report.parameters.update(zip(old, new, strict=True))
+    _warn_of_holders(old, "convert", ", or, in an optimizer, put report.parameters[old] for old")
     if not built:
         warnings.warn(f"convert changed nothing: {report}", stacklevel=2)
     return report
@@ -92,46 +110,42 @@ def convert(
 def revert(model: nn.Module) -> list[str]:
     """Makes every converted layer an nn.Linear again, in place; returns their names.
 
-    A collective: every rank of the layers' group must call it.
+    Weight and bias have the dtype that the layer multiplied in. A collective: every rank of the
+    layers' group must call it. Raises ValueError, on all ranks, and changes nothing, where the
+    ranks have other layers, or something acts on a converted layer, such as a hook. An optimizer
+    or a DDP wrapper that holds its parameters is a warning.
     """
-    classes = tuple(METHODS.values())
-    names = [name for name, module in model.named_modules() if isinstance(module, classes)]
-    for name in names:
-        layer = model.get_submodule(name)
-        weight = layer.to_dense()
-        linear = nn.Linear(
-            weight.shape[1], weight.shape[0], bias=layer.bias is not None, device="meta"
+    if isinstance(model, _CLASSES):
+        raise ValueError(
+            "the model is itself one converted layer, which has no place to put another one in; "
+            "build an nn.Linear from its to_dense() and bias"
         )
-        linear.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
-        linear.bias = layer.bias
-        linear.train(layer.training)
-        _replace(model, name, linear)
-    return names
+    found = {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, _CLASSES)
+    }
+    _check_reverted(found)
+    with torch.inference_mode(False), torch.no_grad():
+        plain = {layer: _reverted(layer) for layer in dict.fromkeys(found.values())}
+    for name, layer in found.items():
+        _replace(model, name, plain[layer])
+    for encoder in model.modules():
+        if hasattr(encoder, _NESTED):
+            encoder.use_nested_tensor = getattr(encoder, _NESTED)
+            delattr(encoder, _NESTED)
+    _warn_of_holders([p for layer in plain for p in layer.parameters()], "revert")
+    return list(found)
 
 
-def _keep(layer: nn.Linear, cls, users: dict[int, int], group, options) -> str | None:
-    """Why a layer stays as it is, or None."""
-    if type(layer) is not nn.Linear:
-        return f"a subclass of nn.Linear ({type(layer).__name__}), which may be used by its weight"
-    if "weight" not in layer._parameters:
-        return "its weight is computed (weight_norm, spectral_norm), not held"
-    if any(users[id(own)] > 1 for own in (layer, *layer._parameters.values()) if own is not None):
-        return "it, its weight or its bias is shared with another module"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        return "it has hooks, which would be lost"
-    N, K = layer.weight.shape
-    asked = inspect.signature(cls.unsupported).parameters
-    return cls.unsupported(
-        N,
-        K,
-        dtype=layer.weight.dtype,
-        device_type=layer.weight.device.type,
-        ranks=collectives.group_size(group),
-        **{name: value for name, value in options.items() if name in asked},
-    )
-
-
-def _check_options(cls, options: dict) -> None:
+def _check(model: nn.Module, method: str, options: dict) -> None:
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
+    if isinstance(model, nn.Linear):
+        raise ValueError("the model is itself one nn.Linear; use METHODS[method].from_dense")
+    if isinstance(model, _CLASSES):
+        raise ValueError("the model is itself one converted layer")
+    cls = METHODS[method]
     taken = set(inspect.signature(cls.from_dense).parameters) - {"weight", "bias", "group"}
     for name, value in options.items():
         if name not in taken:
@@ -144,19 +158,107 @@ def _check_options(cls, options: dict) -> None:
             )
 
 
-def _converted(layer: nn.Linear, cls, group, options) -> nn.Module:
+def _wanted(model: nn.Module, cls, where, group, options, report) -> dict[str, nn.Linear]:
+    """The layers to replace; the report gets the others, with the reason."""
+    asked = where if callable(where) else lambda name, layer: fnmatch(name, where)
+    users, wanted = _users(model), {}
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, _CLASSES):
+            report.left[name] = f"it is {layer.method} already; revert it first"
+        elif isinstance(layer, nn.Linear):
+            reason = None if asked(name, layer) else "not asked for by `where`"
+            reason = reason or _why_left(layer, cls, users, group, options)
+            if reason:
+                report.left[name] = reason
+            else:
+                wanted[name] = layer
+    return wanted
+
+
+def _why_left(layer: nn.Linear, cls, users: Counter, group, options) -> str | None:
+    """Why a layer stays as it is, or None."""
+    own = (layer, *layer._parameters.values())
+    if any(users[_place(one)] > 1 for one in own if one is not None):
+        return "it, its weight or its bias is shared with another module"
+    reason = extras.why_not(layer)
+    if reason:
+        return reason
+    N, K = layer.weight.shape
+    asked = inspect.signature(cls.unsupported).parameters
+    return cls.unsupported(
+        N,
+        K,
+        dtype=layer.weight.dtype,
+        device_type=layer.weight.device.type,
+        ranks=collectives.group_size(group),
+        **{name: value for name, value in options.items() if name in asked},
+    )
+
+
+def _facts(method: str, options: dict, wanted: dict, left: dict) -> dict[str, dict]:
+    """What every rank must have alike: layer -> what -> value."""
+    facts = {"the call": {"method": method} | options}
+    facts |= {f"layer {name!r}": {"result": f"left, {reason}"} for name, reason in left.items()}
+    for name, layer in wanted.items():
+        own = {"result": "replaced", "training": layer.training}
+        for kind, parameter in layer.named_parameters():
+            own[f"shape of {kind}"] = list(parameter.shape)
+            own[f"dtype of {kind}"] = str(parameter.dtype)
+            own[f"device of {kind}"] = parameter.device.type
+            own[f"requires_grad of {kind}"] = parameter.requires_grad
+            own[f"bits of {kind}"] = alike.digest(parameter)
+        facts[f"layer {name!r}"] = own
+    return facts
+
+
+def _converted(name: str, layer: nn.Linear, cls, group, options) -> nn.Module:
     new = cls.from_dense(layer.weight, layer.bias, group=group, **options)
     new.weight.requires_grad_(layer.weight.requires_grad)
     if layer.bias is not None:
         new.bias.requires_grad_(layer.bias.requires_grad)
+    if isinstance(new, Split):
+        new.check = alike.Check(name)
+    extras.carry(layer, new)
     return new.train(layer.training)
 
 
-def _users(model: nn.Module) -> Counter[int]:
-    """How many names each module and each parameter of the model has, by its id."""
+def _check_reverted(found: dict[str, nn.Module]) -> None:
+    """Raises ValueError where a layer cannot be reverted, or its ranks have others."""
+    reasons = {name: extras.acting(layer) for name, layer in found.items()}
+    reasons = {name: reason for name, reason in reasons.items() if reason}
+    failures = []
+    for group in dict.fromkeys(getattr(layer, "group", None) for layer in found.values()):
+        try:
+            with alike.together(group, "revert") as facts:
+                for name, reason in reasons.items():
+                    raise ValueError(f"layer {name!r} cannot be reverted: {reason}")
+                for name, layer in found.items():
+                    if isinstance(layer, Split) and layer.group is group:
+                        size = f"[{layer.out_features}, {layer.in_features}]"
+                        facts[f"layer {name!r}"] = {"what it is": f"{layer.method} {size}"}
+        except ValueError as error:  # the other groups are told as well
+            failures.append(error)
+    if failures:
+        raise failures[0]
+
+
+def _reverted(layer: nn.Module) -> nn.Linear:
+    weight = layer.to_dense()
+    N, K = weight.shape
+    linear = nn.Linear(K, N, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    if layer.bias is not None:
+        bias = layer.bias.detach().to(weight.dtype, copy=True)
+        linear.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+    extras.carry(layer, linear)
+    return linear.train(layer.training)
+
+
+def _users(model: nn.Module) -> Counter:
+    """How many names each module, and each parameter's memory, has in the model."""
     users = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     users.update(
-        id(parameter)
+        _place(parameter)
         for module in model.modules()
         for parameter in module._parameters.values()
         if parameter is not None
@@ -164,9 +266,43 @@ def _users(model: nn.Module) -> Counter[int]:
     return users
 
 
+def _place(one: nn.Module | nn.Parameter):
+    """What two names of the same thing have in common; parameters may share memory alone."""
+    if type(one) is nn.Parameter and one.data_ptr():
+        return "at", one.data_ptr()
+    return id(one)
+
+
 def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+def _warn_of_holders(old: list[nn.Parameter], step: str, else_: str = "") -> None:
+    """Optimizers and DDP only: any other holder of a parameter is not to be told from a list."""
+    lost = {id(parameter) for parameter in old}
+    if not any(_holding(lost)):
+        return
+    gc.collect()  # one that nobody uses any more is not meant
+    for name in sorted({type(holder).__name__ for holder in _holding(lost)}):
+        warnings.warn(
+            f"{name} holds parameters that {step} has replaced, and not the new ones; make "
+            f"it after {step}{else_}",
+            stacklevel=3,
+        )
+
+
+def _holding(lost: set[int]) -> Iterator[torch.optim.Optimizer | DistributedDataParallel]:
+    """What trains one of these parameters, given by its id."""
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.optim.Optimizer):
+            held = (p for group in vars(one).get("param_groups", ()) for p in group["params"])
+        elif issubclass(type(one), DistributedDataParallel):
+            held = vars(one).get("_module_parameters", ())
+        else:
+            continue
+        if any(id(parameter) in lost for parameter in held):
+            yield one
 
 
 def _avoid_fused_encoders(model: nn.Module, built: dict[str, nn.Module]) -> None:
@@ -176,12 +312,10 @@ def _avoid_fused_encoders(model: nn.Module, built: dict[str, nn.Module]) -> None
     """
     for name, layer in built.items():
         if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            layer.register_forward_pre_hook(_must_be_called)
+            layer.register_forward_pre_hook(extras.must_be_called)
     new = set(built.values())
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and new & set(encoder.modules()):
+            if not hasattr(encoder, _NESTED):
+                setattr(encoder, _NESTED, encoder.use_nested_tensor)
             encoder.use_nested_tensor = False
-
-
-def _must_be_called(layer: nn.Module, args) -> None:
-    """Does nothing, and is there."""

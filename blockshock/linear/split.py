@@ -20,6 +20,7 @@ class Split(nn.Module):
     """
 
     method: ClassVar[str]  # its name in `METHODS`
+    check = None  # an `alike.Check` of x and dY, in a converted model
 
     def __init__(self, part: Tensor, bias: Tensor | None, N: int, K: int, group):
         super().__init__()
