@@ -14,14 +14,13 @@ reads the same tiles from the other side: for each block of keys the query block
 from __future__ import annotations
 
 import time
-import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from blockshock.attention import rules, tiles
+from blockshock.attention import reads, rules, tiles
 from blockshock.attention import turns as programs
 
 KEPT = 16  # tables of one pattern
@@ -85,9 +84,6 @@ class BlockTable:
         return rules.ideal_speedup(self.touched_sparsity)
 
 
-_TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # pattern -> sizes -> table
-
-
 def table(
     pattern: rules.Pattern,
     Tq: int,
@@ -100,6 +96,8 @@ def table(
     device="cpu",
 ) -> BlockTable:
     """The table of a pattern: made once for these arguments, kept while the pattern lives.
+
+    It is made anew when what the pattern's rule reads has changed (`reads.py`).
 
     Args:
         pattern: see `patterns.py`. The KEPT tables that were used last are kept for each.
@@ -121,9 +119,10 @@ def table(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    rules.check_planes(pattern, (batch, heads, Tq, Tk), device)
     different = batch if pattern.per_batch else 1, heads if pattern.per_head else 1
     key = (Tq, Tk, *different, block_q, block_k, device)
-    kept = _TABLES.setdefault(pattern, OrderedDict())
+    kept = reads.kept(pattern).setdefault("tables", OrderedDict())
     # Taken out and put back: the last one used is the last one in the order.
     found = kept.pop(key, None)
     # Tensors of inference mode could not be saved for a backward later.

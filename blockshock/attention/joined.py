@@ -69,6 +69,7 @@ def _join(how: str, a: Pattern, b: Pattern) -> Pattern:
         tuple(x if y is None else y for x, y in zip(a.sizes, b.sizes, strict=True)),
         (_rejoin, (how, a.recipe, b.recipe)) if a.recipe and b.recipe else None,
         (*(a.parts or (first,)), *(b.parts or (second,))),
+        (*a.depends_on, *b.depends_on),
     )
 
 

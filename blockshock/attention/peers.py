@@ -12,8 +12,8 @@ is made once for a pattern and these sizes.
 import functools
 import importlib
 import warnings
+from collections import OrderedDict
 from itertools import product
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +21,15 @@ from torch import Tensor
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
-from blockshock.attention import patterns, shapes
+from blockshock.attention import patterns, reads, shapes
 
 SIDE = 128  # queries, and keys, of one block of the mask
+KEPT = 16  # block masks of one pattern
 CHUNK = 1 << 24  # entries of the mask that are held at once
 COMPILATIONS = 256  # each mask, size and dtype needs one; PyTorch's own limit is 8
 # For fewer than 128 queries FlexAttention has a second kernel (flex_decoding.py in PyTorch's
 # inductor), with no tiles for a mask where Tq · heads / kv_heads > SIDE: so always the first.
 FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
-
-_block_masks: WeakKeyDictionary = WeakKeyDictionary()  # pattern -> (sizes, device) -> mask
 
 
 def sdpa_flash(
@@ -102,10 +101,14 @@ def block_mask(pattern, shape: shapes.Shape, *, causal: bool, device):
     if pattern is None:
         return None
     planes = shape.batch if pattern.per_batch else 1, shape.heads if pattern.per_head else 1
+    patterns.check_planes(pattern, (shape.batch, shape.heads, shape.Tq, shape.Tk), device)
     key = *planes, shape.Tq, shape.Tk, torch.device(device)
-    made = _block_masks.setdefault(pattern, {})
-    if key not in made:
-        made[key] = _make_mask(pattern, *key)
+    made = reads.kept(pattern).setdefault("block masks", OrderedDict())
+    # Taken out and put back: the last one used is the last one in the order.
+    found = made.pop(key, None)
+    made[key] = _make_mask(pattern, *key) if found is None else found
+    while len(made) > KEPT:
+        made.popitem(last=False)
     return made[key]
 
 

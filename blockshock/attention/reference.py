@@ -56,6 +56,8 @@ def attended(shape: shapes.Shape, *, causal: bool, pattern, device) -> Tensor:
     if causal:
         seen = seen & (key <= query)
     if pattern is not None:
+        sizes = shape.batch, shape.heads, shape.Tq, shape.Tk
+        patterns.check_planes(pattern, sizes, device)
         batch = torch.arange(shape.batch if pattern.per_batch else 1, device=device)
         head = torch.arange(shape.heads if pattern.per_head else 1, device=device)
         seen = seen & patterns.evaluate(
