@@ -9,7 +9,8 @@ import types
 import pytest
 import torch
 
-from blockshock.attention import METHODS, patterns, reads
+from blockshock.attention import METHODS, patterns, reads, rules
+from blockshock.kernels.dropout import Dropout, kept_reference
 from tests.attention_checks import DEVICE, NAMES, problem, relative, results
 
 pytest.importorskip("triton", reason="needs Triton; it is in the extra `dev`")
@@ -250,3 +251,77 @@ def test_a_rule_may_read_batch_and_head_without_differing():
     seen = (ROW >= COLUMN) & (ROW - COLUMN <= 9)
     for name in WITH_PATTERNS:
         check_plain(name, problem(2, 2, 1, T, T, 16), seen, pattern=pattern)
+
+
+def dropped(given, rate, seed):
+    """out, dq, dk, dv of a causal attention with the weights dropped that the seed drops."""
+    B, H, T = given[0].shape[:3]
+    factors = kept_reference(Dropout(rate, seed), B, H, T, T, DEVICE) / (1 - rate)
+
+    def method(q, k, v):
+        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(COLUMN > ROW, -torch.inf)
+        return scores.softmax(-1) * factors @ v
+
+    return results(method, *(x.double() for x in given))
+
+
+@pytest.mark.parametrize("seed", [0, 5, 2**40 + 7])
+def test_a_seed_in_a_tensor_drops_what_the_number_drops_also_when_it_is_advanced(seed):
+    given = problem(1, 2, 2, T, T, 16)
+    place = torch.tensor([seed], device=DEVICE)
+    for step in range(2):
+        inputs = [x.detach().requires_grad_() for x in given[:3]]
+        out = METHODS["block_sparse"](*inputs, causal=True, dropout=0.4, seed=place)
+        place.add_(1)  # before the backward
+        found = out, *torch.autograd.grad(out, inputs, given[3])
+        for own, exact in zip(found, dropped(given, 0.4, seed + step), strict=True):
+            assert relative(own, exact) < 2e-5
+
+
+def test_a_seed_that_is_none_is_refused():
+    given = problem(1, 1, 1, T, T, 16)[:3]
+    for seed, message in (
+        (torch.zeros(2, dtype=torch.int64), "an int64 tensor of one element"),
+        (torch.zeros(1), r"seed of torch.float32 \(1,\)"),
+        (torch.zeros(1, dtype=torch.int64, device="meta"), "seed on meta, q on"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            METHODS["block_sparse"](*given, dropout=0.5, seed=seed)
+
+
+def test_dropout_by_a_number_is_refused_in_a_capture(monkeypatch):
+    given = problem(1, 1, 1, T, T, 16)[:3]
+    pattern = patterns.band(3)
+    METHODS["block_sparse"](*given, pattern=pattern)
+    monkeypatch.setattr(rules, "captured", lambda device: True)
+    METHODS["block_sparse"](*given, pattern=pattern, seed=3)  # nothing is dropped
+    place = torch.tensor(3, device=DEVICE)
+    METHODS["block_sparse"](*given, pattern=pattern, dropout=0.5, seed=place)
+    with pytest.raises(RuntimeError, match=r"seed = 3 is a number.*seed.add_"):
+        METHODS["block_sparse"](*given, pattern=pattern, dropout=0.5, seed=3)
+
+
+@pytest.mark.gpus(1)
+def test_each_replay_of_a_graph_drops_other_weights():
+    given = problem(1, 2, 2, T, T, 16)
+    inputs = [x.detach().requires_grad_() for x in given[:3]]
+    place = torch.tensor([7], device=DEVICE)
+
+    def step():
+        out = METHODS["block_sparse"](*inputs, causal=True, dropout=0.4, seed=place)
+        made = out, *torch.autograd.grad(out, inputs, given[3])
+        place.add_(1)
+        return made
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step()
+    for replay in range(2):
+        graph.replay()
+        for own, exact in zip(made, dropped(given, 0.4, 8 + replay), strict=True):
+            assert relative(own, exact) < 2e-5

@@ -66,20 +66,45 @@ def block_sparse(
     pattern=None,
     scale=None,
     dropout: float = 0.0,
-    seed: int = 0,
+    seed: int | Tensor = 0,
 ) -> Tensor:
     """softmax(scale · Q Kᵀ) V over the pairs of a pattern; see `blockshock.attention` for shapes.
 
     dropout: each weight of the softmax is set to zero with this probability and the others are
     divided by 1 − dropout; the same seed drops the same weights, forward and backward.
 
+    seed: a number from 0 to 2^63 − 1, or an int64 tensor of one element on the device of q. A
+    tensor is read by the forward, so a CUDA graph that advances it (`seed.add_(1)`) drops other
+    weights at each replay; the backward drops what its forward dropped. Activation checkpointing
+    runs the forward again: advance the seed after the backward there.
+
     Raises:
         ValueError: what the kernels cannot take.
         RuntimeError: a CUDA graph is being captured, and the lists of the pattern for these sizes
-            are not made yet. Those that a graph reads are kept from then on.
+            are not made yet (those that a graph reads are kept from then on), or the seed of a
+            dropout is a number, so that each replay would drop the same weights.
     """
     lists = _table(q, k, v, causal, pattern, scale)
-    return _BlockSparse.apply(q, k, v, scale, lists, Dropout(dropout, seed))
+    return _BlockSparse.apply(q, k, v, scale, lists, _dropout(q, dropout, seed))
+
+
+def _dropout(q: Tensor, rate: float, seed: int | Tensor) -> Dropout:
+    made = Dropout(rate, seed)
+    if not rate:
+        return Dropout()
+    if isinstance(seed, Tensor):
+        if seed.device != q.device:
+            raise ValueError(
+                f"seed on {seed.device}, q on {q.device}: one device is needed; move the seed"
+            )
+        return Dropout(rate, seed.clone())  # the backward reads what the forward read
+    if rules.captured(q.device):
+        raise RuntimeError(
+            f"a CUDA graph is being captured, and seed = {seed} is a number: each replay would "
+            "drop the same weights; give the seed as an int64 tensor of one element on the device, "
+            "and advance it in the graph (seed.add_(1))"
+        )
+    return made
 
 
 @torch.compiler.disable

@@ -147,7 +147,9 @@ def _is_set(words, beyond, place):
 
 @triton.jit
 def kept_factor(seed, threshold, factor, row, queries, keys):
-    """Dropout's factor of each score, 0 or `factor`; see `dropout`."""
+    """Dropout's factor of each score, 0 or `factor`; see `dropout`. seed: a number or its place."""
+    if seed.dtype.is_ptr():
+        seed = tl.load(seed)
     zero = tl.zeros_like(queries + keys)
     random, _, _, _ = tl.philox(
         seed, (keys + zero).to(tl.uint32), (queries + zero).to(tl.uint32),
