@@ -11,33 +11,13 @@ import torch
 
 from blockshock.attention import METHODS, patterns, reads, rules
 from blockshock.kernels.dropout import Dropout, kept_reference
-from tests.attention_checks import DEVICE, NAMES, problem, relative, results
+from tests.attention_checks import DEVICE, check_plain, plain, problem, relative, results
 
 pytest.importorskip("triton", reason="needs Triton; it is in the extra `dev`")
 WITH_PATTERNS = ("reference", "flex", "block_sparse", "block_sparse_unpruned")
 T = 40
 ROW, COLUMN = torch.arange(T, device=DEVICE)[:, None], torch.arange(T, device=DEVICE)
 PAIRS = 0, 0, ROW, COLUMN  # all of a batch entry's head
-
-
-def plain(q, k, v, seen, scale=None):
-    """softmax(scale · Q Kᵀ) V over the pairs seen (they broadcast); rows without any are zero."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
-    scores = (q @ k.mT * (scale or q.shape[-1] ** -0.5)).masked_fill(~seen, -torch.inf)
-    empty = ~seen.any(-1, keepdim=True)
-    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty | ~seen, 0) @ v
-
-
-def check_plain(name, given, seen, limit=2e-5, **options):
-    """A method against `plain` in float64; flex has no backward on the CPU."""
-    true = results(lambda *x: plain(*x, seen), *(x.double() for x in given))
-    if name == "flex" and DEVICE == "cpu":
-        found = (METHODS[name](*given[:3], **options),)
-    else:
-        found = results(METHODS[name], *given, **options)
-    for what, own, exact in zip(NAMES, found, true, strict=False):
-        assert relative(own, exact) < limit, (name, what)
 
 
 class Window:

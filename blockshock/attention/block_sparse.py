@@ -62,7 +62,7 @@ def block_sparse(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = False,
+    causal: bool | str = False,
     pattern=None,
     scale=None,
     dropout: float = 0.0,
@@ -85,7 +85,27 @@ def block_sparse(
             dropout is a number, so that each replay would drop the same weights.
     """
     lists = _table(q, k, v, causal, pattern, scale)
-    return _BlockSparse.apply(q, k, v, scale, lists, _dropout(q, dropout, seed))
+    return _attend(q, k, v, scale, lists, _dropout(q, dropout, seed))
+
+
+def _attend(q, k, v, scale, lists: blocks.BlockTable, dropout: Dropout) -> Tensor:
+    """Keys that nobody sees, and queries that see nothing, may hold NaN: zeros are multiplied."""
+    rows = _unseen(lists.unseen_q, lists, q)
+    keys = _unseen(lists.unseen_k, lists, q, q.shape[1] // max(k.shape[1], 1))
+    q = q if rows is None else q.masked_fill(rows, 0)
+    k, v = (x if keys is None else x.masked_fill(keys, 0) for x in (k, v))
+    out = _BlockSparse.apply(q, k, v, scale, lists, dropout)
+    return out if rows is None else out.masked_fill(rows, 0)
+
+
+def _unseen(tokens: Tensor | None, lists, q: Tensor, group: int = 1) -> Tensor | None:
+    """[planes, T] as a mask of [batch, heads / group, T, D]."""
+    if tokens is None:
+        return None
+    batch = len(q) if lists.batch_stride else 1
+    if lists.head_stride:
+        return tokens.view(batch, -1, group, tokens.shape[1]).all(2).unsqueeze(-1)
+    return tokens.view(batch, 1, -1, 1)
 
 
 def _dropout(q: Tensor, rate: float, seed: int | Tensor) -> Dropout:
@@ -109,21 +129,23 @@ def _dropout(q: Tensor, rate: float, seed: int | Tensor) -> Dropout:
 
 @torch.compiler.disable
 def block_sparse_unpruned(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, pattern=None, scale=None
 ) -> Tensor:
     """The ablation: the same kernels and masks, and all tiles are computed."""
     lists = unpruned(_table(q, k, v, causal, pattern, scale))
-    return _BlockSparse.apply(q, k, v, scale, lists, Dropout())
+    return _attend(q, k, v, scale, lists, Dropout())
 
 
-def table(shape: shapes.Shape, dtype, causal: bool, pattern, device) -> blocks.BlockTable:
+def table(shape: shapes.Shape, dtype, causal: bool | str, pattern, device) -> blocks.BlockTable:
     """The lists that `block_sparse` uses for these sizes."""
     sizes = (shape.batch, shape.heads, shape.Tq, shape.D)
     tile = chosen(sizes, dtype, listed=True).forward  # its tile is that of all
+    shift = shapes.causal_shift(causal, shape.Tq, shape.Tk)
+    rows = patterns.full() if shift is None else patterns.causal(shift)
     if pattern is None:
-        pattern = patterns.causal() if causal else patterns.full()
-    elif causal:
-        pattern = patterns.both(pattern, patterns.causal())
+        pattern = rows
+    elif shift is not None:
+        pattern = patterns.both(pattern, rows)
     return blocks.table(
         pattern,
         shape.Tq,

@@ -57,6 +57,8 @@ class BlockTable:
     bits: Tensor  # int32 [unique, block_q, block_k // 32]; unique = 0 where there are intervals
     low: Tensor | None  # int32 [Tq]
     high: Tensor | None  # int32 [Tq]
+    unseen_q: Tensor | None  # bool [P, Tq]: of touched tiles, seeing nothing; None: there are none
+    unseen_k: Tensor | None  # bool [P, Tk]: of touched tiles, seen by nobody; None likewise
     touched: int  # tiles with at least one attended pair
     tiles: int  # all
     consecutive: bool  # intervals, and the touched ones of each list follow each other, both ways
@@ -230,6 +232,8 @@ def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
             bits=made.bits,
             low=low,
             high=high,
+            unseen_q=_unseen(made.sees, made.line, block_q),
+            unseen_k=_unseen(made.seen, plane * nk + made.column, block_k),
             touched=len(made.line),
             tiles=planes * nq * nk,
             consecutive=consecutive,
@@ -237,6 +241,15 @@ def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
             stream=stream_of(device),
         )
     )
+
+
+def _unseen(seen: Tensor, line: Tensor, block: int) -> Tensor | None:
+    """Tokens of touched tiles, by their lines, that are not among those seen [P, T]."""
+    planes, T = seen.shape
+    touched = seen.new_zeros(planes * tiles.blocks(T, block))
+    touched[line] = True
+    found = touched.view(planes, -1).repeat_interleave(block, dim=1)[:, :T] & ~seen
+    return found if found.any() else None
 
 
 def _lists(made: tiles.Tiles, line: Tensor, other: Tensor, planes: int, lines: int, others: int):

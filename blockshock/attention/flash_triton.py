@@ -30,7 +30,8 @@ class FlashAttentionTriton(torch.autograd.Function):
         reason = refused(shape, dtype=q.dtype, device_type=q.device.type, scale=scale)
         if reason:
             raise ValueError(reason)
-        return attend(ctx, q, k, v, scale, causal=is_causal)
+        shift = shapes.causal_shift(is_causal, shape.Tq, shape.Tk)
+        return attend(ctx, q, k, v, scale, shift=shift)
 
     @staticmethod
     def backward(ctx, d_out):
@@ -68,7 +69,7 @@ def gradients(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
 
 @torch.compiler.disable  # kernels of its own: a break in a compiled graph
 def flash_triton(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, pattern=None, scale=None
 ) -> Tensor:
     """softmax(scale · Q Kᵀ) V; see `FlashAttentionTriton`, and `blockshock.attention` for shapes.
 

@@ -1,6 +1,7 @@
 """The patterns of attention: each builder gives a rule that says which keys each query attends to.
 
-    full 1    causal j <= i    band |i - j| <= w    strided, global_band: a band and some columns
+    full 1    causal j <= i + shift    band |i - j| <= w
+    strided, global_band: a band and some columns
     both(a, b) = a AND b       either(a, b) = a OR b
 
 A pattern has no size: nothing here is as large as Tq * Tk unless the caller brought it
@@ -88,12 +89,13 @@ def full() -> Pattern:
 
 
 @_shared
-def causal() -> Pattern:
-    """Query i sees keys j <= i."""
+def causal(shift: int = 0) -> Pattern:
+    """Query i sees keys j <= i + shift. shift = Tk − Tq: the last query sees the last key."""
+    at_least(1 - 2**31, shift=shift)
     return Pattern(
-        "causal",
-        lambda batch, head, query, key: key <= query,
-        lambda query, Tk: (torch.zeros_like(query), (query + 1).clamp(max=Tk)),
+        f"causal({shift})" if shift else "causal",
+        lambda batch, head, query, key: key <= query + shift,
+        lambda query, Tk: (torch.zeros_like(query), (query + shift + 1).clamp(0, Tk)),
     )
 
 

@@ -42,20 +42,22 @@ def forward(
     v: Tensor,
     *,
     scale: float,
-    causal: bool = False,
+    shift: int | None = None,
     table=None,
     dropout: Dropout = NONE,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of q [B, H, Tq, D], k, v [B, H / group, Tk, D]: like q, and float32 [B, H, Tq].
 
-    scale must be positive. table: a `blocks.BlockTable` of the tiles to compute; causal is then in
-    the table. lse is natural, −inf for a row that attends to nothing, whose out is zero.
+    scale must be positive. shift: query i sees keys j <= i + shift; None: all. table: a
+    `blocks.BlockTable` of the tiles to compute; causal is then in the table. lse is natural, −inf
+    for a row that attends to nothing, whose out is zero.
     """
     from blockshock.kernels import flash_forward  # no Triton beside PyTorch's CPU build
 
     B, H, Tq, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
+    k, v = _seen(k, Tq, shift), _seen(v, Tq, shift)
     if not out.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
     plan = chosen(q.shape, q.dtype, listed=table is not None).forward
@@ -78,11 +80,12 @@ def forward(
             slots,
             Tq,
             k.shape[2],
+            shift or 0,
             scale * LOG2E,
             dropout.seed,
             dropout.threshold,
             dropout.factor,
-            **_constants(q, k, plan, causal, table, dropout),
+            **_constants(q, k, plan, shift, table, dropout),
         )
         if slots:
             from blockshock.kernels import flash_split
@@ -105,7 +108,7 @@ def backward(
     d_out: Tensor,
     *,
     scale: float,
-    causal: bool = False,
+    shift: int | None = None,
     table=None,
     dropout: Dropout = NONE,
     wanted: tuple[bool, bool] = (True, True),
@@ -114,19 +117,22 @@ def backward(
 
     wanted: whether dQ, and whether dK and dV; None in place of those that are not.
     """
+    Tq, whole = q.shape[2], k
+    k, v = _seen(k, Tq, shift), _seen(v, Tq, shift)
     empty = not q.numel() or not k.numel()
-    fresh = torch.zeros_like if empty else torch.empty_like
+    fresh = torch.zeros_like if empty or k is not whole else torch.empty_like
     shaped = torch.contiguous_format
     dq = fresh(q, memory_format=shaped) if wanted[0] else None
-    dk, dv = (fresh(x, memory_format=shaped) if wanted[1] else None for x in (k, v))
+    dk, dv = (fresh(whole, memory_format=shaped) if wanted[1] else None for _ in "kv")
     if empty:
         return dq, dk, dv
     q, k, v, out, d_out = (_readable(x) for x in (q, k, v, out, d_out))
-    options = {"scale": scale, "causal": causal, "table": table, "dropout": dropout}
+    options = {"scale": scale, "shift": shift, "table": table, "dropout": dropout}
     with _device_of(q):
         level, delta = _prepared(out, lse, d_out)
         if wanted[1]:
-            _gradients((dk, dv), q, k, v, d_out, level, delta, **options)
+            seen = _seen(dk, Tq, shift), _seen(dv, Tq, shift)
+            _gradients(seen, q, k, v, d_out, level, delta, **options)
         if wanted[0]:
             _gradients((dq,), q, k, v, d_out, level, delta, **options)
     return dq, dk, dv
@@ -148,7 +154,7 @@ def _prepared(out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
     return level, delta
 
 
-def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, dropout) -> None:
+def _gradients(made, q, k, v, d_out, level, delta, *, scale, shift, table, dropout) -> None:
     """Fills made: (dK, dV), or (dQ,)."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -174,12 +180,13 @@ def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, drop
         slots,
         q.shape[2],
         k.shape[2],
+        shift or 0,
         scale * LOG2E,
         scale,
         dropout.seed,
         dropout.threshold,
         dropout.factor,
-        **_constants(q, k, plan, causal, table, dropout),
+        **_constants(q, k, plan, shift, table, dropout),
     )
     if slots:
         from blockshock.kernels import flash_split
@@ -191,6 +198,13 @@ def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, drop
                 ROWS=rows,
                 D=part.shape[-1],
             )
+
+
+def _seen(x: Tensor, Tq: int, shift: int | None) -> Tensor:
+    """Of keys, or what is shaped like them, those that any query sees: others are not read."""
+    if shift is None or Tq + shift >= x.shape[2]:
+        return x
+    return x[:, :, : max(Tq + shift, 0)]
 
 
 def _programs(table, tiles: int, *, transposed: bool = False) -> tuple[int, int]:
@@ -233,8 +247,8 @@ def _lists(table, anything: Tensor, rows: int | None = None) -> tuple:
     return (*lists, *ends, table.bits, table.batch_stride, table.head_stride)
 
 
-def _constants(q: Tensor, k: Tensor, plan: Plan, causal: bool, table, dropout: Dropout) -> dict:
-    keep = "causal" if causal else "ragged"
+def _constants(q: Tensor, k: Tensor, plan: Plan, shift, table, dropout: Dropout) -> dict:
+    keep = "ragged" if shift is None else "causal"
     if table is not None:
         keep = "bits" if table.low is None else "interval"
     return {
