@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blockshock.kernels.dropout import Dropout
-from blockshock.kernels.flash_plans import Plan, chosen, padded
+from blockshock.kernels.flash_plans import MOST, Plan, chosen, padded, split
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NONE = Dropout()
@@ -54,22 +54,28 @@ def forward(
     """
     from blockshock.kernels import flash_forward  # no Triton beside PyTorch's CPU build
 
-    B, H, Tq, _ = q.shape
+    B, H, Tq, D = q.shape
+    rows = H // max(k.shape[1], 1) * Tq
+    if table is None and shift is None and Tq < rows <= 64:  # heads that share keys share a tile
+        out, lse = forward(q.reshape(B, -1, rows, D), k, v, scale=scale)
+        return out.view(q.shape), lse.view(B, H, Tq)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
     k, v = _seen(k, Tq, shift), _seen(v, Tq, shift)
     if not out.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
-    plan = chosen(q.shape, q.dtype, listed=table is not None).forward
+    plan, pieces = chosen(q.shape, q.dtype, listed=True).forward, 1
+    if table is None:
+        plan, pieces = split(q.shape, q.dtype, k.shape[2])
     _check_tile(table, plan)
-    count, slots = _programs(table, -(-Tq // plan.M))
+    count, slots = _programs(table, -(-Tq // plan.M), pieces=pieces)
     q, k, v = (_readable(x) for x in (q, k, v))
     parts = levels = lse  # not used without slots
     if slots:
         parts = lse.new_empty(B * H * slots, plan.M, padded(q.shape[3]))
         levels = lse.new_empty(B * H * slots, plan.M)
     with _device_of(q):
-        flash_forward.forward[(B * H * count,)](
+        flash_forward.forward[(B * H * count * pieces,)](
             *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (out, plan.M))),
             lse,
             parts,
@@ -77,6 +83,7 @@ def forward(
             *_lists(table, lse),
             H,
             count,
+            pieces,
             slots,
             Tq,
             k.shape[2],
@@ -87,7 +94,19 @@ def forward(
             dropout.factor,
             **_constants(q, k, plan, shift, table, dropout),
         )
-        if slots:
+        if pieces > 1:
+            from blockshock.kernels import flash_split
+
+            flash_split.merge_pieces[(B * H * Tq,)](
+                *(parts, levels, out, lse, pieces, count, Tq),
+                M=plan.M,
+                WIDTH=D,
+                D=parts.shape[-1],
+                MOST=MOST,
+                STEP=16,
+                num_warps=2,
+            )
+        elif slots:
             from blockshock.kernels import flash_split
 
             splits = table.splits
@@ -207,10 +226,10 @@ def _seen(x: Tensor, Tq: int, shift: int | None) -> Tensor:
     return x[:, :, : max(Tq + shift, 0)]
 
 
-def _programs(table, tiles: int, *, transposed: bool = False) -> tuple[int, int]:
-    """Programs of a head, and slots of a head for pieces of its lists (`attention.turns`)."""
+def _programs(table, tiles: int, *, transposed=False, pieces: int = 1) -> tuple[int, int]:
+    """Tiles or turns of a head, and slots of a head for the pieces of these."""
     if table is None:
-        return tiles, 0
+        return tiles, tiles * pieces if pieces > 1 else 0
     turns, slots = (table.turns_t, table.slots_t) if transposed else (table.turns, table.slots)
     return turns.shape[1], slots
 

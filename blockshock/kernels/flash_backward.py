@@ -245,7 +245,7 @@ def gradients_of_queries(
     first. parts [B * H * slots, M, D], float32, of slots.
     """
     row, b, head, tile, first, last, full, end, slot = of_queries(
-        turns, batch_stride, head_stride, heads, tiles, Tq, Tk, shift, M, N, KEEP, LISTED
+        turns, batch_stride, head_stride, heads, tiles, 1, Tq, Tk, shift, M, N, KEEP, LISTED
     )
     queries = tile * M + tl.arange(0, M)
     levels = level.load([row, tile * M]).reshape(M)

@@ -84,17 +84,17 @@ def finished(total, weight, most):
 @triton.jit(do_not_specialize=ANY)
 def forward(
     q, k, v, o, lse, parts, levels, turns, others, masks, low, high, bits, batch_stride,
-    head_stride, heads, tiles, slots, Tq, Tk, shift, scale_2, seed, threshold, factor,
+    head_stride, heads, tiles, pieces, slots, Tq, Tk, shift, scale_2, seed, threshold, factor,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr,
     LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr, OWN_IN_REGISTERS: tl.constexpr,
 ):
-    """Grid: a program for each of `tiles` tiles of queries, or turns, of each head, the longest
-    first. parts [B * H * slots, M, D] and levels [B * H * slots, M], float32, of slots: out, and
-    lse to base 2.
+    """Grid: a program for each piece of each of `tiles` tiles of queries, or for each turn, of each
+    head, the longest first. parts [B * H * slots, M, D] and levels [B * H * slots, M], float32, of
+    slots: out, and lse to base 2.
     """
     row, b, head, tile, first, last, full, end, slot = of_queries(
-        turns, batch_stride, head_stride, heads, tiles, Tq, Tk, shift, M, N, KEEP, LISTED
+        turns, batch_stride, head_stride, heads, tiles, pieces, Tq, Tk, shift, M, N, KEEP, LISTED
     )
     queries = tile * M + tl.arange(0, M)
     from_key, to_key = interval(queries, low, high, Tq, Tk, shift, KEEP)
@@ -117,8 +117,10 @@ def forward(
     out, of_rows = finished(total, weight, most)
     if slot >= 0:
         at = (row.to(tl.int64) * slots + slot) * M + tl.arange(0, M)
-        tl.store(parts + at[:, None] * D + tl.arange(0, D)[None, :], out)
-        tl.store(levels + at, of_rows)
+        inside = queries < Tq
+        place = parts + at[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(place, out, inside[:, None])
+        tl.store(levels + at, of_rows, inside)
     else:
         o.store([b, head, tile * M, 0], out.to(o.dtype).reshape(1, 1, M, D))
         tl.store(lse + row.to(tl.int64) * Tq + queries, of_rows * LN2, queries < Tq)

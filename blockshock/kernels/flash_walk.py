@@ -17,7 +17,18 @@ import triton
 import triton.language as tl
 
 # Numbers whose value no kernel is compiled anew for.
-ANY = ("heads", "tiles", "slots", "Tk", "shift", "batch_stride", "head_stride", "seed", "threshold")
+ANY = (
+    "heads",
+    "tiles",
+    "pieces",
+    "slots",
+    "Tk",
+    "shift",
+    "batch_stride",
+    "head_stride",
+    "seed",
+    "threshold",
+)
 
 # Arguments stand in groups.
 # fmt: off
@@ -35,12 +46,16 @@ def listed(turns, plane, tiles, turn):
 
 @triton.jit
 def of_queries(
-    turns, batch_stride, head_stride, heads, tiles, Tq, Tk, shift, M: tl.constexpr, N: tl.constexpr,
-    KEEP: tl.constexpr, LISTED: tl.constexpr,
+    turns, batch_stride, head_stride, heads, tiles, pieces, Tq, Tk, shift, M: tl.constexpr,
+    N: tl.constexpr, KEEP: tl.constexpr, LISTED: tl.constexpr,
 ):
-    """Of a program that owns queries: its row among B * H, b and head, then what `listed` tells."""
-    row = tl.program_id(0) // tiles
+    """Of a program that owns queries: its row among B * H, b and head, then what `listed` tells.
+
+    Without lists the keys of a tile are walked by several programs, one for each of its `pieces`.
+    """
+    row = tl.program_id(0) // (tiles * pieces)
     b, head = row // heads, row % heads
+    piece = tl.program_id(0) % (tiles * pieces) // tiles
     turn = tl.program_id(0) % tiles
     if LISTED:
         plane = b * batch_stride + head * head_stride
@@ -55,9 +70,11 @@ def of_queries(
             tile = turn
             end = tile * 0 + Tk // N
             last = tile * 0 + tl.cdiv(Tk, N)
-        first = tile * 0
+        first = piece * last // pieces
+        last = (piece + 1) * last // pieces
+        end = tl.minimum(tl.maximum(end, first), last)
         full = first
-        slot = first - 1
+        slot = tl.where(pieces > 1, tile * pieces + piece, -1)
     return row, b, head, tile, first, last, full, end, slot
 
 
