@@ -60,6 +60,7 @@ def _shared(build):
     """Equal arguments, however they are written, give the same object, while it is among KEPT."""
     signature, kept = inspect.signature(build), functools.lru_cache(maxsize=KEPT)(build)
 
+    @torch.compiler.assume_constant_result  # a compiled graph keeps the pattern, and its lists
     @functools.wraps(build)
     def builder(*args, **options) -> Pattern:
         bound = signature.bind(*args, **options)
@@ -181,6 +182,7 @@ def random_blocks(block: int, share: float, seed: int = 0, per_head: bool = Fals
     return Pattern(name, predicate, per_head=bool(per_head))
 
 
+@torch.compiler.assume_constant_result
 def documents(lengths: Iterable[int]) -> Pattern:
     """Documents laid end to end in one sequence of sum(lengths) tokens; each sees only itself.
 
