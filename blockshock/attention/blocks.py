@@ -13,9 +13,11 @@ reads the same tiles from the other side: for each block of keys the query block
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, fields
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -136,6 +138,29 @@ def table(
     while len(kept) > KEPT:
         kept.popitem(last=False)
     return found
+
+
+_COUNT = itertools.count()
+_NUMBERS: WeakKeyDictionary = WeakKeyDictionary()  # table -> its number
+_NUMBERED: WeakValueDictionary = WeakValueDictionary()  # and back
+
+
+def number(table: BlockTable) -> int:
+    """A number that stands for a table in a compiled graph; no other table ever has it."""
+    if table not in _NUMBERS:
+        _NUMBERS[table] = next(_COUNT)
+        _NUMBERED[_NUMBERS[table]] = table
+    return _NUMBERS[table]
+
+
+def numbered(number: int) -> BlockTable:
+    """The table of a number; RuntimeError if it is no more."""
+    if number not in _NUMBERED:
+        raise RuntimeError(
+            "the lists of this compiled attention are gone: what its pattern's rule reads has "
+            "changed between forward and backward; change it after the backward"
+        )
+    return _NUMBERED[number]
 
 
 def ready(table: BlockTable) -> BlockTable:

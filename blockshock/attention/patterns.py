@@ -221,6 +221,7 @@ def _documents(lengths: tuple[int, ...]) -> Pattern:
     return Pattern(f"documents({shown})", predicate, interval, sizes=(None, None, T, T))
 
 
+@torch.compiler.disable(reason="a pattern of a tensor is made outside a compiled function")
 def from_mask(mask: Tensor) -> Pattern:
     """mask, bool [Tq, Tk], [heads, Tq, Tk] or [batch, heads, Tq, Tk]; dims of size 1 broadcast.
 
@@ -256,6 +257,7 @@ def from_mask(mask: Tensor) -> Pattern:
     return Pattern(name, predicate, None, *many[:2], fixed, recipe, depends_on=(view,))
 
 
+@torch.compiler.disable(reason="a pattern is made once, outside the compiled function")
 def predicate(
     fn: Callable, name: str | None = None, *, per_batch: bool = False, per_head: bool = False
 ) -> Pattern:

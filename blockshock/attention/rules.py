@@ -11,10 +11,12 @@ both counted from 0 (top-left), also where Tq and Tk differ. The patterns are in
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from numbers import Integral
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -44,7 +46,8 @@ class Pattern:
     recipe: tuple | None = None  # (builder, arguments): how a copy or a pickle makes it again
     parts: tuple[Callable, ...] = ()  # the predicates that this one joins
     depends_on: tuple | None = None  # what may change its answers (`reads.py`); None: its functions
-    renewals: reads.Count = field(default_factory=reads.Count, repr=False)
+    renewals: reads.Count = field(default_factory=reads.Count, init=False, repr=False)
+    number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -52,7 +55,9 @@ class Pattern:
         return None if None in self.sizes[2:] else self.sizes[2:]
 
     def __reduce_ex__(self, protocol):
-        return self.recipe or super().__reduce_ex__(protocol)
+        of_fields = self.name, self.predicate, self.interval, self.per_batch, self.per_head
+        rest = self.sizes, None, self.parts, self.depends_on[:-1]
+        return self.recipe or (Pattern, (*of_fields, *rest))
 
     def renew(self) -> None:
         """Forgets the lists made of this pattern, and of those that it was joined into.
@@ -64,11 +69,24 @@ class Pattern:
     def __post_init__(self):
         found = (self.predicate, self.interval) if self.depends_on is None else self.depends_on
         object.__setattr__(self, "depends_on", (*found, self.renewals))
+        _NUMBERED[self.number] = self
         if self.interval and (self.per_batch or self.per_head):
             raise ValueError(
                 f"pattern {self.name!r} has an interval and is per batch or per head: intervals "
                 "are shared by all; leave out interval="
             )
+
+
+_NUMBERED: WeakValueDictionary = WeakValueDictionary()
+
+
+def numbered(number: int) -> Pattern:
+    """The pattern of a number, by which a compiled graph names it; RuntimeError if it is no more."""
+    if number not in _NUMBERED:
+        raise RuntimeError(
+            "the pattern of this compiled attention is gone; keep it and compile anew"
+        )
+    return _NUMBERED[number]
 
 
 def _fix(thing) -> str:
