@@ -81,7 +81,7 @@ _NUMBERED: WeakValueDictionary = WeakValueDictionary()
 
 
 def numbered(number: int) -> Pattern:
-    """The pattern of a number, by which a compiled graph names it; RuntimeError if it is no more."""
+    """The pattern that a compiled graph names by this number; RuntimeError if it is no more."""
     if number not in _NUMBERED:
         raise RuntimeError(
             "the pattern of this compiled attention is gone; keep it and compile anew"
