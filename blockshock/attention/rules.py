@@ -227,7 +227,7 @@ def check_planes(pattern: Pattern, shape: tuple[int, int, int, int], device) -> 
     """
     said = pattern.per_batch, pattern.per_head
     batch, heads, Tq, Tk = shape
-    if pattern.interval or torch.compiler.is_compiling() or not Tq or not Tk:
+    if pattern.interval or torch.compiler.is_compiling() or 0 in shape:
         return
     if all(several or size < 2 for several, size in zip(said, shape[:2], strict=True)):
         return
