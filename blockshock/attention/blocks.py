@@ -271,9 +271,9 @@ def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
 def _unseen(seen: Tensor, line: Tensor, block: int) -> Tensor | None:
     """Tokens of touched tiles, by their lines, that are not among those seen [P, T]."""
     planes, T = seen.shape
-    touched = seen.new_zeros(planes * tiles.blocks(T, block))
-    touched[line] = True
-    found = touched.view(planes, -1).repeat_interleave(block, dim=1)[:, :T] & ~seen
+    touched = seen.new_zeros(planes, tiles.blocks(T, block))
+    touched.view(-1)[line] = True
+    found = touched.repeat_interleave(block, dim=1)[:, :T] & ~seen
     return found if found.any() else None
 
 
