@@ -58,3 +58,24 @@ def check(method, given, **options):
             scale = options.get("scale") or given[0].shape[3] ** -0.5
             limit = max(limit, 1e-5, 1e-7 * _terms(*given, scale))
         assert error <= limit, f"{name}: {error:.2e} of at most {limit:.2e}"
+
+
+def plain(q, k, v, seen):
+    """softmax(D^−½ Q Kᵀ) V over the pairs seen (they broadcast); rows without any are zero."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, -torch.inf)
+    empty = ~seen.any(-1, keepdim=True)
+    return scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty | ~seen, 0) @ v
+
+
+def check_plain(name, given, seen, limit=2e-5, **options):
+    """A method, or its name, against `plain` in float64; flex has no backward on the CPU."""
+    method = METHODS.get(name, name)
+    true = results(lambda *x: plain(*x, seen), *(x.double() for x in given))
+    if name == "flex" and DEVICE == "cpu":
+        found = (method(*given[:3], **options),)
+    else:
+        found = results(method, *given, **options)
+    for what, own, exact in zip(NAMES, found, true, strict=False):
+        assert relative(own, exact) < limit, (name, what)

@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from blockshock.kernels import flash_backward, flash_forward
-from blockshock.kernels.flash_plans import plans
+from blockshock.kernels import flash_backward, flash_forward, flash_split
+from blockshock.kernels.flash_plans import MOST, plans
 
 KERNELS = {
     "forward": flash_forward.forward,
@@ -90,6 +90,17 @@ def usage(made) -> dict:
     }
 
 
+def merged():
+    """The kernel that puts pieces of keys together, compiled for heads of 128."""
+    constants = {"M": 64, "WIDTH": 128, "D": 128, "MOST": MOST, "STEP": 16}
+    kinds = dict.fromkeys(("pieces", "tiles", "Tq"), "i32") | dict.fromkeys(constants, "constexpr")
+    kinds |= {"o": "*bf16", "parts": "*fp32", "levels": "*fp32", "lse": "*fp32"}
+    kernel = flash_split.merge_pieces
+    signature = {argument: kinds[argument] for argument in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 2})
+
+
 def tool() -> str:
     return triton.knobs.nvidia.cuobjdump.path
 
@@ -109,3 +120,5 @@ if __name__ == "__main__":
         made, plan = compiled(*case)
         line = json.dumps({"case": case, "warps": plan.warps, **usage(made)})
         sys.stdout.write(f"{line}\n")
+    line = json.dumps({"case": ("merge_pieces",), **usage(merged())})
+    sys.stdout.write(f"{line}\n")

@@ -5,6 +5,7 @@ import copy
 import torch
 
 import blockshock
+from blockshock.kernels import graphs
 from blockshock.measure.clock import capture
 from blockshock.measure.errors import relative_error
 from tests.outside_jobs import built, inputs
@@ -112,3 +113,17 @@ def evaluation_between_training(method, options):
     replayed = found["y"].clone()
     with torch.no_grad():
         return relative_error(replayed, net(x)), relative_error(replayed, eager(x))
+
+
+def captured_too_early(method, options):
+    """What is said where a captured step is the optimizer's first one."""
+    net, (x, dy) = pair(method, options)[0], inputs()
+    net(x).backward(dy)
+    adam = optimizer_of(net)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    try:
+        with graphs.capturing(graph, stream):
+            adam.step()
+    except RuntimeError as error:
+        return str(error)
+    return None

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from blockshock.attention import METHODS, block_sparse, blocks, patterns, shapes, turns
+from blockshock.attention import METHODS, block_sparse, blocks, patterns, reads, shapes, turns
 from blockshock.kernels import flash, flash_plans
 from blockshock.kernels.dropout import Dropout, kept_reference
 from tests.attention_checks import DEVICE, DTYPES, check, problem, relative, results, truth
@@ -74,7 +74,7 @@ def split_into(monkeypatch, tiles):
     monkeypatch.setattr(turns, "LONG", 0)
     monkeypatch.setattr(turns, "LEAST", tiles)
     monkeypatch.setattr(turns, "SHARE", 1000)
-    monkeypatch.setattr(blocks, "_TABLES", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(reads, "_KEPT", weakref.WeakKeyDictionary())
 
 
 def test_pieces_of_several_tiles_match_float64_and_drop_the_same(monkeypatch):

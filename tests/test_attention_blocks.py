@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from blockshock.attention import blocks, patterns, rules, tiles
+from blockshock.attention import blocks, patterns, reads, rules, tiles
 from tests.attention_tables import check_lists, table_of
 from tests.test_attention_patterns import made, mask
 
@@ -215,7 +215,7 @@ def test_a_pattern_keeps_the_tables_used_last():
     assert table_of(pattern, 1, 1) is first
     table_of(pattern, 100, 100)  # one too many: the oldest, T = 2, goes
     assert table_of(pattern, 1, 1) is first
-    assert len(blocks._TABLES[pattern]) == blocks.KEPT
+    assert len(reads.kept(pattern)["tables"]) == blocks.KEPT
 
 
 def test_a_table_of_inference_can_be_saved_for_a_backward():

@@ -24,7 +24,8 @@ def test_the_kernels_compile_for_an_h200_and_fit_it():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 9
+    assert len(found) == 10
+    assert found.pop()["stack"] == 0  # of the merge of pieces, which multiplies nothing
     for made in found:
         assert made["stack"] <= 32, made  # bytes of spilled registers of a thread
         assert made["products"] > 0, made  # of the matrix units, in groups of warps

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockshock.attention import blocks, patterns, turns
+from blockshock.attention import patterns, reads, turns
 from tests.attention_tables import check_lists, table_of
 from tests.test_attention_blocks import block_sizes, lengths, quick
 from tests.test_attention_patterns import made, mask
@@ -21,7 +21,7 @@ def test_long_lists_are_split_into_pieces(pattern, Tq, Tk, sizes, long):
         patch.setattr(turns, "LONG", long)
         patch.setattr(turns, "LEAST", 1)
         patch.setattr(turns, "SHARE", 1000)
-        patch.setattr(blocks, "_TABLES", weakref.WeakKeyDictionary())
+        patch.setattr(reads, "_KEPT", weakref.WeakKeyDictionary())
         table = table_of(pattern, Tq, Tk, sizes)
     check_lists(table, mask(pattern, Tq, Tk)[0])
     for lists, count, mean in (

@@ -45,3 +45,8 @@ def test_a_captured_evaluation_sees_what_was_trained_since(ranks, method, option
     for same, moved in ranks.run(jobs.evaluation_between_training, method, options):
         assert same < 1e-6
         assert moved > 0.01
+
+
+def test_an_optimizer_that_would_begin_anew_at_each_replay_is_refused(ranks):
+    for said in ranks.run(jobs.captured_too_early, *LAYERS[0]):
+        assert "run one whole step before the capture" in said

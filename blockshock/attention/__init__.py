@@ -3,7 +3,8 @@
     method(q, k, v, *, causal=False, pattern=None, scale=None) -> out
 
 q [batch, heads, Tq, D], k and v [batch, kv_heads, Tk, D], out like q. causal: query i sees keys
-j <= i, ANDed with the pattern (`patterns.Pattern`). scale: D ** -0.5 when None. A row that attends
+j <= i, or j <= i + Tk − Tq if causal is "bottom_right" (a cache of keys); ANDed with the pattern
+(`patterns.Pattern`). scale: D ** -0.5 when None. A row that attends
 to nothing is 0, with gradients of 0. What a method cannot do is a ValueError; `unsupported` tells
 it without running. `work` counts the arithmetic.
 
@@ -27,7 +28,7 @@ def unsupported(
     k_shape,
     dtype: torch.dtype,
     device_type: str,
-    causal: bool = False,
+    causal: bool | str = False,
     pattern=None,
     *,
     scale: float | None = None,
@@ -45,6 +46,10 @@ def unsupported(
         raise ValueError(f"unknown method {method!r}; use one of {', '.join(METHODS)}")
     try:
         shape = shapes.Shape.of(q_shape, k_shape)
+    except ValueError as error:
+        return str(error)
+    try:
+        shapes.causal_shift(causal, shape.Tq, shape.Tk)
     except ValueError as error:
         return str(error)
     reason = shapes.misfit(shape, pattern) or shapes.scale_refused(scale)

@@ -13,15 +13,16 @@ reads the same tiles from the other side: for each block of keys the query block
 
 from __future__ import annotations
 
+import itertools
 import time
-import weakref
 from collections import OrderedDict
 from dataclasses import dataclass, fields
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from blockshock.attention import rules, tiles
+from blockshock.attention import reads, rules, tiles
 from blockshock.attention import turns as programs
 
 KEPT = 16  # tables of one pattern
@@ -58,6 +59,8 @@ class BlockTable:
     bits: Tensor  # int32 [unique, block_q, block_k // 32]; unique = 0 where there are intervals
     low: Tensor | None  # int32 [Tq]
     high: Tensor | None  # int32 [Tq]
+    unseen_q: Tensor | None  # bool [P, Tq]: of touched tiles, seeing nothing; None: there are none
+    unseen_k: Tensor | None  # bool [P, Tk]: of touched tiles, seen by nobody; None likewise
     touched: int  # tiles with at least one attended pair
     tiles: int  # all
     consecutive: bool  # intervals, and the touched ones of each list follow each other, both ways
@@ -85,9 +88,6 @@ class BlockTable:
         return rules.ideal_speedup(self.touched_sparsity)
 
 
-_TABLES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # pattern -> sizes -> table
-
-
 def table(
     pattern: rules.Pattern,
     Tq: int,
@@ -100,6 +100,8 @@ def table(
     device="cpu",
 ) -> BlockTable:
     """The table of a pattern: made once for these arguments, kept while the pattern lives.
+
+    It is made anew when what the pattern's rule reads has changed (`reads.py`).
 
     Args:
         pattern: see `patterns.py`. The KEPT tables that were used last are kept for each.
@@ -121,9 +123,10 @@ def table(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
+    rules.check_planes(pattern, (batch, heads, Tq, Tk), device)
     different = batch if pattern.per_batch else 1, heads if pattern.per_head else 1
     key = (Tq, Tk, *different, block_q, block_k, device)
-    kept = _TABLES.setdefault(pattern, OrderedDict())
+    kept = reads.kept(pattern).setdefault("tables", OrderedDict())
     # Taken out and put back: the last one used is the last one in the order.
     found = kept.pop(key, None)
     # Tensors of inference mode could not be saved for a backward later.
@@ -135,6 +138,29 @@ def table(
     while len(kept) > KEPT:
         kept.popitem(last=False)
     return found
+
+
+_COUNT = itertools.count()
+_NUMBERS: WeakKeyDictionary = WeakKeyDictionary()  # table -> its number
+_NUMBERED: WeakValueDictionary = WeakValueDictionary()  # and back
+
+
+def number(table: BlockTable) -> int:
+    """A number that stands for a table in a compiled graph; no other table ever has it."""
+    if table not in _NUMBERS:
+        _NUMBERS[table] = next(_COUNT)
+        _NUMBERED[_NUMBERS[table]] = table
+    return _NUMBERS[table]
+
+
+def numbered(number: int) -> BlockTable:
+    """The table of a number; RuntimeError if it is no more."""
+    if number not in _NUMBERED:
+        raise RuntimeError(
+            "the lists of this compiled attention are gone: what its pattern's rule reads has "
+            "changed between forward and backward; change it after the backward"
+        )
+    return _NUMBERED[number]
 
 
 def ready(table: BlockTable) -> BlockTable:
@@ -231,6 +257,8 @@ def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
             bits=made.bits,
             low=low,
             high=high,
+            unseen_q=_unseen(made.sees, made.line, block_q),
+            unseen_k=_unseen(made.seen, plane * nk + made.column, block_k),
             touched=len(made.line),
             tiles=planes * nq * nk,
             consecutive=consecutive,
@@ -238,6 +266,15 @@ def _build(pattern, Tq, Tk, different, block_q, block_k, device) -> BlockTable:
             stream=stream_of(device),
         )
     )
+
+
+def _unseen(seen: Tensor, line: Tensor, block: int) -> Tensor | None:
+    """Tokens of touched tiles, by their lines, that are not among those seen [P, T]."""
+    planes, T = seen.shape
+    touched = seen.new_zeros(planes, tiles.blocks(T, block))
+    touched.view(-1)[line] = True
+    found = touched.repeat_interleave(block, dim=1)[:, :T] & ~seen
+    return found if found.any() else None
 
 
 def _lists(made: tiles.Tiles, line: Tensor, other: Tensor, planes: int, lines: int, others: int):

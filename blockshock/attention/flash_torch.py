@@ -39,9 +39,10 @@ class FlashAttentionTorch(torch.autograd.Function):
     def forward(ctx, q, k, v, is_causal=False, scale=None):
         whole = (q, k, v) if q.dim() == 4 else tuple(x.unsqueeze(1) for x in (q, k, v))
         shape = shapes.check(*whole, scale=scale)
-        ctx.causal, ctx.scale = is_causal, shape.D**-0.5 if scale is None else scale
+        ctx.shift = shapes.causal_shift(is_causal, shape.Tq, shape.Tk)
+        ctx.scale = shape.D**-0.5 if scale is None else scale
         with shapes.without_autocast(q):
-            out, lse = _forward(*whole, shape, ctx.causal, ctx.scale)
+            out, lse = _forward(*whole, shape, ctx.shift, ctx.scale)
         out, lse = out.view(q.shape), lse.view(q.shape[:-1])
         ctx.save_for_backward(q, k, v, out, lse)
         return out
@@ -52,19 +53,19 @@ class FlashAttentionTorch(torch.autograd.Function):
         flat = d_out.dim() == 3
         q, k, v, out, lse, d_rows = (x.unsqueeze(1) for x in saved) if flat else saved
         with torch.no_grad(), shapes.without_autocast(q):
-            gradients = _backward(q, k, v, out, lse, d_rows, ctx.causal, ctx.scale)
+            gradients = _backward(q, k, v, out, lse, d_rows, ctx.shift, ctx.scale)
         if flat:
             gradients = tuple(x.squeeze(1) for x in gradients)
         return *derivatives.first_only(gradients, *saved), None, None
 
 
 def flash_torch(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, pattern=None, scale=None
 ) -> Tensor:
     """q [batch, heads, Tq, D], k and v [batch, kv_heads, Tk, D] -> [batch, heads, Tq, D].
 
-    fp16, bf16, float32 or float64, on any device. causal: query i sees keys j <= i. scale:
-    D ** -0.5 when None.
+    fp16, bf16, float32 or float64, on any device. causal: query i sees keys j <= i, or
+    j <= i + Tk − Tq for "bottom_right". scale: D ** -0.5 when None.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; a pattern.
@@ -76,7 +77,7 @@ def flash_torch(
     return FlashAttentionTorch.apply(q, k, v, causal, scale)
 
 
-def _forward(q, k, v, shape, causal, scale) -> tuple[Tensor, Tensor]:
+def _forward(q, k, v, shape, shift, scale) -> tuple[Tensor, Tensor]:
     """out [batch, heads, Tq, D] and lse [batch, heads, Tq]."""
     wide = shapes.sum_dtype(q.dtype)
     out = q.new_empty(q.shape)
@@ -86,37 +87,38 @@ def _forward(q, k, v, shape, causal, scale) -> tuple[Tensor, Tensor]:
         maximum = query.new_full((*query.shape[:-1], 1), -torch.inf)
         total = torch.zeros_like(maximum)
         sums = torch.zeros_like(query)
-        for keys in _tiles(min(at.stop, shape.Tk) if causal else shape.Tk):
-            scores = _scores(query, k[:, :, keys].to(wide), at, keys, causal, scale)
-            # Every row sees key 0, so its maximum is finite from the first tile on.
+        for keys in _tiles(_seen_by(at.stop, shape.Tk, shift)):
+            scores = _scores(query, k[:, :, keys].to(wide), at, keys, shift, scale)
             higher = torch.maximum(maximum, scores.amax(dim=-1, keepdim=True))
-            weights = scores.sub_(higher).exp_()
-            shrink = (maximum - higher).exp_()
+            level = higher.masked_fill(higher == -torch.inf, 0)  # no score yet: nothing to subtract
+            weights = scores.sub_(level).exp_()
+            shrink = (maximum - level).exp_()
             total = total.mul_(shrink).add_(weights.sum(dim=-1, keepdim=True))
             sums = sums.mul_(shrink).add_(weights @ v[:, :, keys].to(wide))
             maximum = higher
         lse[:, :, at] = _heads(maximum + total.log(), shape).squeeze(-1)
-        # Without keys there is nothing to divide: the row is 0, and lse is -inf.
+        # Without weights there is nothing to divide: the row is 0, and lse is -inf.
         out[:, :, at] = _heads(sums / total.masked_fill_(total == 0, 1), shape)
     return out, lse
 
 
-def _backward(q, k, v, out, lse, d_out, causal, scale) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(q, k, v, out, lse, d_out, shift, scale) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the dtype of q."""
     shape = shapes.Shape.of(q.shape, k.shape)
     wide = lse.dtype
     delta = (d_out.to(wide) * out.to(wide)).sum(dim=-1)
     dq = q.new_zeros(q.shape, dtype=wide)
-    dk, dv = torch.empty_like(k), torch.empty_like(v)
-    for keys in _tiles(shape.Tk):
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    level = lse.masked_fill(lse == -torch.inf, torch.inf)  # weights of zero where nothing is seen
+    for keys in _tiles(_seen_by(shape.Tq, shape.Tk, shift)):
         key, value = k[:, :, keys].to(wide), v[:, :, keys].to(wide)
         d_key, d_value = torch.zeros_like(key), torch.zeros_like(value)
         for at in _tiles(shape.Tq):
-            if causal and at.stop <= keys.start:
+            if shift is not None and at.stop + shift <= keys.start:
                 continue  # above the diagonal
             query, d_rows = _rows(q, at, shape, wide), _rows(d_out, at, shape, wide)
-            scores = _scores(query, key, at, keys, causal, scale)
-            weights = scores.sub_(_rows(lse[..., None], at, shape, wide)).exp_()
+            scores = _scores(query, key, at, keys, shift, scale)
+            weights = scores.sub_(_rows(level[..., None], at, shape, wide)).exp_()
             d_value += weights.mT @ d_rows
             d_weights = d_rows @ value.mT
             d_scores = weights.mul_(d_weights.sub_(_rows(delta[..., None], at, shape, wide)))
@@ -126,13 +128,18 @@ def _backward(q, k, v, out, lse, d_out, causal, scale) -> tuple[Tensor, Tensor, 
     return dq.mul_(scale).to(q.dtype), dk, dv
 
 
-def _scores(query, key, at, keys, causal, scale) -> Tensor:
-    """S [batch, kv_heads, group · rows, columns], -inf above the diagonal when causal."""
+def _seen_by(queries: int, Tk: int, shift: int | None) -> int:
+    """How many keys the first so many queries see; those behind them are not read."""
+    return Tk if shift is None else max(0, min(queries + shift, Tk))
+
+
+def _scores(query, key, at, keys, shift, scale) -> Tensor:
+    """S [batch, kv_heads, group · rows, columns], -inf above the diagonal, if there is one."""
     scores = (query @ key.mT).mul_(scale)
-    if causal and keys.stop - 1 > at.start:  # the tile crosses the diagonal
+    if shift is not None and keys.stop - 1 > at.start + shift:  # the tile crosses the diagonal
         row = torch.arange(at.start, at.stop, device=query.device)
         column = torch.arange(keys.start, keys.stop, device=query.device)
-        hidden = column > row[:, None]
+        hidden = column > row[:, None] + shift
         scores.unflatten(2, (-1, len(row))).masked_fill_(hidden, -torch.inf)
     return scores
 

@@ -7,7 +7,7 @@ are never visited. Two runs give the same bits.
 import torch
 from torch import Tensor
 
-from blockshock.attention import derivatives, shapes
+from blockshock.attention import derivatives, operators, shapes
 from blockshock.kernels import flash
 
 
@@ -30,7 +30,8 @@ class FlashAttentionTriton(torch.autograd.Function):
         reason = refused(shape, dtype=q.dtype, device_type=q.device.type, scale=scale)
         if reason:
             raise ValueError(reason)
-        return attend(ctx, q, k, v, scale, causal=is_causal)
+        shift = shapes.causal_shift(is_causal, shape.Tq, shape.Tk)
+        return attend(ctx, q, k, v, scale, shift=shift)
 
     @staticmethod
     def backward(ctx, d_out):
@@ -40,7 +41,8 @@ class FlashAttentionTriton(torch.autograd.Function):
 def attend(ctx, q: Tensor, k: Tensor, v: Tensor, scale: float | None, **options) -> Tensor:
     """The forward of an autograd function, of checked inputs. options: for `kernels.flash`."""
     ctx.options = {"scale": q.shape[-1] ** -0.5 if scale is None else float(scale), **options}
-    out, lse = flash.forward(*_whole(q, k, v), **ctx.options)
+    run = operators.forward if torch.compiler.is_compiling() else flash.forward
+    out, lse = run(*_whole(q, k, v), **ctx.options)
     if q.dim() == 3:
         out, lse = out[:, 0], lse[:, 0]
     ctx.save_for_backward(q, k, v, out, lse)
@@ -57,8 +59,9 @@ def gradients(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
     flat = d_out.dim() == 3
     q, k, v, out, lse, upstream = (x.unsqueeze(1) for x in saved) if flat else saved
     wanted = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+    run = operators.backward if torch.compiler.is_compiling() else flash.backward
     with torch.no_grad():
-        made = flash.backward(q, k, v, out, lse, upstream, wanted=wanted, **ctx.options)
+        made = run(q, k, v, out, lse, upstream, wanted=wanted, **ctx.options)
     if flat:
         made = tuple(x if x is None else x[:, 0] for x in made)
     there = derivatives.first_only(tuple(x for x in made if x is not None), *saved)
@@ -66,9 +69,8 @@ def gradients(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(x if x is None else next(rest) for x in made)
 
 
-@torch.compiler.disable  # kernels of its own: a break in a compiled graph
 def flash_triton(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, pattern=None, scale=None
 ) -> Tensor:
     """softmax(scale · Q Kᵀ) V; see `FlashAttentionTriton`, and `blockshock.attention` for shapes.
 

@@ -10,11 +10,13 @@ import torch
 from blockshock.attention.rules import SIZES, Pattern
 
 
+@torch.compiler.disable(reason="patterns are made once; join them outside the compiled function")
 def both(a: Pattern, b: Pattern) -> Pattern:
     """A query attends where a and b both let it; ValueError if they fit different shapes."""
     return _joined("both", a, b)
 
 
+@torch.compiler.disable(reason="patterns are made once; join them outside the compiled function")
 def either(a: Pattern, b: Pattern) -> Pattern:
     """A query attends where a or b lets it: BigBird is either(global_band, random_blocks)."""
     return _joined("either", a, b)
@@ -69,6 +71,7 @@ def _join(how: str, a: Pattern, b: Pattern) -> Pattern:
         tuple(x if y is None else y for x, y in zip(a.sizes, b.sizes, strict=True)),
         (_rejoin, (how, a.recipe, b.recipe)) if a.recipe and b.recipe else None,
         (*(a.parts or (first,)), *(b.parts or (second,))),
+        (*a.depends_on, *b.depends_on),
     )
 
 

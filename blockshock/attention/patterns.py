@@ -1,6 +1,7 @@
 """The patterns of attention: each builder gives a rule that says which keys each query attends to.
 
-    full 1    causal j <= i    band |i - j| <= w    strided, global_band: a band and some columns
+    full 1    causal j <= i + shift    band |i - j| <= w
+    strided, global_band: a band and some columns
     both(a, b) = a AND b       either(a, b) = a OR b
 
 A pattern has no size: nothing here is as large as Tq * Tk unless the caller brought it
@@ -18,11 +19,13 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from blockshock.attention import reads
 from blockshock.attention.joined import both, either
 from blockshock.attention.rules import (
     Pattern,
     at_least,
     check,
+    check_planes,
     evaluate,
     ideal_speedup,
     sparsity,
@@ -35,6 +38,7 @@ __all__ = [
     "causal",
     "causal_band",
     "check",
+    "check_planes",
     "documents",
     "either",
     "evaluate",
@@ -56,6 +60,7 @@ def _shared(build):
     """Equal arguments, however they are written, give the same object, while it is among KEPT."""
     signature, kept = inspect.signature(build), functools.lru_cache(maxsize=KEPT)(build)
 
+    @torch.compiler.assume_constant_result  # a compiled graph keeps the pattern, and its lists
     @functools.wraps(build)
     def builder(*args, **options) -> Pattern:
         bound = signature.bind(*args, **options)
@@ -68,7 +73,9 @@ def _shared(build):
 
 
 def _by_recipe(pattern: Pattern, builder: Callable, arguments: tuple) -> Pattern:
+    """A pattern that its arguments, which cannot change, say all of."""
     object.__setattr__(pattern, "recipe", (builder, arguments))
+    object.__setattr__(pattern, "depends_on", (pattern.renewals,))
     return pattern
 
 
@@ -83,12 +90,13 @@ def full() -> Pattern:
 
 
 @_shared
-def causal() -> Pattern:
-    """Query i sees keys j <= i."""
+def causal(shift: int = 0) -> Pattern:
+    """Query i sees keys j <= i + shift. shift = Tk − Tq: the last query sees the last key."""
+    at_least(1 - 2**31, shift=shift)
     return Pattern(
-        "causal",
-        lambda batch, head, query, key: key <= query,
-        lambda query, Tk: (torch.zeros_like(query), (query + 1).clamp(max=Tk)),
+        f"causal({shift})" if shift else "causal",
+        lambda batch, head, query, key: key <= query + shift,
+        lambda query, Tk: (torch.zeros_like(query), (query + shift + 1).clamp(0, Tk)),
     )
 
 
@@ -174,6 +182,7 @@ def random_blocks(block: int, share: float, seed: int = 0, per_head: bool = Fals
     return Pattern(name, predicate, per_head=bool(per_head))
 
 
+@torch.compiler.assume_constant_result
 def documents(lengths: Iterable[int]) -> Pattern:
     """Documents laid end to end in one sequence of sum(lengths) tokens; each sees only itself.
 
@@ -212,11 +221,13 @@ def _documents(lengths: tuple[int, ...]) -> Pattern:
     return Pattern(f"documents({shown})", predicate, interval, sizes=(None, None, T, T))
 
 
+@torch.compiler.disable(reason="a pattern of a tensor is made outside a compiled function")
 def from_mask(mask: Tensor) -> Pattern:
     """mask, bool [Tq, Tk], [heads, Tq, Tk] or [batch, heads, Tq, Tk]; dims of size 1 broadcast.
 
-    It is read when a table is made, not copied: do not write to it afterwards. Each call gives a
-    pattern of its own; keep the pattern to keep what is made from it.
+    It is not copied: written in place, it is read anew at the next use (a write through `.data` or
+    NumPy is not noticed: call `renew()` on the pattern then). Each call gives a pattern of its own;
+    keep the pattern to keep what is made from it.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -242,17 +253,26 @@ def from_mask(mask: Tensor) -> Pattern:
         return at(query.device)[tuple(inside)]
 
     name = f"mask({' x '.join(map(str, mask.shape))})"
-    return Pattern(name, predicate, None, many[0], many[1], fixed, (from_mask, (mask,)))
+    recipe = from_mask, (mask,)
+    return Pattern(name, predicate, None, *many[:2], fixed, recipe, depends_on=(view,))
 
 
+@torch.compiler.disable(reason="a pattern is made once, outside the compiled function")
 def predicate(
     fn: Callable, name: str | None = None, *, per_batch: bool = False, per_head: bool = False
 ) -> Pattern:
     """fn(batch, head, query, key) -> bool tensor, True where the query attends.
 
-    Say per_batch or per_head if fn reads those: if not, it is only asked about batch 0, head 0.
-    What fn returns is checked where it is used (`evaluate`). Each call gives another pattern, with
-    tables of its own: make it once.
+    Say per_batch or per_head if fn reads those: if not, lists are made for batch 0 and head 0, and
+    a sample of pairs must have the same answers in all others, or a ValueError says so. What fn
+    returns is checked where it is used (`evaluate`). Each call gives another pattern, with tables
+    of its own: make it once.
+
+    fn is asked once for each size, and again when a tensor it reads was written to or replaced, or
+    a number, a string or an attribute that it names has another value. Other changes are not
+    noticed (the contents of NumPy arrays, writes through `.data`; `reads.py` has the whole list):
+    call `renew()` on the pattern after those. A captured CUDA graph keeps the lists it was captured
+    with.
     """
     if not callable(fn):
         raise ValueError(f"fn {fn!r}: a function of (batch, head, query, key) is needed")
@@ -278,12 +298,16 @@ def _mix(state: Tensor) -> Tensor:
 
 
 def _copies(tensor: Tensor) -> Callable[[torch.device], Tensor]:
-    """device -> the tensor there, moved once."""
-    kept = {tensor.device: tensor}
+    """device -> the tensor there, moved once for each version of it."""
+    kept = {}
 
     def at(device: torch.device) -> Tensor:
-        if device not in kept:
-            kept[device] = tensor.to(device)
-        return kept[device]
+        if device == tensor.device or torch.compiler.is_compiling():
+            return tensor.to(device)
+        now = reads.version(tensor)
+        if device not in kept or kept[device][0] != now:
+            with torch.inference_mode(False), torch.no_grad():
+                kept[device] = now, tensor.to(device)
+        return kept[device][1]
 
     return at

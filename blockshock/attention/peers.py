@@ -12,8 +12,8 @@ is made once for a pattern and these sizes.
 import functools
 import importlib
 import warnings
+from collections import OrderedDict
 from itertools import product
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,20 +21,19 @@ from torch import Tensor
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 
-from blockshock.attention import patterns, shapes
+from blockshock.attention import patterns, reads, shapes
 
 SIDE = 128  # queries, and keys, of one block of the mask
+KEPT = 16  # block masks of one pattern
 CHUNK = 1 << 24  # entries of the mask that are held at once
 COMPILATIONS = 256  # each mask, size and dtype needs one; PyTorch's own limit is 8
 # For fewer than 128 queries FlexAttention has a second kernel (flex_decoding.py in PyTorch's
 # inductor), with no tiles for a mask where Tq · heads / kv_heads > SIDE: so always the first.
 FLEX_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 
-_block_masks: WeakKeyDictionary = WeakKeyDictionary()  # pattern -> (sizes, device) -> mask
-
 
 def sdpa_flash(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, pattern=None, scale=None
 ) -> Tensor:
     """q [batch, heads, Tq, D], k and v [batch, kv_heads, Tk, D] -> [batch, heads, Tq, D].
 
@@ -48,7 +47,7 @@ def sdpa_flash(
 
 
 def sdpa_cudnn(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, pattern=None, scale=None
 ) -> Tensor:
     """q [batch, heads, Tq, D], k and v [batch, kv_heads, Tk, D] -> [batch, heads, Tq, D].
 
@@ -62,7 +61,7 @@ def sdpa_cudnn(
 
 
 def flex(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, pattern=None, scale=None
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool | str = False, pattern=None, scale=None
 ) -> Tensor:
     """q [batch, heads, Tq, D], k and v [batch, kv_heads, Tk, D] -> [batch, heads, Tq, D].
 
@@ -97,15 +96,21 @@ def block_mask(pattern, shape: shapes.Shape, *, causal: bool, device):
 
     What `create_block_mask` makes, but in chunks: that holds all batch · heads · Tq · Tk entries.
     """
-    if causal:
-        pattern = patterns.both(pattern, patterns.causal()) if pattern else patterns.causal()
+    shift = shapes.causal_shift(causal, shape.Tq, shape.Tk)
+    if shift is not None:
+        rows = patterns.causal(shift)
+        pattern = patterns.both(pattern, rows) if pattern else rows
     if pattern is None:
         return None
     planes = shape.batch if pattern.per_batch else 1, shape.heads if pattern.per_head else 1
+    patterns.check_planes(pattern, (shape.batch, shape.heads, shape.Tq, shape.Tk), device)
     key = *planes, shape.Tq, shape.Tk, torch.device(device)
-    made = _block_masks.setdefault(pattern, {})
-    if key not in made:
-        made[key] = _make_mask(pattern, *key)
+    made = reads.kept(pattern).setdefault("block masks", OrderedDict())
+    # Taken out and put back: the last one used is the last one in the order.
+    found = made.pop(key, None)
+    made[key] = _make_mask(pattern, *key) if found is None else found
+    while len(made) > KEPT:
+        made.popitem(last=False)
     return made[key]
 
 
@@ -171,10 +176,14 @@ def _sdpa(method, q, k, v, causal, pattern, scale) -> Tensor:
     backend, can_run = SDPA[method.__name__]
     grouped = shape.group > 1
     run = functools.partial(
-        F.scaled_dot_product_attention, q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped
+        F.scaled_dot_product_attention,
+        *(q, k, v),
+        is_causal=bool(causal),
+        scale=scale,
+        enable_gqa=grouped,
     )
     with sdpa_kernel(backend):
-        if can_run(cuda.SDPAParams(q, k, v, None, 0.0, causal, grouped)):
+        if can_run(cuda.SDPAParams(q, k, v, None, 0.0, bool(causal), grouped)):
             return run()
         reasons = _why_not(run)
     raise ValueError(
@@ -204,6 +213,7 @@ def _why_not(run) -> str:
 
 def _checked(method, q, k, v, causal, pattern, scale) -> shapes.Shape:
     shape = shapes.check(q, k, v, pattern=pattern, scale=scale)
+    shapes.causal_shift(causal, shape.Tq, shape.Tk)  # raises
     reason = method.unsupported(
         shape,
         dtype=q.dtype,
@@ -237,9 +247,22 @@ def _empty(name: str, shape) -> str | None:
     return None
 
 
+def _top_left(name: str, causal, shape) -> str | None:
+    """Why a causal mask that is not PyTorch's cannot be had, or None."""
+    if causal == "bottom_right" and shape.Tq != shape.Tk:
+        return (
+            f"causal = 'bottom_right' with Tq = {shape.Tq}, Tk = {shape.Tk}: {name} counts from "
+            "the first query and key; use flash_triton, block_sparse, flex or reference"
+        )
+    return None
+
+
 def _flash_unsupported(
     shape, *, dtype, device_type, causal, pattern, scale, backward
 ) -> str | None:
+    reason = _top_left("sdpa_flash", causal, shape)
+    if reason:
+        return reason
     if causal and shape.Tq != shape.Tk and device_type == "cuda":
         return (
             f"Tq = {shape.Tq}, Tk = {shape.Tk}: sdpa_flash is causal only where these are equal; "
@@ -254,7 +277,8 @@ def _cudnn_unsupported(
     # From cuDNN 9.22 some GPUs take more (PyTorch's sdp_utils.cpp); if this one does not, PyTorch
     # refuses when it is called.
     most = 256 if (torch.backends.cudnn.version() or 0) > 92200 else 128
-    reason = _sdpa_unsupported("sdpa_cudnn", most, shape, dtype, device_type, pattern)
+    reason = _top_left("sdpa_cudnn", causal, shape)
+    reason = reason or _sdpa_unsupported("sdpa_cudnn", most, shape, dtype, device_type, pattern)
     if reason is None and shape.D % 8:
         return f"D = {shape.D}: sdpa_cudnn takes multiples of 8; pad D with zeros and give scale"
     if reason is None and shape.Tk == 1:

@@ -11,17 +11,21 @@ both counted from 0 (top-left), also where Tq and Tk differ. The patterns are in
 
 from __future__ import annotations
 
-import weakref
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from numbers import Integral
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
+from blockshock.attention import reads
+
 SIZES = ("batch", "heads", "Tq", "Tk")
 SHAPES = 64  # for which a predicate that was found right is remembered
+PAIRS = 4096  # that a predicate is asked about in each batch entry and head
 CHUNK_CPU, CHUNK = 1 << 20, 1 << 24  # pairs looked at in one go; on a CPU they stay in the cache
 
 
@@ -41,6 +45,9 @@ class Pattern:
     sizes: tuple[int | None, ...] = (None,) * 4  # of batch, heads, Tq, Tk it fits; None: any
     recipe: tuple | None = None  # (builder, arguments): how a copy or a pickle makes it again
     parts: tuple[Callable, ...] = ()  # the predicates that this one joins
+    depends_on: tuple | None = None  # what may change its answers (`reads.py`); None: its functions
+    renewals: reads.Count = field(default_factory=reads.Count, init=False, repr=False)
+    number: int = field(default_factory=itertools.count().__next__, init=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -48,14 +55,38 @@ class Pattern:
         return None if None in self.sizes[2:] else self.sizes[2:]
 
     def __reduce_ex__(self, protocol):
-        return self.recipe or super().__reduce_ex__(protocol)
+        of_fields = self.name, self.predicate, self.interval, self.per_batch, self.per_head
+        rest = self.sizes, None, self.parts, self.depends_on[:-1]
+        return self.recipe or (Pattern, (*of_fields, *rest))
+
+    def renew(self) -> None:
+        """Forgets the lists made of this pattern, and of those that it was joined into.
+
+        For a rule whose answers have changed in a way that is not noticed (`reads.py`).
+        """
+        self.renewals.number += 1
 
     def __post_init__(self):
+        found = (self.predicate, self.interval) if self.depends_on is None else self.depends_on
+        object.__setattr__(self, "depends_on", (*found, self.renewals))
+        _NUMBERED[self.number] = self
         if self.interval and (self.per_batch or self.per_head):
             raise ValueError(
                 f"pattern {self.name!r} has an interval and is per batch or per head: intervals "
                 "are shared by all; leave out interval="
             )
+
+
+_NUMBERED: WeakValueDictionary = WeakValueDictionary()
+
+
+def numbered(number: int) -> Pattern:
+    """The pattern that a compiled graph names by this number; RuntimeError if it is no more."""
+    if number not in _NUMBERED:
+        raise RuntimeError(
+            "the pattern of this compiled attention is gone; keep it and compile anew"
+        )
+    return _NUMBERED[number]
 
 
 def _fix(thing) -> str:
@@ -117,7 +148,17 @@ def evaluate(pattern: Pattern, batch: Tensor, head: Tensor, query: Tensor, key: 
 
 def _asked(pattern: Pattern, predicate: Callable, at: tuple[Tensor, ...]):
     try:
-        return predicate(*at)
+        if torch.compiler.is_compiling():
+            return predicate(*at)
+        if torch.is_inference_mode_enabled():  # outside, a write to an index of it is an error
+            with torch.inference_mode(False), torch.no_grad():
+                return predicate(*at)
+        before = [index._version for index in at if not index.is_inference()]
+        answer = predicate(*at)
+        after = [index._version for index in at if not index.is_inference()]
+        if before != after:
+            raise RuntimeError("it writes to its arguments: write i - 5, not i -= 5")
+        return answer
     except (TypeError, RuntimeError, LookupError, ArithmeticError) as error:
         raise ValueError(
             f"the predicate of pattern {pattern.name!r} failed: {error}; it takes int tensors "
@@ -138,9 +179,6 @@ def _elementwise(pattern: Pattern, predicate: Callable, at: tuple[Tensor, ...]) 
     )
 
 
-_ALONE: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # pattern -> shapes seen
-
-
 def _check_alone(pattern: Pattern, at: tuple[Tensor, ...], whole: Tensor) -> None:
     """ValueError where a pair's answer is another when it alone is asked about.
 
@@ -148,9 +186,9 @@ def _check_alone(pattern: Pattern, at: tuple[Tensor, ...], whole: Tensor) -> Non
     and another meaning in every chunk. A joined pattern is asked part by part, since one part may
     hide what the other does. Not under a compiler or a graph's capture, where no value is known.
     """
-    seen = _ALONE.setdefault(pattern, set())
     if torch.compiler.is_compiling() or type(whole) is not Tensor or captured(whole.device):
         return
+    seen = reads.kept(pattern).setdefault("asked alone", set())
     if whole.numel() < 2 or whole.shape in seen:
         return
     places = [(0, size // 2, size - 1) for size in whole.shape[-2:]]
@@ -179,6 +217,56 @@ def _one(index: Tensor, pair: tuple[int, ...]) -> Tensor:
     for dim, place in zip(range(-index.dim(), 0), pair[len(pair) - index.dim() :], strict=True):
         index = index.narrow(dim, min(place, index.shape[dim] - 1), 1)
     return index
+
+
+def check_planes(pattern: Pattern, shape: tuple[int, int, int, int], device) -> None:
+    """ValueError where batch entries or heads see differently and the pattern does not say so.
+
+    shape: batch, heads, Tq, Tk. A sample of PAIRS pairs is asked about in each of them: half of
+    the keys lie near their query, as windows do. Once for these sizes; not under a compiler.
+    """
+    said = pattern.per_batch, pattern.per_head
+    batch, heads, Tq, Tk = shape
+    if pattern.interval or torch.compiler.is_compiling() or 0 in shape:
+        return
+    if all(several or size < 2 for several, size in zip(said, shape[:2], strict=True)):
+        return
+    device = torch.device(device)
+    seen = reads.kept(pattern).setdefault("asked in planes", set())
+    if shape in seen or captured(device):
+        return
+    query, key = _sample(Tq, Tk, device)
+    batches, head = (torch.arange(n, device=device) for n in (batch, heads))
+
+    def ask(b, h):
+        return _asked(pattern, pattern.predicate, (batches[b], head[h], query, key))
+
+    differ = torch.zeros(2, dtype=torch.bool, device=device)
+    for dim, of in enumerate(said):
+        planes = [(n, heads - 1) if dim == 0 else (batch - 1, n) for n in range(shape[dim])]
+        first = None if of or len(planes) < 2 else ask(*planes[0])
+        for plane in planes[1:] if first is not None else ():
+            differ[dim] |= (ask(*plane) != first).any()
+    for name, found in zip(("batch", "head"), differ.tolist(), strict=True):
+        if found:
+            raise ValueError(
+                f"the predicate of pattern {pattern.name!r} answers by its {name}, and the pattern "
+                f"says per_{name}=False: every {name} would see what {name} 0 sees; make it with "
+                f"per_{name}=True"
+            )
+    if len(seen) == SHAPES:
+        seen.clear()
+    seen.add(shape)
+
+
+def _sample(Tq: int, Tk: int, device) -> tuple[Tensor, Tensor]:
+    """PAIRS queries, and a key of each: anywhere, or 2^u away. The same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, away, half = torch.rand(4, PAIRS, generator=generator, device="cpu").double()
+    query, key = (query * Tq).long(), (key * Tk).long()
+    away = (2 * away - 1).sign() * (max(Tq, Tk) ** (2 * away - 1).abs())
+    key = torch.where(half < 0.5, key, (query + away.long()).clamp(0, Tk - 1))
+    return query.to(device), key.to(device)
 
 
 def rows(pattern: Pattern, Tq: int, Tk: int, device) -> tuple[Tensor, Tensor]:

@@ -108,6 +108,25 @@ def misfit(shape: Shape, pattern) -> str | None:
     return None
 
 
+def causal_shift(causal, Tq: int, Tk: int) -> int | None:
+    """The s of "query i sees keys j <= i + s", or None where every query sees every key.
+
+    causal: False, True (both counted from their first) or "bottom_right" (from their last).
+
+    Raises:
+        ValueError: another value.
+    """
+    if not isinstance(causal, bool) and causal != "bottom_right":
+        raise ValueError(
+            f'causal = {causal!r}: False, True (query i sees keys j <= i) or "bottom_right" '
+            "(j <= i + Tk - Tq) is needed"
+        )
+    if causal is False:
+        return None
+    shift = 0 if causal is True else Tk - Tq
+    return None if shift >= Tk - 1 else shift
+
+
 def scale_refused(scale) -> str | None:
     """Why no method can multiply scores by it, or None."""
     if scale is None or (isinstance(scale, int | float) and -FINITE <= scale <= FINITE):

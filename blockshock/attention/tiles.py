@@ -33,6 +33,8 @@ class Tiles:
     full: Tensor  # bool
     mask: Tensor  # which bits; -1 for full tiles
     bits: Tensor  # int32 [unique, block_q, block_k // 32]
+    sees: Tensor  # bool [planes, Tq]: whether a query sees any key
+    seen: Tensor  # bool [planes, Tk]: whether any query sees a key
 
 
 def blocks(length: int, block: int) -> int:
@@ -71,7 +73,10 @@ def of_intervals(low: Tensor, high: Tensor, Tk: int, block_q: int, block_k: int)
     line = row // block_q
     full = (first_full[line] <= column) & (column < end_full[line])
     bits = torch.empty(0, block_q, block_k // 32, dtype=torch.int32, device=device)
-    return Tiles(line, column, full, -full.long(), bits)
+    steps = torch.zeros(Tk + 1, dtype=torch.int64, device=device)
+    steps.index_add_(0, low, some.long()).index_add_(0, high, -some.long())
+    seen = steps.cumsum(0)[:Tk] > 0
+    return Tiles(line, column, full, -full.long(), bits, some[None], seen[None])
 
 
 def of_predicate(
@@ -98,6 +103,8 @@ def of_predicate(
     empty = torch.empty(0, dtype=torch.int64, device=device)
     lines, columns, fulls, masks = [empty], [empty], [empty.bool()], [empty]
     bits = [empty.int().view(0, block_q * width)]  # those that masks count through, in this order
+    sees = torch.zeros(batch * heads, Tq, dtype=torch.bool, device=device)
+    seen = torch.zeros(batch * heads, Tk, dtype=torch.bool, device=device)
     total = held = settled = 0  # tiles; rows of bits; rows of bits[0]
     corners = itertools.product(range(batch * heads), range(0, nq, down), range(0, nk, across))
     for plane, top, left in corners:
@@ -105,6 +112,8 @@ def of_predicate(
         rows = query[top * block_q : (top + down) * block_q, None]
         keys = key[left * block_k : (left + across) * block_k]
         attends = rules.evaluate(pattern, at_batch[b], at_head[h], rows, keys)
+        sees[plane, top * block_q : (top + down) * block_q] |= attends.any(1)
+        seen[plane, left * block_k : (left + across) * block_k] |= attends.any(0)
         words = _words(attends, block_q, block_k)
         line, column = (words != 0).any(dim=(1, 3)).nonzero().unbind(1)
         total += len(line)
@@ -132,6 +141,8 @@ def of_predicate(
         torch.cat(fulls),
         masks[0],
         bits[0].view(-1, block_q, width),
+        sees,
+        seen,
     )
 
 

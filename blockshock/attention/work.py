@@ -8,7 +8,7 @@ neither are pairs that a mask hides, whether a method computes them or not: so r
 methods compare. Dao, arXiv:2307.08691, section 4.1.
 """
 
-from blockshock.attention import patterns
+from blockshock.attention import patterns, shapes
 
 PER_PAIR = {"forward": 4, "backward": 10, "both": 14}  # times D
 
@@ -16,13 +16,14 @@ PER_PAIR = {"forward": 4, "backward": 10, "both": 14}  # times D
 def pairs(pattern, causal: bool, Tq: int, Tk: int, batch: int, heads: int, *, device="cpu") -> int:
     """How many pairs attend; exact.
 
-    pattern: a Pattern or None for all pairs; causal: only keys j <= i as well. device is where a
+    pattern: a Pattern or None for all pairs; causal: as in the methods, as well. device is where a
     pattern without intervals is counted, tile by tile.
     """
+    shift = shapes.causal_shift(causal, Tq, Tk)
     if pattern is None:
-        return batch * heads * (_triangle(Tq, Tk) if causal else Tq * Tk)
-    if causal:
-        pattern = patterns.both(pattern, patterns.causal())
+        return batch * heads * (Tq * Tk if shift is None else _triangle(Tq + shift, Tk, Tq))
+    if shift is not None:
+        pattern = patterns.both(pattern, patterns.causal(shift))
     planes = batch if pattern.per_batch else 1, heads if pattern.per_head else 1
     entries = planes[0] * planes[1] * Tq * Tk
     if not entries:
@@ -43,7 +44,11 @@ def flops(phase: str, pairs: int, D: int) -> int:
     return PER_PAIR[phase] * pairs * D
 
 
-def _triangle(Tq: int, Tk: int) -> int:
-    """Σ_i min(i + 1, Tk) over queries i < Tq."""
-    corner = min(Tq, Tk)
-    return corner * (corner + 1) // 2 + (Tq - corner) * Tk
+def _triangle(ends: int, Tk: int, Tq: int) -> int:
+    """Σ min(n, Tk) over the Tq numbers n that end with `ends`, without those below 1."""
+
+    def up_to(last):
+        corner = max(0, min(last, Tk))
+        return corner * (corner + 1) // 2 + max(0, last - corner) * Tk
+
+    return up_to(ends) - up_to(ends - Tq)

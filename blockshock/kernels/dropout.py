@@ -21,14 +21,24 @@ WORD = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Dropout:
-    """Each weight is kept with probability 1 − rate, and then divided by it."""
+    """Each weight is kept with probability 1 − rate, and then divided by it.
+
+    seed: a number, or an int64 tensor of one element, which is read when the weights are dropped.
+    """
 
     rate: float = 0.0
-    seed: int = 0
+    seed: int | Tensor = 0
 
     def __post_init__(self):
         if not 0 <= self.rate < 1:
             raise ValueError(f"dropout = {self.rate} must be 0 or more and less than 1")
+        if isinstance(self.seed, Tensor):
+            if self.seed.dtype != torch.int64 or self.seed.numel() != 1:
+                raise ValueError(
+                    f"seed of {self.seed.dtype} {tuple(self.seed.shape)}: an int64 tensor of one "
+                    "element is needed, or a number"
+                )
+            return
         whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
         if not whole or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed = {self.seed!r} must be a whole number from 0 to 2^63 - 1")
@@ -53,7 +63,8 @@ def kept_reference(
     c0, c1, c2, c3 = torch.broadcast_tensors(
         torch.arange(Tk, device=device), query, row, torch.zeros_like(row)
     )
-    k0, k1 = dropout.seed & WORD, dropout.seed >> 32 & WORD
+    seed = int(dropout.seed)
+    k0, k1 = seed & WORD, seed >> 32 & WORD
     for _ in range(ROUNDS):
         (high0, low0), (high1, low1) = _product(FACTORS[0], c0), _product(FACTORS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0

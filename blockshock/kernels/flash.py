@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from blockshock.kernels.dropout import Dropout
-from blockshock.kernels.flash_plans import Plan, chosen, padded
+from blockshock.kernels.flash_plans import MOST, Plan, chosen, padded, split
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 NONE = Dropout()
@@ -42,32 +42,40 @@ def forward(
     v: Tensor,
     *,
     scale: float,
-    causal: bool = False,
+    shift: int | None = None,
     table=None,
     dropout: Dropout = NONE,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of q [B, H, Tq, D], k, v [B, H / group, Tk, D]: like q, and float32 [B, H, Tq].
 
-    scale must be positive. table: a `blocks.BlockTable` of the tiles to compute; causal is then in
-    the table. lse is natural, −inf for a row that attends to nothing, whose out is zero.
+    scale must be positive. shift: query i sees keys j <= i + shift; None: all. table: a
+    `blocks.BlockTable` of the tiles to compute; causal is then in the table. lse is natural, −inf
+    for a row that attends to nothing, whose out is zero.
     """
     from blockshock.kernels import flash_forward  # no Triton beside PyTorch's CPU build
 
-    B, H, Tq, _ = q.shape
+    B, H, Tq, D = q.shape
+    rows = H // max(k.shape[1], 1) * Tq
+    if table is None and shift is None and Tq < rows <= 64:  # heads that share keys share a tile
+        out, lse = forward(q.reshape(B, -1, rows, D), k, v, scale=scale)
+        return out.view(q.shape), lse.view(B, H, Tq)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(B, H, Tq, dtype=torch.float32, device=q.device)
+    k, v = _seen(k, Tq, shift), _seen(v, Tq, shift)
     if not out.numel() or not k.numel():
         return out.zero_(), lse.fill_(-torch.inf)
-    plan = chosen(q.shape, q.dtype, listed=table is not None).forward
+    plan, pieces = chosen(q.shape, q.dtype, listed=True).forward, 1
+    if table is None:
+        plan, pieces = split(q.shape, q.dtype, k.shape[2])
     _check_tile(table, plan)
-    count, slots = _programs(table, -(-Tq // plan.M))
+    count, slots = _programs(table, -(-Tq // plan.M), pieces=pieces)
     q, k, v = (_readable(x) for x in (q, k, v))
     parts = levels = lse  # not used without slots
     if slots:
         parts = lse.new_empty(B * H * slots, plan.M, padded(q.shape[3]))
         levels = lse.new_empty(B * H * slots, plan.M)
     with _device_of(q):
-        flash_forward.forward[(B * H * count,)](
+        flash_forward.forward[(B * H * count * pieces,)](
             *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (out, plan.M))),
             lse,
             parts,
@@ -75,16 +83,30 @@ def forward(
             *_lists(table, lse),
             H,
             count,
+            pieces,
             slots,
             Tq,
             k.shape[2],
+            shift or 0,
             scale * LOG2E,
             dropout.seed,
             dropout.threshold,
             dropout.factor,
-            **_constants(q, k, plan, causal, table, dropout),
+            **_constants(q, k, plan, shift, table, dropout),
         )
-        if slots:
+        if pieces > 1:
+            from blockshock.kernels import flash_split
+
+            flash_split.merge_pieces[(B * H * Tq,)](
+                *(parts, levels, out, lse, pieces, count, Tq),
+                M=plan.M,
+                WIDTH=D,
+                D=parts.shape[-1],
+                MOST=MOST,
+                STEP=16,
+                num_warps=2,
+            )
+        elif slots:
             from blockshock.kernels import flash_split
 
             splits = table.splits
@@ -105,7 +127,7 @@ def backward(
     d_out: Tensor,
     *,
     scale: float,
-    causal: bool = False,
+    shift: int | None = None,
     table=None,
     dropout: Dropout = NONE,
     wanted: tuple[bool, bool] = (True, True),
@@ -114,19 +136,22 @@ def backward(
 
     wanted: whether dQ, and whether dK and dV; None in place of those that are not.
     """
+    Tq, whole = q.shape[2], k
+    k, v = _seen(k, Tq, shift), _seen(v, Tq, shift)
     empty = not q.numel() or not k.numel()
-    fresh = torch.zeros_like if empty else torch.empty_like
+    fresh = torch.zeros_like if empty or k is not whole else torch.empty_like
     shaped = torch.contiguous_format
     dq = fresh(q, memory_format=shaped) if wanted[0] else None
-    dk, dv = (fresh(x, memory_format=shaped) if wanted[1] else None for x in (k, v))
+    dk, dv = (fresh(whole, memory_format=shaped) if wanted[1] else None for _ in "kv")
     if empty:
         return dq, dk, dv
     q, k, v, out, d_out = (_readable(x) for x in (q, k, v, out, d_out))
-    options = {"scale": scale, "causal": causal, "table": table, "dropout": dropout}
+    options = {"scale": scale, "shift": shift, "table": table, "dropout": dropout}
     with _device_of(q):
         level, delta = _prepared(out, lse, d_out)
         if wanted[1]:
-            _gradients((dk, dv), q, k, v, d_out, level, delta, **options)
+            seen = _seen(dk, Tq, shift), _seen(dv, Tq, shift)
+            _gradients(seen, q, k, v, d_out, level, delta, **options)
         if wanted[0]:
             _gradients((dq,), q, k, v, d_out, level, delta, **options)
     return dq, dk, dv
@@ -148,7 +173,7 @@ def _prepared(out: Tensor, lse: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
     return level, delta
 
 
-def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, dropout) -> None:
+def _gradients(made, q, k, v, d_out, level, delta, *, scale, shift, table, dropout) -> None:
     """Fills made: (dK, dV), or (dQ,)."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -174,12 +199,13 @@ def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, drop
         slots,
         q.shape[2],
         k.shape[2],
+        shift or 0,
         scale * LOG2E,
         scale,
         dropout.seed,
         dropout.threshold,
         dropout.factor,
-        **_constants(q, k, plan, causal, table, dropout),
+        **_constants(q, k, plan, shift, table, dropout),
     )
     if slots:
         from blockshock.kernels import flash_split
@@ -193,10 +219,17 @@ def _gradients(made, q, k, v, d_out, level, delta, *, scale, causal, table, drop
             )
 
 
-def _programs(table, tiles: int, *, transposed: bool = False) -> tuple[int, int]:
-    """Programs of a head, and slots of a head for pieces of its lists (`attention.turns`)."""
+def _seen(x: Tensor, Tq: int, shift: int | None) -> Tensor:
+    """Of keys, or what is shaped like them, those that any query sees: others are not read."""
+    if shift is None or Tq + shift >= x.shape[2]:
+        return x
+    return x[:, :, : max(Tq + shift, 0)]
+
+
+def _programs(table, tiles: int, *, transposed=False, pieces: int = 1) -> tuple[int, int]:
+    """Tiles or turns of a head, and slots of a head for the pieces of these."""
     if table is None:
-        return tiles, 0
+        return tiles, tiles * pieces if pieces > 1 else 0
     turns, slots = (table.turns_t, table.slots_t) if transposed else (table.turns, table.slots)
     return turns.shape[1], slots
 
@@ -233,8 +266,8 @@ def _lists(table, anything: Tensor, rows: int | None = None) -> tuple:
     return (*lists, *ends, table.bits, table.batch_stride, table.head_stride)
 
 
-def _constants(q: Tensor, k: Tensor, plan: Plan, causal: bool, table, dropout: Dropout) -> dict:
-    keep = "causal" if causal else "ragged"
+def _constants(q: Tensor, k: Tensor, plan: Plan, shift, table, dropout: Dropout) -> dict:
+    keep = "ragged" if shift is None else "causal"
     if table is not None:
         keep = "bits" if table.low is None else "interval"
     return {

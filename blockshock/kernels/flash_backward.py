@@ -51,7 +51,7 @@ def prepare(o, do, lse, level, delta, tiles, heads, Tq, pitch, M: tl.constexpr, 
 @triton.jit
 def _query_tiles(
     dk, dv, key_tile, value_tile, q, do, level, delta, others, masks, first, last, b, head,
-    row, keys, low, high, bits, scale_2, seed, threshold, factor, M: tl.constexpr,
+    row, keys, low, high, bits, shift, scale_2, seed, threshold, factor, M: tl.constexpr,
     N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
     KEEP: tl.constexpr, DROP: tl.constexpr, LOOKED_UP: tl.constexpr, MASKED: tl.constexpr,
 ):
@@ -75,13 +75,13 @@ def _query_tiles(
         exponents = scores * scale_2 - levels[None, :]
         if MASKED == "all":
             exponents = hidden_transposed(
-                exponents, keys, tile, mask, low, high, bits, M, N, KEEP
+                exponents, keys, tile, mask, low, high, bits, shift, M, N, KEEP
             )
         elif MASKED == "some":
             partial = mask >= 0
             if partial:
                 exponents = hidden_transposed(
-                    exponents, keys, tile, mask, low, high, bits, M, N, KEEP
+                    exponents, keys, tile, mask, low, high, bits, shift, M, N, KEEP
                 )
         p = tl.exp2(exponents)
         upstream = do.load([b, head, tile * M, 0]).reshape(M, D)
@@ -103,7 +103,7 @@ def _query_tiles(
 @triton.jit
 def _head(
     dk, dv, key_tile, value_tile, q, do, level, delta, turns, others, masks, b, head, row, plane,
-    tiles, turn, tile, keys, low, high, bits, Tq, scale_2, seed, threshold, factor,
+    tiles, turn, tile, keys, low, high, bits, Tq, shift, scale_2, seed, threshold, factor,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr, LISTED: tl.constexpr,
     CONSECUTIVE: tl.constexpr,
@@ -117,30 +117,30 @@ def _head(
         full = tile * 0
         first = full
         if KEEP == "causal":
-            first = tl.minimum(tile * N // M, end)
-            full = tl.minimum(tl.cdiv((tile + 1) * N - 1, M), end)
+            first = tl.minimum(tl.maximum(tile * N - shift, 0) // M, end)
+            full = tl.minimum(tl.cdiv(tl.maximum((tile + 1) * N - 1 - shift, 0), M), end)
     if LISTED and not CONSECUTIVE:
         dk, dv = _query_tiles(
             dk, dv, key_tile, value_tile, q, do, level, delta, others, masks, first,
-            last, b, head, row, keys, low, high, bits, scale_2, seed, threshold, factor,
+            last, b, head, row, keys, low, high, bits, shift, scale_2, seed, threshold, factor,
             M, N, D, PRECISION, STAGES, KEEP, DROP, True, "some",
         )
     else:
         if LISTED or KEEP == "causal":
             dk, dv = _query_tiles(
                 dk, dv, key_tile, value_tile, q, do, level, delta, others, masks,
-                first, full, b, head, row, keys, low, high, bits, scale_2, seed, threshold,
+                first, full, b, head, row, keys, low, high, bits, shift, scale_2, seed, threshold,
                 factor, M, N, D, PRECISION, STAGES, KEEP, DROP, False, "all",
             )
         dk, dv = _query_tiles(
             dk, dv, key_tile, value_tile, q, do, level, delta, others, masks, full,
-            end, b, head, row, keys, low, high, bits, scale_2, seed, threshold, factor,
+            end, b, head, row, keys, low, high, bits, shift, scale_2, seed, threshold, factor,
             M, N, D, PRECISION, STAGES, KEEP, DROP, False, "none",
         )
         if LISTED:
             dk, dv = _query_tiles(
                 dk, dv, key_tile, value_tile, q, do, level, delta, others, masks,
-                end, last, b, head, row, keys, low, high, bits, scale_2, seed,
+                end, last, b, head, row, keys, low, high, bits, shift, scale_2, seed,
                 threshold, factor, M, N, D, PRECISION, STAGES, KEEP, DROP, False, "all",
             )
     return dk, dv
@@ -149,8 +149,8 @@ def _head(
 @triton.jit(do_not_specialize=ANY)
 def gradients_of_keys(
     q, k, v, do, dk, dv, level, delta, key_parts, value_parts, turns, others, masks, low, high,
-    bits, batch_stride, head_stride, heads, tiles, slots, Tq, Tk, scale_2, scale, seed, threshold,
-    factor, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    bits, batch_stride, head_stride, heads, tiles, slots, Tq, Tk, shift, scale_2, scale, seed,
+    threshold, factor, GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr,
     LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr, OWN_IN_REGISTERS: tl.constexpr,
 ):
@@ -178,8 +178,8 @@ def gradients_of_keys(
         key_sum, value_sum = _head(
             key_sum, value_sum, key_tile, value_tile, q, do, level, delta, turns, others, masks, b,
             head, b * heads + head, b * batch_stride + head * head_stride, tiles, turn, tile, keys,
-            low, high, bits, Tq, scale_2, seed, threshold, factor, M, N, D, PRECISION, STAGES, KEEP,
-            DROP, LISTED, CONSECUTIVE,
+            low, high, bits, Tq, shift, scale_2, seed, threshold, factor, M, N, D, PRECISION,
+            STAGES, KEEP, DROP, LISTED, CONSECUTIVE,
         )
     if slot >= 0:
         at = ((b * groups + group).to(tl.int64) * slots + slot) * N + tl.arange(0, N)
@@ -236,7 +236,7 @@ def _key_tiles(
 @triton.jit(do_not_specialize=ANY)
 def gradients_of_queries(
     q, k, v, do, dq, level, delta, parts, turns, others, masks, low, high, bits, batch_stride,
-    head_stride, heads, tiles, slots, Tq, Tk, scale_2, scale, seed, threshold, factor,
+    head_stride, heads, tiles, slots, Tq, Tk, shift, scale_2, scale, seed, threshold, factor,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr,
     LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr, OWN_IN_REGISTERS: tl.constexpr,
@@ -245,12 +245,12 @@ def gradients_of_queries(
     first. parts [B * H * slots, M, D], float32, of slots.
     """
     row, b, head, tile, first, last, full, end, slot = of_queries(
-        turns, batch_stride, head_stride, heads, tiles, Tq, Tk, M, N, KEEP, LISTED
+        turns, batch_stride, head_stride, heads, tiles, 1, Tq, Tk, shift, M, N, KEEP, LISTED
     )
     queries = tile * M + tl.arange(0, M)
     levels = level.load([row, tile * M]).reshape(M)
     deltas = delta.load([row, tile * M]).reshape(M)
-    from_key, to_key = interval(queries, low, high, Tq, Tk, KEEP)
+    from_key, to_key = interval(queries, low, high, Tq, Tk, shift, KEEP)
     query_tile = own(q.load([b, head, tile * M, 0]).reshape(M, D), OWN_IN_REGISTERS)
     upstream = own(do.load([b, head, tile * M, 0]).reshape(M, D), OWN_IN_REGISTERS)
     total = tl.zeros((M, D), tl.float32)

@@ -57,9 +57,8 @@ def _tiles(
             if partial:
                 scores = hidden(scores, tile, mask, from_key, to_key, bits, M, N, KEEP)
         larger = tl.maximum(most, tl.max(scores, 1) * scale_2)
-        level = larger
-        if MASKED != "none":  # of a row without a score yet, the maximum is no number to subtract
-            level = tl.where(larger == float("-inf"), 0.0, larger)
+        # Of a row without a score yet, or with -inf only, the maximum is no number to subtract.
+        level = tl.where(larger == float("-inf"), 0.0, larger)
         p = tl.exp2(scores * scale_2 - level[:, None])
         shrink = tl.exp2(most - level)
         weight = weight * shrink + tl.sum(p, 1)
@@ -85,20 +84,20 @@ def finished(total, weight, most):
 @triton.jit(do_not_specialize=ANY)
 def forward(
     q, k, v, o, lse, parts, levels, turns, others, masks, low, high, bits, batch_stride,
-    head_stride, heads, tiles, slots, Tq, Tk, scale_2, seed, threshold, factor,
+    head_stride, heads, tiles, pieces, slots, Tq, Tk, shift, scale_2, seed, threshold, factor,
     GROUP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, KEEP: tl.constexpr, DROP: tl.constexpr,
     LISTED: tl.constexpr, CONSECUTIVE: tl.constexpr, OWN_IN_REGISTERS: tl.constexpr,
 ):
-    """Grid: a program for each of `tiles` tiles of queries, or turns, of each head, the longest
-    first. parts [B * H * slots, M, D] and levels [B * H * slots, M], float32, of slots: out, and
-    lse to base 2.
+    """Grid: a program for each piece of each of `tiles` tiles of queries, or for each turn, of each
+    head, the longest first. parts [B * H * slots, M, D] and levels [B * H * slots, M], float32, of
+    slots: out, and lse to base 2.
     """
     row, b, head, tile, first, last, full, end, slot = of_queries(
-        turns, batch_stride, head_stride, heads, tiles, Tq, Tk, M, N, KEEP, LISTED
+        turns, batch_stride, head_stride, heads, tiles, pieces, Tq, Tk, shift, M, N, KEEP, LISTED
     )
     queries = tile * M + tl.arange(0, M)
-    from_key, to_key = interval(queries, low, high, Tq, Tk, KEEP)
+    from_key, to_key = interval(queries, low, high, Tq, Tk, shift, KEEP)
     query_tile = own(q.load([b, head, tile * M, 0]).reshape(M, D), OWN_IN_REGISTERS)
     most = tl.full((M,), float("-inf"), tl.float32)
     weight = tl.zeros((M,), tl.float32)
@@ -118,8 +117,10 @@ def forward(
     out, of_rows = finished(total, weight, most)
     if slot >= 0:
         at = (row.to(tl.int64) * slots + slot) * M + tl.arange(0, M)
-        tl.store(parts + at[:, None] * D + tl.arange(0, D)[None, :], out)
-        tl.store(levels + at, of_rows)
+        inside = queries < Tq
+        place = parts + at[:, None] * D + tl.arange(0, D)[None, :]
+        tl.store(place, out, inside[:, None])
+        tl.store(levels + at, of_rows, inside)
     else:
         o.store([b, head, tile * M, 0], out.to(o.dtype).reshape(1, 1, M, D))
         tl.store(lse + row.to(tl.int64) * Tq + queries, of_rows * LN2, queries < Tq)

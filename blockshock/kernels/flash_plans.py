@@ -5,7 +5,8 @@ from functools import cache
 
 import torch
 
-PROCESSORS = 132  # of an H200
+PROCESSORS = 132  # of an H200, and of an H100
+LEAST, MOST = 256, 128  # keys of a piece; pieces
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,23 @@ def chosen(q_shape: tuple[int, int, int, int], dtype: torch.dtype, *, listed: bo
     B, H, Tq, D = q_shape
     few = B * H * -(-Tq // 64) < PROCESSORS
     return plans(padded(D), dtype, few=few, listed=listed)
+
+
+def split(q_shape: tuple[int, int, int, int], dtype: torch.dtype, Tk: int) -> tuple[Plan, int]:
+    """The forward's plan without lists, and into how many pieces the keys of each tile are split.
+
+    Few queries over many keys give too few programs. Two programs of a plan fit a processor, so
+    time is counted in waves of as many, each 1 / pieces long; the fewest pieces within 10% of the
+    shortest time are taken (like the rule of FlashAttention's num_splits_heuristic). Each has LEAST
+    keys or more, and lengths near the square keep the plans that were timed for them.
+    """
+    B, H, Tq, D = q_shape
+    plan = plans(padded(D), dtype, few=False, listed=False).forward
+    programs, most = B * H * -(-Tq // plan.M), min(Tk // LEAST, MOST)
+    if most < 2 or Tk < 8 * Tq or programs >= 0.8 * 2 * PROCESSORS:
+        return chosen(q_shape, dtype, listed=False).forward, 1
+    times = [-(-programs * n // (2 * PROCESSORS)) / n for n in range(1, most + 1)]
+    return plan, 1 + next(n for n, time in enumerate(times) if time <= 1.1 * min(times))
 
 
 def padded(D: int) -> int:

@@ -1,4 +1,6 @@
-"""What pieces of long lists give, put together: kernels behind `flash_forward`, `flash_backward`.
+"""What pieces of long lists, or of many keys, give, put together.
+
+Kernels behind `flash_forward` and `flash_backward`.
 
     out = sum_s 2^(level_s - level) out_s,   level = log2 sum_s 2^level_s          row by row
     dQ, dK, dV = the sums of their parts
@@ -44,6 +46,38 @@ def merge(
     )
     queries = tile * ROWS + tl.arange(0, ROWS)
     tl.store(lse + row.to(tl.int64) * Tq + queries, of_rows * LN2, queries < Tq)
+
+
+@triton.jit(do_not_specialize=("pieces", "tiles", "Tq"))
+def merge_pieces(
+    parts, levels, o, lse, pieces, tiles, Tq, M: tl.constexpr, WIDTH: tl.constexpr,
+    D: tl.constexpr, MOST: tl.constexpr, STEP: tl.constexpr,
+):
+    """out [B, H, Tq, WIDTH], contiguous, and lse of a query. Grid: a program for each.
+
+    Slots are those of pieces of the same tile, tile after tile: `flash_walk.of_queries`.
+    """
+    row, query = tl.program_id(0) // Tq, tl.program_id(0) % Tq
+    first = (row.to(tl.int64) * tiles + query // M) * pieces * M + query % M
+    number = tl.arange(0, MOST)
+    level = tl.load(levels + first + number * M, number < pieces, float("-inf"))
+    most = tl.max(level, 0)
+    most = tl.where(most == float("-inf"), 0.0, most)
+    weight = tl.sum(tl.exp2(level - most), 0)
+    total = tl.zeros((D,), tl.float32)
+    place = tl.arange(0, D)
+    for begin in range(0, pieces, STEP):
+        some = begin + tl.arange(0, STEP)
+        inside = some < pieces
+        at = first + some * M
+        own = tl.exp2(tl.load(levels + at, inside, float("-inf")) - most)
+        part = tl.load(parts + at[:, None] * D + place[None, :], inside[:, None], 0.0)
+        total += tl.sum(part * own[:, None], 0)
+    out = total / tl.where(weight == 0.0, 1.0, weight)
+    at = tl.program_id(0).to(tl.int64)
+    tl.store(o + at * WIDTH + place, out.to(o.dtype.element_ty), place < WIDTH)
+    of_row = tl.where(weight == 0.0, float("-inf"), most + tl.log2(weight))
+    tl.store(lse + at, of_row * LN2)
 
 
 @triton.jit(do_not_specialize=("splits", "slots", "heads"))

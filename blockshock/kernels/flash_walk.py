@@ -8,7 +8,7 @@ looked up. What a piece of a split list gives is left in its slot, for `flash_sp
 KEEP says which scores of a partial tile count:
 
     "ragged"    keys before Tk
-    "causal"    keys up to the query's place, before Tk
+    "causal"    keys up to the query's place + shift, before Tk
     "interval"  keys from low[query] to high[query]
     "bits"      those whose bit is set in the tile's own mask
 """
@@ -17,7 +17,18 @@ import triton
 import triton.language as tl
 
 # Numbers whose value no kernel is compiled anew for.
-ANY = ("heads", "tiles", "slots", "Tk", "batch_stride", "head_stride", "seed", "threshold")
+ANY = (
+    "heads",
+    "tiles",
+    "pieces",
+    "slots",
+    "Tk",
+    "shift",
+    "batch_stride",
+    "head_stride",
+    "seed",
+    "threshold",
+)
 
 # Arguments stand in groups.
 # fmt: off
@@ -35,12 +46,16 @@ def listed(turns, plane, tiles, turn):
 
 @triton.jit
 def of_queries(
-    turns, batch_stride, head_stride, heads, tiles, Tq, Tk, M: tl.constexpr, N: tl.constexpr,
-    KEEP: tl.constexpr, LISTED: tl.constexpr,
+    turns, batch_stride, head_stride, heads, tiles, pieces, Tq, Tk, shift, M: tl.constexpr,
+    N: tl.constexpr, KEEP: tl.constexpr, LISTED: tl.constexpr,
 ):
-    """Of a program that owns queries: its row among B * H, b and head, then what `listed` tells."""
-    row = tl.program_id(0) // tiles
+    """Of a program that owns queries: its row among B * H, b and head, then what `listed` tells.
+
+    Without lists the keys of a tile are walked by several programs, one for each of its `pieces`.
+    """
+    row = tl.program_id(0) // (tiles * pieces)
     b, head = row // heads, row % heads
+    piece = tl.program_id(0) % (tiles * pieces) // tiles
     turn = tl.program_id(0) % tiles
     if LISTED:
         plane = b * batch_stride + head * head_stride
@@ -48,15 +63,18 @@ def of_queries(
     else:  # the full tiles come first
         if KEEP == "causal":  # the longest first
             tile = tiles - 1 - turn
-            end = tl.minimum(tile * M + 1, Tk) // N
-            last = tl.cdiv(tl.minimum(tl.minimum((tile + 1) * M, Tq), Tk), N)
+            end = tl.maximum(tl.minimum(tile * M + 1 + shift, Tk), 0) // N
+            last = tl.minimum(tl.minimum((tile + 1) * M, Tq) + shift, Tk)
+            last = tl.cdiv(tl.maximum(last, 0), N)
         else:
             tile = turn
             end = tile * 0 + Tk // N
             last = tile * 0 + tl.cdiv(Tk, N)
-        first = tile * 0
+        first = piece * last // pieces
+        last = (piece + 1) * last // pieces
+        end = tl.minimum(tl.maximum(end, first), last)
         full = first
-        slot = first - 1
+        slot = tl.where(pieces > 1, tile * pieces + piece, -1)
     return row, b, head, tile, first, last, full, end, slot
 
 
@@ -67,7 +85,7 @@ def entry(others, masks, at, last):
 
 
 @triton.jit
-def interval(queries, low, high, Tq, Tk, KEEP: tl.constexpr):
+def interval(queries, low, high, Tq, Tk, shift, KEEP: tl.constexpr):
     """From which key to which the queries attend; not used under "bits"."""
     from_key = tl.zeros_like(queries)
     to_key = from_key + Tk
@@ -75,7 +93,7 @@ def interval(queries, low, high, Tq, Tk, KEEP: tl.constexpr):
         from_key = tl.load(low + queries, queries < Tq, 0)
         to_key = tl.load(high + queries, queries < Tq, 0)
     elif KEEP == "causal":
-        to_key = tl.minimum(queries + 1, Tk)
+        to_key = tl.minimum(queries + 1 + shift, Tk)
     return from_key, to_key
 
 
@@ -111,7 +129,7 @@ def hidden(
 
 @triton.jit
 def hidden_transposed(
-    scores, keys, tile, mask, low, high, bits, M: tl.constexpr, N: tl.constexpr,
+    scores, keys, tile, mask, low, high, bits, shift, M: tl.constexpr, N: tl.constexpr,
     KEEP: tl.constexpr,
 ):
     """The same of scores [N, M] of a partial tile of queries; low and high are descriptors."""
@@ -123,7 +141,7 @@ def hidden_transposed(
             keys[:, None] < high.load([tile * M])[None, :]
         )
     else:  # "causal"; keys past Tk need no mask: what they gather is not stored
-        keep = keys[:, None] <= (tile * M + tl.arange(0, M))[None, :]
+        keep = keys[:, None] - shift <= (tile * M + tl.arange(0, M))[None, :]
     return tl.where(keep, scores, float("-inf"))
 
 
@@ -147,7 +165,9 @@ def _is_set(words, beyond, place):
 
 @triton.jit
 def kept_factor(seed, threshold, factor, row, queries, keys):
-    """Dropout's factor of each score, 0 or `factor`; see `dropout`."""
+    """Dropout's factor of each score, 0 or `factor`; see `dropout`. seed: a number or its place."""
+    if seed.dtype.is_ptr():
+        seed = tl.load(seed)
     zero = tl.zeros_like(queries + keys)
     random, _, _, _ = tl.philox(
         seed, (keys + zero).to(tl.uint32), (queries + zero).to(tl.uint32),

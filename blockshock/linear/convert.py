@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from blockshock.distributed import collectives
-from blockshock.linear import METHODS, alike, extras, ignore_in_ddp
+from blockshock.linear import METHODS, alike, extras, trainers
 from blockshock.linear.dense import DenseSingle
 from blockshock.linear.split import Split
 
@@ -97,7 +97,7 @@ def convert(
         report.replaced.append(name)
     _avoid_fused_encoders(model, built)
     if built and collectives.group_size(group) == collectives.group_size():
-        ignore_in_ddp(model)
+        trainers.ignore_in_ddp(model)
     old = [parameter for layer in wanted.values() for parameter in layer.parameters()]
     new = [parameter for layer in built.values() for parameter in layer.parameters()]
     report.parameters.update(zip(old, new, strict=True))
@@ -134,6 +134,7 @@ def revert(model: nn.Module) -> list[str]:
         if hasattr(encoder, _NESTED):
             encoder.use_nested_tensor = getattr(encoder, _NESTED)
             delattr(encoder, _NESTED)
+    trainers.forget(model)
     _warn_of_holders([p for layer in plain for p in layer.parameters()], "revert")
     return list(found)
 

@@ -7,12 +7,14 @@ sent anything, and before an optimizer's step.
         a part that is synchronised    D and G have only this rank in common (data parallel beside
                                        the layer's ranks); the others of D hold the same part
         a part that is ignored         D is within G: no other rank of D holds this part
-    optimizers that need all of a weight, or that send parameters to all ranks
+    optimizers that need all of a weight, or that send parameters to all ranks, or whose state
+    would be made inside a CUDA graph
 """
 
 import json
 from collections.abc import Iterator
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -24,6 +26,7 @@ from blockshock.distributed import agree, collectives
 from blockshock.linear.part import PartWeight
 from blockshock.linear.split import Split
 
+_IGNORED = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 # By the names of their classes: most are not PyTorch's.
 _OF_WHOLE_WEIGHTS = {
     "Adafactor", "CAME", "DistributedShampoo", "LAMB", "LARS", "LBFGS", "Lamb", "Lars", "Muon",
@@ -38,9 +41,18 @@ def ignore_in_ddp(model: nn.Module) -> None:
     for the model it was given, where all ranks there are hold the layers together. Over ranks that
     hold the same part it is wrong, and refused: gradients would not be averaged.
     """
-    names = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    names = getattr(model, _IGNORED, ())
     if not isinstance(names, _Ignored):
-        model._ddp_params_and_buffers_to_ignore = _Ignored(model, names)
+        setattr(model, _IGNORED, _Ignored(model, names))
+
+
+def forget(model: nn.Module) -> None:
+    """Undoes `ignore_in_ddp`, once no layer is left whose part it was for."""
+    names = vars(model).get(_IGNORED)
+    if isinstance(names, _Ignored) and not _parts(model):
+        delattr(model, _IGNORED)
+        if names.names:
+            setattr(model, _IGNORED, names.names)
 
 
 class _Ignored:
@@ -110,10 +122,18 @@ def _check_step(optimizer: Optimizer, args, kwargs) -> None:
     kind = type(optimizer).__name__
     names = {cls.__name__ for cls in type(optimizer).__mro__}
     needs_whole, sends = names & _OF_WHOLE_WEIGHTS, "ZeroRedundancyOptimizer" in names
-    if not (needs_whole or sends):
+    captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    if not (needs_whole or sends or captured):
         return
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         if not isinstance(parameter, PartWeight) or collectives.group_size(parameter.group) == 1:
+            continue
+        if captured and not optimizer.state.get(parameter) and _has_state(optimizer):
+            raise RuntimeError(
+                f"{kind} would make its state in the CUDA graph that is being captured, and every "
+                "replay would begin it anew; run one whole step before the capture"
+            )
+        if not (needs_whole or sends):
             continue
         if needs_whole:
             raise ValueError(
@@ -127,6 +147,10 @@ def _check_step(optimizer: Optimizer, args, kwargs) -> None:
                 "the place of the others'; give the weights of converted layers an optimizer of "
                 "their own"
             )
+
+
+def _has_state(optimizer: Optimizer) -> bool:
+    return any(group.get("momentum", True) for group in optimizer.param_groups)
 
 
 register_module_module_registration_hook(_check_ddp)
