@@ -41,7 +41,8 @@ class Case:
 class Naming:
     """How the cases of a family are named, ordered and compared; the defaults suit any family.
 
-    methods, phases: in reading order. Others follow, as their file has them.
+    methods: by name, in reading order, the colour and marker of its lines. phases: likewise in
+    order. Others follow, as their file has them.
     sizes: the fields that say how large a case is, positive integers, in the order of sorting.
     line: the fields that tell the lines of a method apart. A label names those that are unusual.
     ways: those of them that change how it is computed, not what.
@@ -49,7 +50,7 @@ class Naming:
     run_label: the name that a run writes into `timing.interleaved_with`.
     """
 
-    methods: tuple[str, ...] = ()
+    methods: dict[str, tuple[str, str]] = field(default_factory=dict)
     phases: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     line: tuple[str, ...] = ()
@@ -62,7 +63,7 @@ class Naming:
 
     def place(self, method: str) -> int:
         """Sorts methods: the known ones in reading order, then the others."""
-        return _place(self.methods, method)
+        return _place(tuple(self.methods), method)
 
 
 PLAIN = Naming()

@@ -23,16 +23,16 @@ SPARSE, UNPRUNED, FLEX = "block_sparse", "block_sparse_unpruned", "flex"
 TIERS = ("small", "medium", "large", "XXL", "long", "rectangular")
 SIZES = ("batch", "heads", "kv_heads", "Tq", "Tk", "D")
 NAMING = Naming(
-    methods=(
-        "reference",
-        "sdpa_flash",
-        "sdpa_cudnn",
-        "flex",
-        "flash_torch",
-        "flash_triton",
-        "block_sparse",
-        "block_sparse_unpruned",
-    ),
+    methods={
+        "reference": ("#7a7f87", "s"),
+        "sdpa_flash": ("#0072b2", "o"),
+        "sdpa_cudnn": ("#56b4e9", "^"),
+        "flex": ("#cc79a7", "D"),
+        "flash_torch": ("#e69f00", "v"),
+        "flash_triton": ("#d55e00", "P"),
+        "block_sparse": ("#009e73", "X"),
+        "block_sparse_unpruned": ("#00806a", "h"),
+    },
     phases=tuple(PHASES),
     sizes=SIZES,
 )

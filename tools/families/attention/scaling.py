@@ -7,7 +7,6 @@ from tools.cases import Result, Results
 from tools.drawing import series
 from tools.drawing.chart import Absent, Axis, Drawing, Line
 from tools.drawing.series import Sketch, Words
-from tools.families.attention.looks import line_style
 from tools.families.attention.points import PHASES, point_of
 from tools.families.attention.speed import dense, groups_of, panels_of
 from tools.tables import seconds, size
@@ -89,7 +88,7 @@ def _against_tokens(
 
 
 def _charts(results: Results, groups: dict, words: Words, *measured) -> list[Drawing]:
-    options = {"look": line_style, "x": lambda result, name: _length(result)}
+    options = {"x": lambda result, name: _length(result)}
     return series.charts(results, groups, words, *measured, **options)
 
 

@@ -12,7 +12,6 @@ from tools.cases import Result, Results
 from tools.drawing import render, series, style, ticks
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point
 from tools.drawing.series import Words
-from tools.families.attention.looks import line_style
 from tools.families.attention.points import (
     FLEX,
     PHASES,
@@ -78,7 +77,7 @@ def _panel(place: tuple, group: Sequence[Result], every: Sequence[Result]) -> Pa
         ends = (ratio.low, ratio.high) if ratio.enough else (None, None)
         return Point(0, ratio.value, *ends, point_of(result.case).pattern)
 
-    lines = [series.line(one, ideal, value, line_style) for one in style.lines(group)]
+    lines = [series.line(one, ideal, value) for one in style.lines(group)]
     reach = [p.x for line in lines for p in line.points]
     ends = tuple(Point(x, x) for x in (max(0.93, 0.6 * min(reach)), 1.3 * max(reach)))
     lines.append(Line("ideal: 1 / (1 - s)", ends, {"color": style.FLOOR, "linewidth": 1.6}))

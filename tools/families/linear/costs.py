@@ -4,7 +4,6 @@ from tools.cases import Result, Results
 from tools.drawing import series, style
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Point
 from tools.drawing.series import Sketch, Words
-from tools.families.linear.looks import line_style
 from tools.families.linear.opponents import way
 from tools.families.linear.speed import few
 from tools.tables import figure, size
@@ -55,7 +54,7 @@ def memory_vs_size(results: Results) -> list[Drawing]:
         weights = panels[0]._replace(title="weights", value=held("weight_bytes"), extra=rings)
         peaks = [p._replace(title=f"peak, {p.title}", value=held("peak_bytes")) for p in panels]
         panels[:] = [weights, *peaks]
-    return series.charts(results, groups, words, y, look=line_style)
+    return series.charts(results, groups, words, y)
 
 
 def time_per_weight_byte_vs_size(results: Results) -> list[Drawing]:
@@ -105,7 +104,7 @@ def errors_vs_size(results: Results) -> list[Drawing]:
         most = max(reversed(panels), key=lambda panel: len(panel.results))
         panels[:] = [_errors(most, t, measure) for measure in MEASURES for t in tensors]
     options = {"columns": max(2, len(tensors)), "height": 2.3, "checks": True}
-    return series.charts(results, groups, words, look=line_style, **options)
+    return series.charts(results, groups, words, **options)
 
 
 def _errors(panel: Sketch, tensor: str, measure: str) -> Sketch:
@@ -123,7 +122,7 @@ def _errors(panel: Sketch, tensor: str, measure: str) -> Sketch:
 
 def _asked(results: Results, found, words: Words, y: Axis, value) -> list[Drawing]:
     groups = series.by_size(few(found), "forward", most=2)
-    return series.charts(results, groups, words, y, value, look=line_style, checks=True)
+    return series.charts(results, groups, words, y, value, checks=True)
 
 
 def _bytes(value: float) -> str:

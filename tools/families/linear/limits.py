@@ -6,7 +6,6 @@ from tools.cases import Result, Results
 from tools.drawing import series, style
 from tools.drawing.chart import Absent, Axis, Drawing
 from tools.drawing.series import Sketch, Words
-from tools.families.linear.looks import line_style
 from tools.families.linear.speed import WORDS, few
 
 SMALL_BATCH = 64
@@ -29,7 +28,7 @@ def over_floor(results: Results, phase: str) -> list[Drawing]:
     )
     words = Words(f"{phase}_over_floor", f"{WORDS[phase]}: measured time over its floor", caption)
     y = Axis("measured / floor", "{:.2f}".format, "ratio", 1, least=1)
-    options = {"look": line_style, "columns": 3, "height": 4}
+    options = {"columns": 3, "height": 4}
     return series.charts(
         results, groups, words, y, lambda r: r.median / r.floor["seconds"], **options
     )

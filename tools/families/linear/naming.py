@@ -2,14 +2,14 @@
 
 from tools.cases import Case, Naming, Result
 
-METHODS = (
-    "dense_single",
-    "dense_tp_row",
-    "dense_tp_column",
-    "masked_split",
-    "block_shock",
-    "block_shock_folded",
-)
+METHODS = {  # colours and markers
+    "dense_single": ("#7a7f87", "s"),
+    "dense_tp_row": ("#0072b2", "o"),
+    "dense_tp_column": ("#56b4e9", "^"),
+    "masked_split": ("#cc79a7", "D"),
+    "block_shock": ("#d55e00", "P"),
+    "block_shock_folded": ("#009e73", "X"),
+}
 PHASES = ("correctness", "forward", "backward", "training", "drift")
 # What a method may do in several ways; a label names those that are not the method's usual ones.
 VARIANTS = ("mask", "kernel", "reduce")

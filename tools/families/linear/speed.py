@@ -8,7 +8,6 @@ from tools.drawing import series
 from tools.drawing.chart import Absent, Axis, Drawing, Point
 from tools.drawing.series import Words
 from tools.families.linear.hypotheses import SHOCKS
-from tools.families.linear.looks import line_style
 from tools.families.linear.naming import METHODS
 from tools.families.linear.opponents import DENSE
 from tools.tables import seconds
@@ -104,7 +103,7 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
         panels[:] = [panel._replace(extra=floor(panel)) for panel in panels]
     y = Axis(f"time / {REFERENCE}\n(below 1: faster)", "{:.3f}".format, "ratio", 1)
     words = Words(f"{phase}_vs_{x}", title, caption)
-    return series.charts(results, groups, words, y, value, look=line_style, main=leading)
+    return series.charts(results, groups, words, y, value, main=leading)
 
 
 def _place(result: Result) -> tuple:

@@ -3,8 +3,8 @@
 from tools.cases import Result, Results
 from tools.drawing import bars, series, style
 from tools.drawing.chart import Axis, Drawing, Line, Panel, Point, merged
+from tools.drawing.looks import line_style
 from tools.drawing.series import Words
-from tools.families.linear.looks import line_style
 from tools.families.linear.opponents import way
 from tools.tables import figure
 
