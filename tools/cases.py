@@ -76,8 +76,6 @@ class Region:
     avg: float
     p50: float
     p95: float
-    calls: float = 0.0
-    bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,6 @@ class Result:
     id: str
     case: Case
     samples: tuple[float, ...]
-    device: str
     timing: dict[str, Any] = field(default_factory=dict)
     regions: dict[str, Region] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -209,6 +206,21 @@ class Results:
             if result.case.phase == phase
             and None not in [getattr(result.case, size) for size in result.naming.sizes]
         )
+
+
+def grouped(results: Iterable[Result], key: Callable[[Result], Any]) -> dict[Any, list[Result]]:
+    """The results of each key, both in the order given."""
+    groups: dict[Any, list[Result]] = {}
+    for result in results:
+        groups.setdefault(key(result), []).append(result)
+    return groups
+
+
+def fastest(results: Iterable[Result]) -> Result | None:
+    """The one with the shortest median of all its rounds: the ratio to it is that of two results,
+    the same wherever it is shown. None where there are none.
+    """
+    return min(results, key=lambda result: result.median, default=None)
 
 
 def interleaved(results: Iterable[Result]) -> bool:

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 
 from tools.case_table import case_table
-from tools.cases import Result, Results
+from tools.cases import Result, Results, fastest
 from tools.families.attention.points import (
     FLEX,
     NAMING,
@@ -14,7 +14,6 @@ from tools.families.attention.points import (
     SPARSE,
     attention,
     by_point,
-    fastest,
     point_of,
     speed,
 )

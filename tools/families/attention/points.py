@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tools.cases import Case, Naming, Result, Results, interleaved, order
+from tools.cases import Case, Naming, Result, Results, fastest, grouped, interleaved, order
 from tools.stats import Interval, ratio
 
 FAMILY = "attention"
@@ -120,9 +120,7 @@ def by_point(results: Iterable[Result]) -> dict[Point, dict[str, Result]]:
 
 def by_setting(results: Iterable[Result]) -> dict[str, list[Result]]:
     """The results of each dtype and grouping of heads, the setting with the most first."""
-    groups: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        groups[point_of(result.case).setting].append(result)
+    groups = grouped(results, lambda result: point_of(result.case).setting)
     return dict(sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
@@ -131,11 +129,6 @@ def speed(result: Result, reference: Result) -> Interval:
     together = point_of(result.case) == point_of(reference.case)
     paired = together and interleaved([result, reference])
     return ratio(reference.samples, result.samples, paired=paired)
-
-
-def fastest(results: Iterable[Result]) -> Result | None:
-    """The one with the shortest median."""
-    return min(results, key=lambda r: r.median, default=None)
 
 
 def dense_of(point: Point) -> Point:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tools.cases import Result, Results
+from tools.cases import Result, Results, fastest
 from tools.drawing.style import spread
 from tools.families.attention.points import (
     FLEX,
@@ -20,7 +20,6 @@ from tools.families.attention.points import (
     attention,
     by_point,
     by_setting,
-    fastest,
     place_order,
     point_of,
     speed,

@@ -2,13 +2,13 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
 
-from tools.cases import Result, Results
+from tools.cases import Result, Results, grouped
 from tools.drawing import render, series, style, ticks
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point
 from tools.drawing.series import Words
@@ -56,16 +56,18 @@ def speedup_vs_sparsity(results: Results, phase: str) -> list[Drawing]:
     words = Words(f"attention_{phase}_vs_sparsity", title, caption)
     groups, drawings = groups_of(sparse, phase), []
     for text, group in groups.items():
-        places = defaultdict(list)
-        for result in group:
-            p = point_of(result.case)
-            places[p.D, p.Tq * p.Tk, p.tokens, p.batch * p.heads, dense_of(p).causal].append(result)
+        places = grouped(group, _place)
         # The panels with the most patterns, in the order of their sizes.
         kept = sorted(places, key=lambda place: -len(places[place]))[:MOST_PANELS]
         panels = [_panel(place, places[place], every) for place in sorted(kept)]
         options = {"height": 4.3, "draw": _speedups}
         drawings.append(series.drawn(results, words, text, groups, panels, **options))
     return drawings
+
+
+def _place(result: Result) -> tuple:
+    p = point_of(result.case)
+    return (p.D, p.Tq * p.Tk, p.tokens, p.batch * p.heads, dense_of(p).causal)
 
 
 def _panel(place: tuple, group: Sequence[Result], every: Sequence[Result]) -> Panel:
@@ -88,7 +90,7 @@ def _panel(place: tuple, group: Sequence[Result], every: Sequence[Result]) -> Pa
 def _speedups(axes: Axes, panel: Panel, ids: dict[str, str]) -> dict[str, list]:
     """Draws a panel: methods without lines, what joins their points, and the patterns' names."""
     *methods, bound = panel.lines
-    patterns = {p.note for line in methods for p in line.points}
+    patterns = list(dict.fromkeys(p.note for line in methods for p in line.points))
     names = _series(patterns)
     loose = [Line(m.label, m.points, m.look | {"linestyle": "none"}) for m in methods]
     spots = render.lines(axes, Panel("", (*loose, bound), "step", panel.y), ids)
@@ -125,7 +127,7 @@ def _speedups(axes: Axes, panel: Panel, ids: dict[str, str]) -> dict[str, list]:
     return spots
 
 
-def _series(patterns: set[str]) -> dict[str, str]:
+def _series(patterns: Iterable[str]) -> dict[str, str]:
     """Pattern: the name of its line, "band(…)" for all bands, where there are enough of them."""
     lines = defaultdict(list)
     for pattern in patterns:

@@ -4,7 +4,7 @@ from tools.cases import Result, Results
 from tools.drawing import series, style
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Point
 from tools.drawing.series import Sketch, Words
-from tools.families.linear.opponents import way
+from tools.families.linear.opponents import same_call
 from tools.families.linear.speed import few
 from tools.tables import figure, size
 
@@ -72,9 +72,9 @@ def time_per_weight_byte_vs_size(results: Results) -> list[Drawing]:
 
 def quality_speed_vs_size(results: Results) -> list[Drawing]:
     """(1 / forward ms) / (1 + mean absolute error), against N."""
-    errors = {_place(r): r.errors["output"]["mean"] for r in _with_mean(results, "correctness")}
-    errors |= {_place(r): r.errors["output"]["mean"] for r in _with_mean(results, "forward")}
-    found = [r for r in results.of("forward") if _place(r) in errors]
+    errors = {same_call(r): r.errors["output"]["mean"] for r in _with_mean(results, "correctness")}
+    errors |= {same_call(r): r.errors["output"]["mean"] for r in _with_mean(results, "forward")}
+    found = [r for r in results.of("forward") if same_call(r) in errors]
     if results.of("forward") and not found:
         raise Absent("no forward result has a mean absolute error of its output")
     caption = (
@@ -84,7 +84,7 @@ def quality_speed_vs_size(results: Results) -> list[Drawing]:
     )
     words = Words("quality_adjusted_speed_vs_N", "Forward: quality-adjusted speed", caption)
     y = Axis("(1/ms) / (1 + error)", figure)
-    return _asked(results, found, words, y, lambda r: 1e-3 / r.median / (1 + errors[_place(r)]))
+    return _asked(results, found, words, y, lambda r: 1e-3 / r.median / (1 + errors[same_call(r)]))
 
 
 def errors_vs_size(results: Results) -> list[Drawing]:
@@ -131,8 +131,3 @@ def _bytes(value: float) -> str:
 
 def _with_mean(results: Results, phase: str) -> list[Result]:
     return [r for r in results.of(phase) if "mean" in r.errors.get("output", {})]
-
-
-def _place(result: Result) -> tuple:
-    case = result.case
-    return (*way(result), case.N, case.K, case.B, case.dtype, case.bias, case.input)

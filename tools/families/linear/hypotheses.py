@@ -23,13 +23,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 
-from tools.cases import Result, Results, interleaved, order, over
+from tools.cases import Result, Results, fastest, grouped, interleaved, order, over
 from tools.families.linear.naming import setting, setting_text
 from tools.families.linear.opponents import (
     DENSE,
     SAME_SUM,
     as_usual,
-    better,
     dense_by_place,
     forward_place,
     place,
@@ -96,9 +95,8 @@ def beats_dense(results: Results, threshold: float) -> Verdict:
 
 def advantage_shrinks(results: Results, threshold: float) -> Verdict:
     """H2."""
-    training, forward, found = results.of("training"), defaultdict(list), []
-    for result in results.of("forward"):
-        forward[forward_place(result)].append(result)
+    training, found = results.of("training"), []
+    forward = grouped(results.of("forward"), forward_place)
     dense = dense_by_place(training)
     for line, group in _lines(training, SHOCKS):
         for opponent, pairs in _opponents(group, dense, usual_name(results)):
@@ -121,14 +119,11 @@ def masked_is_slower(results: Results, threshold: float) -> Verdict:
     """H3."""
     found = []
     for phase in ("forward", "backward"):
-        shocks = defaultdict(list)
-        for shock in results.of(phase):
-            if shock.case.method == MAIN:
-                shocks[_terms(shock)].append(shock)
+        shocks = grouped((r for r in results.of(phase) if r.case.method == MAIN), _terms)
         for line, group in _lines(results.of(phase), ("masked_split",)):
             met = defaultdict(list)
             for result in group:
-                for shock in shocks[_terms(result)]:
+                for shock in shocks.get(_terms(result), []):
                     name = MAIN if shock.as_usual else shock.label
                     met[name].append(_point(result, shock, threshold))
             for opponent, points in met.items():
@@ -148,12 +143,14 @@ def _lines(results: Iterable[Result], methods: tuple[str, ...]) -> list[tuple[st
     """(name, results sorted by size) of each line: a mask in a setting where it decides, else what
     its label says. A name says the setting where there are several.
     """
-    groups: dict[tuple, list[Result]] = defaultdict(list)
-    for result in sorted(results, key=order):
-        if result.case.method in methods:
-            name = result.case.mask or result.label if _decides(result) else result.label
-            case = result.case.but(optimizer=None)
-            groups[_decides(result), name, setting(case), setting_text(case)].append(result)
+
+    def line(result: Result) -> tuple:
+        name = result.case.mask or result.label if _decides(result) else result.label
+        case = result.case.but(optimizer=None)
+        return (_decides(result), name, setting(case), setting_text(case))
+
+    found = (result for result in sorted(results, key=order) if result.case.method in methods)
+    groups = grouped(found, line)
     several = len({key[2] for key in groups}) > 1
     return [
         (f"{name}, {text}" if several and text else name, group)
@@ -183,7 +180,7 @@ def _point(result: Result, other: Result, threshold: float, **more) -> Point:
 
 
 def _forward_point(result: Result, dense: list[Result], threshold: float) -> Point:
-    point = _point(result, better(dense), threshold)
+    point = _point(result, fastest(dense), threshold)
     if len({one.case.method for one in dense}) < len(DENSE):
         verdict = "unsure" if point.verdict == "faster" else point.verdict
         note = f"only {dense[0].case.method} was measured"
@@ -195,11 +192,11 @@ def _training_point(
     result: Result, dense: list[Result], forward: dict[tuple, list[Result]], threshold: float
 ) -> Point | None:
     """None where the forward of the line or of one of the dense methods was not measured."""
-    ahead = {way(one): one for one in forward[forward_place(result)]}
+    ahead = {way(one): one for one in forward.get(forward_place(result), [])}
     if not {way(result), *map(way, dense)} <= set(ahead):
         return None
-    step, pass_ = [result, better(dense)], [ahead[way(result)]]
-    pass_.append(better(ahead[way(one)] for one in dense))
+    step, pass_ = [result, fastest(dense)], [ahead[way(result)]]
+    pass_.append(fastest(ahead[way(one)] for one in dense))
     paired = [pair for pair, of in (((0, 1), step), ((2, 3), pass_)) if interleaved(of)]
     change = combine(
         lambda a, b, c, d: a / b / (c / d), [r.samples for r in step + pass_], paired=paired

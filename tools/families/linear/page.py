@@ -12,12 +12,11 @@ from tools.families.linear.costs import (
     time_per_weight_byte_vs_size,
 )
 from tools.families.linear.hypotheses import beats_dense, judge_all
-from tools.families.linear.limits import over_floor
 from tools.families.linear.naming import NAMING
 from tools.families.linear.opponents import usual_name
 from tools.families.linear.readme_tables import full, readme
 from tools.families.linear.regions import less_layout_fix_vs_size, regions_vs_size
-from tools.families.linear.speed import phase_vs_batch, phase_vs_size
+from tools.families.linear.speed import over_floor, phase_vs_batch, phase_vs_size
 from tools.families.linear.steps import drift_by_step, step_breakdown
 from tools.family import TIMES, Family
 from tools.stats import THRESHOLD
