@@ -6,9 +6,10 @@ to say: its Naming.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
-from tools.stats import Interval, median, ratio
+from tools.stats import Interval, ratio
 
 CPU_CAVEAT = "CPU: says nothing about GPUs"
 
@@ -193,6 +194,11 @@ class Results:
             for name in names
             if self.machine.get(name)
         )
+
+    @property
+    def days(self) -> str:
+        """The dates of the runs, in order."""
+        return ", ".join(sorted({date[:10] for date in self.dates if date}))
 
     def only(self, family: str) -> "Results":
         """The results of one family."""

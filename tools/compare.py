@@ -24,6 +24,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean, median
 
 from tools.cases import CPU_CAVEAT, Result, Results
 from tools.files import ToolError, run, save
@@ -33,9 +34,7 @@ from tools.stats import (
     ENOUGH,
     THRESHOLD,
     Interval,
-    geometric_mean,
     judge,
-    median,
     ratio_of_runs,
 )
 from tools.tables import Column, as_csv, as_markdown, as_text, change, milliseconds, number

@@ -12,10 +12,8 @@ import json
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from tools.cases import CPU_CAVEAT, Results
-from tools.drawing.chart import Drawing
 from tools.drawing.page import chart
 from tools.families import held
 from tools.family import draw_all
@@ -35,12 +33,12 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
         absent |= missing
         settings += [drawing for drawing in drawings if drawing.setting]
         charts = [
-            _chart(drawing, f"c{len(families)}-{i}")
+            chart(drawing, f"c{len(families)}-{i}")
             for i, drawing in enumerate(drawings)
             if not drawing.setting
         ]
-        checks += [chart for chart in charts if chart["drawing"].checks]
-        charts = [chart for chart in charts if not chart["drawing"].checks]
+        checks += [one for one in charts if one["drawing"].checks]
+        charts = [one for one in charts if not one["drawing"].checks]
         families.append(
             {
                 "name": name,
@@ -74,31 +72,15 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
     )
 
 
-def _chart(drawing: Drawing, key: str) -> dict:
-    """A chart whose markup, which this project wrote, is not escaped again."""
-    made = chart(drawing, key)
-    entries = [{**entry, "swatch": Markup(entry["swatch"])} for entry in made["entries"]]
-    return {
-        **made,
-        "svg": Markup(made["svg"]),
-        "points": Markup(made["points"]),
-        "entries": entries,
-    }
-
-
 def _facts(results: Results) -> list[str]:
-    dates = ", ".join(sorted({date[:10] for date in results.dates if date}))
     files = ", ".join(Path(file).name for file in results.files)
-    parts = (f"{len(results.results)} cases", dates, files, results.versions)
+    parts = (f"{len(results.results)} cases", results.days, files, results.versions)
     return [part for part in parts if part]
 
 
 def _warnings(results: Results) -> list[str]:
-    said = (
-        f"{CPU_CAVEAT}. Correctness means the same everywhere; times and ratios are host time of "
-    )
-    said += "this CPU."
-    return [said] * results.cpu + list(results.notes)
+    said = "Correctness means the same everywhere; times and ratios are host time of this CPU."
+    return [f"{CPU_CAVEAT}. {said}"] * results.cpu + list(results.notes)
 
 
 def _environment(results: Results) -> list[tuple[str, str]]:

@@ -92,9 +92,8 @@ def _with_caption(written: Written, results: Results, facts: str) -> str:
 def _facts(results: Results) -> str:
     """Where figures come from: card, caches, versions, commits, dates."""
     commits = f"commit {', '.join(results.commits)}" if results.commits else "commit unknown"
-    dates = ", ".join(sorted({date[:10] for date in results.dates if date}))
     cold = "cold L2" if "cold" in results.caches else ""
-    facts = (_device(results), cold, results.versions, commits, dates)
+    facts = (_device(results), cold, results.versions, commits, results.days)
     return "; ".join(fact for fact in facts if fact)
 
 

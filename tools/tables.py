@@ -47,7 +47,7 @@ class Table:
     @property
     def columns(self) -> list[Column]:
         """The columns that are shown."""
-        return [column for column in self._filled if column not in self._same]
+        return [column for column in filled(self.every, self.rows) if column not in self._same]
 
     @property
     def words(self) -> str:
@@ -63,14 +63,16 @@ class Table:
         return [[(column, _written(column, row)) for column in columns] for row in self.rows]
 
     @property
-    def _filled(self) -> list[Column]:
-        return [c for c in self.every if any(row.get(c.key) is not None for row in self.rows)]
-
-    @property
     def _same(self) -> list[Column]:
         if len(self.rows) < FEW:
             return []
-        return [c for c in self._filled if len({_written(c, row) for row in self.rows}) == 1]
+        every = filled(self.every, self.rows)
+        return [c for c in every if len({_written(c, row) for row in self.rows}) == 1]
+
+
+def filled(columns: Sequence[Column], rows: Sequence[dict]) -> list[Column]:
+    """The columns that have a value in some row."""
+    return [c for c in columns if any(row.get(c.key) is not None for row in rows)]
 
 
 def as_text(columns: Sequence[Column], rows: Iterable[dict]) -> str:
@@ -161,6 +163,11 @@ def count(value: float) -> str:
 def percent(value: float) -> str:
     """A share as a percentage."""
     return f"{_three(100 * value)}%"
+
+
+def interval(value: Interval) -> str:
+    """A ratio with its interval; alone where there are too few samples for one."""
+    return str(value) if value.enough else f"{value.value:.3f}"
 
 
 def change(value: float) -> str:

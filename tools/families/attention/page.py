@@ -24,13 +24,12 @@ from tools.families.attention.speed import speed_by_tier
 from tools.families.attention.tables import (
     PLACE,
     RATIOS,
-    interval,
     pattern_cells,
     place,
     ratio_rows,
 )
 from tools.family import TIMES, Family
-from tools.tables import Column, Table, figure, number, percent, seconds, size
+from tools.tables import Column, Table, figure, interval, number, percent, seconds, size
 
 READING = (
     *TIMES,

@@ -24,9 +24,18 @@ from tools.families.attention.points import (
     point_of,
     speed,
 )
-from tools.families.attention.tables import PLACE, RATIOS, interval, place, ratio_rows
+from tools.families.attention.tables import PLACE, RATIOS, place, ratio_rows
 from tools.family import README_ROWS, Written
-from tools.tables import Column, as_markdown, figure, milliseconds, number, percent
+from tools.tables import (
+    Column,
+    as_markdown,
+    figure,
+    filled,
+    interval,
+    milliseconds,
+    number,
+    percent,
+)
 
 
 def _time(result: Result) -> str:
@@ -80,7 +89,7 @@ def readme(results: Results) -> Written | None:
         f"above 1 ours is faster. Rows: D = {most}; {README_ROWS // 2} points without a pattern "
         f"and {README_ROWS // 2} with one, spread over those measured, in order of size."
     )
-    return Written(words, text, _filled(columns, rows)) if rows else None
+    return Written(words, text, _markdown(columns, rows)) if rows else None
 
 
 def full(results: Results) -> list[Written]:
@@ -108,7 +117,7 @@ def full(results: Results) -> list[Written]:
         made.append((words, PATTERN_TIMES, rows))
         words = f"Attention with patterns, {what}: {SPEEDS}. ideal: 1 / (1 - s) of the tiles."
         made.append((words, PATTERN_RATIOS, rows))
-    tables = [Written(words, text, _filled(columns, rows)) for words, columns, rows in made]
+    tables = [Written(words, text, _markdown(columns, rows)) for words, columns, rows in made]
     return [written for written in tables if written.table]
 
 
@@ -122,11 +131,11 @@ def _rates(rows: list[dict]) -> list[Column]:
     return [number(method, method, _rate) for method in sorted(methods, key=NAMING.place)]
 
 
-def _filled(columns: Sequence[Column], rows: list[dict]) -> str:
+def _markdown(columns: Sequence[Column], rows: list[dict]) -> str:
     """Markdown without empty columns; empty where only the places are left."""
-    filled = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
-    told = {c.key for c in filled} - {c.key for c in (*PLACE, *PATTERN)}
-    return as_markdown(filled, rows) if told else ""
+    shown = filled(columns, rows)
+    told = {c.key for c in shown} - {c.key for c in (*PLACE, *PATTERN)}
+    return as_markdown(shown, rows) if told else ""
 
 
 def _rate(result: Result) -> str:

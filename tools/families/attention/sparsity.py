@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
 
 from tools.cases import Result, Results, grouped
 from tools.drawing import render, series, style, ticks
@@ -119,9 +118,8 @@ def _speedups(axes: Axes, panel: Panel, ids: dict[str, str]) -> dict[str, list]:
         named[name] = min(named.get(name, place), place)  # a line has its name where it begins
     _pattern_names(axes, named)
     shown = [s for s in SHARES if left <= 1 / (1 - s) <= right]
-    axes.xaxis.set_major_locator(FixedLocator([1 / (1 - s) for s in shown]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * (1 - 1 / x):.4g}%"))
+    axes.set_xticks([1 / (1 - s) for s in shown], [f"{100 * s:.4g}%" for s in shown])
+    axes.minorticks_off()
     axes.set_xlabel(f"sparsity s ({SPARSE}: of its tiles, {FLEX}: of the pairs)")
     axes.set_ylabel(panel.y.label)
     return spots
@@ -147,9 +145,8 @@ def _pattern_names(axes: Axes, spots: dict[str, tuple]) -> None:
         ends = [x, spots[name][0]], [top, spots[name][1]]
         axes.plot(*ends, color=style.MUTED, linewidth=0.6, alpha=0.6, zorder=0.9)
     above = axes.secondary_xaxis("top")
-    above.xaxis.set_major_locator(FixedLocator(places))
-    above.xaxis.set_minor_locator(NullLocator())
-    above.xaxis.set_major_formatter(FixedFormatter(names))
+    above.set_ticks(places, names)
+    above.minorticks_off()
     above.tick_params(length=0, pad=2, labelsize=8.5, labelrotation=40)
     for text in above.get_xticklabels():
         text.set(ha="left", va="bottom", rotation_mode="anchor")

@@ -14,8 +14,7 @@ from tools.families.linear.choices import choices_table
 from tools.families.linear.naming import METHODS, NAMING, setting_text
 from tools.families.linear.opponents import DENSE, as_usual, usual_name
 from tools.family import README_ROWS, Written
-from tools.stats import Interval
-from tools.tables import Column, as_markdown, milliseconds, number
+from tools.tables import Column, as_markdown, filled, interval, milliseconds, number
 
 REFERENCE, SHOCK = DENSE[0], "block_shock"
 OTHER_KERNEL = "cusparselt"
@@ -239,16 +238,12 @@ def _table(
         rows.append(row)
     where = [number(size, size) if size != "optimizer" else Column(size, size) for size in sizes]
     columns = [number(title, title, _time) for title, _ in picks]
-    columns += [number(title, title, _interval) for title, *_ in ratios]
-    filled = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
-    return as_markdown([*where, *filled], rows) if filled else ""
+    columns += [number(title, title, interval) for title, *_ in ratios]
+    columns = filled(columns, rows)
+    return as_markdown([*where, *columns], rows) if columns else ""
 
 
 def _time(result: Result) -> str:
     reduce = result.unusual.get("reduce")
     dense = result.case.method in DENSE
     return milliseconds(result.median) + (f" ({reduce})" if reduce and dense else "")
-
-
-def _interval(interval: Interval) -> str:
-    return str(interval) if interval.enough else f"{interval.value:.3f}"
