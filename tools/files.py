@@ -5,6 +5,7 @@ for what a gate found. A file is written beside its destination and then renamed
 stays whole until the new one is.
 """
 
+import argparse
 import contextlib
 import os
 import sys
@@ -60,6 +61,17 @@ def read_text(path: str | Path) -> str:
         raise ToolError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ToolError(f"{path} is not a text file: byte {error.start} is not UTF-8") from error
+
+
+def parser(tool: str, words: str, files: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command that reads FILE...; words: its module's docstring, as help."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m tools.{tool}",
+        description=words,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("files", nargs="+", metavar="FILE", help=files)
+    return made
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:

@@ -7,7 +7,6 @@ mode, and without JavaScript (which sorts and searches the tables, switches the 
 and off, and says the values of its points).
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from tools.cases import CPU_CAVEAT, Results
 from tools.drawing.page import chart
 from tools.families import held
 from tools.family import draw_all
-from tools.files import run, save
+from tools.files import parser, run, save
 from tools.judged import Verdict
 from tools.results import load_all
 from tools.verdict import judged
@@ -101,13 +100,11 @@ def _environment(results: Results) -> list[tuple[str, str]]:
 
 def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument(
+    command = parser("report", __doc__)
+    command.add_argument(
         "-o", "--out", default="report.html", metavar="FILE", help="default report.html"
     )
-    options = parser.parse_args(argv)
+    options = command.parse_args(argv)
     results = load_all(options.files)
     path = Path(options.out)
     if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):

@@ -103,40 +103,27 @@ def as_markdown(columns: Sequence[Column], rows: Iterable[dict]) -> str:
 
 def as_csv(columns: Sequence[Column], rows: Iterable[dict]) -> str:
     """CSV with the keys as header; an Interval becomes three columns."""
-    rows = list(rows)
-    spread = {
-        column.key
-        for column in columns
-        if any(isinstance(r.get(column.key), Interval) for r in rows)
-    }
-    header: list[str] = []
-    for column in columns:
-        ends = ("", "_low", "_high") if column.key in spread else ("",)
-        header += [column.key + end for end in ends]
+    rows = [_apart(row) for row in rows]
+    ends = [(column.key, end) for column in columns for end in ("", "_low", "_high")]
+    names = [key + end for key, end in ends if not end or any(key + end in row for row in rows)]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
-    for row in rows:
-        line: list[Any] = []
-        for column in columns:
-            value = row.get(column.key)
-            if column.key not in spread:
-                line.append("" if value is None else value)
-            elif isinstance(value, Interval):
-                line += [value.value, value.low, value.high]
-            else:
-                line += ["", "", ""]
-        writer.writerow(line)
+    writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue()
+
+
+def _apart(row: dict) -> dict:
+    """The row with each Interval as three values."""
+    ratios = {key: value for key, value in row.items() if isinstance(value, Interval)}
+    made = row | {key: ratio.value for key, ratio in ratios.items()}
+    made |= {f"{key}_low": ratio.low for key, ratio in ratios.items()}
+    return made | {f"{key}_high": ratio.high for key, ratio in ratios.items()}
 
 
 def seconds(value: float) -> str:
     """12.3 ns, 12.3 µs, 1.23 ms, 1.23 s: three digits that mean something."""
-    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        # 0.9995 so that what would be rounded to 1000 of a unit is written in the next one.
-        if abs(value) >= 0.9995 * scale:
-            return f"{_three(value / scale)} {unit}"
-    return f"{_three(value / 1e-9)} ns"
+    return _scaled(value, ((1.0, " s"), (1e-3, " ms"), (1e-6, " µs"), (1e-9, " ns")))
 
 
 def milliseconds(value: float) -> str:
@@ -146,18 +133,16 @@ def milliseconds(value: float) -> str:
 
 def size(value: float) -> str:
     """Bytes in the binary unit that fits: 512 B, 1.50 KiB, 288 MiB, 1.12 GiB."""
-    for exponent, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if abs(value) >= 0.9995 * 2**exponent:
-            return f"{_three(value / 2**exponent)} {unit}"
-    return f"{value:.0f} B"
+    if abs(value) < 0.9995 * 2**10:
+        return f"{value:.0f} B"
+    return _scaled(
+        value, ((2.0**40, " TiB"), (2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB"))
+    )
 
 
 def count(value: float) -> str:
     """A large number with a suffix: 1.23 M."""
-    for scale, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= 0.9995 * scale:
-            return f"{_three(value / scale)}{unit}"
-    return _three(value)
+    return _scaled(value, ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"), (1.0, "")))
 
 
 def percent(value: float) -> str:
@@ -178,6 +163,14 @@ def change(value: float) -> str:
 def figure(value: float) -> str:
     """A figure without a unit, three digits."""
     return _three(value) if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}"
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """In the largest unit of which it is 1 or more, or else in the last."""
+    # 0.9995 so that what would be rounded to 1000 of a unit is written in the next one.
+    fits = (unit for unit in units if abs(value) >= 0.9995 * unit[0])
+    scale, name = next(fits, units[-1])
+    return _three(value / scale) + name
 
 
 def _three(value: float) -> str:
