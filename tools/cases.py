@@ -201,7 +201,6 @@ class Results:
         return ", ".join(sorted({date[:10] for date in self.dates if date}))
 
     def only(self, family: str) -> "Results":
-        """The results of one family."""
         return replace(self, results=tuple(r for r in self.results if r.case.family == family))
 
     def of(self, phase: str) -> tuple[Result, ...]:

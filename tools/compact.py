@@ -36,7 +36,6 @@ def _rounded(value):
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
     files = [Path(file) for file in parser("compact", __doc__).parse_args(argv).files]
     for file in files:
         load(file)  # what is no result file is refused before any is written

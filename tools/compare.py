@@ -56,12 +56,10 @@ class Row:
 
     @property
     def id(self) -> str:
-        """The case's."""
         return (self.old or self.new)[0].id
 
     @property
     def cells(self) -> dict:
-        """The row of the table."""
         sides = {"old": self.old, "new": self.new}
         medians = {side: _median(runs) for side, runs in sides.items() if runs}
         change = self.ratio and self.ratio.value
@@ -184,7 +182,6 @@ def summary(comparison: Comparison) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
     options = _options(argv)
     comparison = compare(
         [load(path) for path in options.old],

@@ -16,7 +16,6 @@ from tools.results import load_all
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
     command = parser("plot", __doc__)
     command.add_argument(
         "-o", "--out", default="plots", metavar="DIR", help="folder for the plots (default plots)"

@@ -99,7 +99,6 @@ def _environment(results: Results) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
     command = parser("report", __doc__)
     command.add_argument(
         "-o", "--out", default="report.html", metavar="FILE", help="default report.html"

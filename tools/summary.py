@@ -103,7 +103,6 @@ def _device(results: Results) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
     command = parser("summary", __doc__)
     command.add_argument("--readme", metavar="FILE", help="write one short table a family into it")
     command.add_argument("--tables", metavar="FILE", help="write every table of every set to it")

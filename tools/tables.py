@@ -26,7 +26,6 @@ class Column:
 
 
 def number(key: str, title: str, write: Callable[[Any], str] = str) -> Column:
-    """A column of numbers."""
     return Column(key, title, write, right=True)
 
 
@@ -40,7 +39,6 @@ class Table:
     every: Sequence[Column]
     rows: list[dict]
     unit: str = "cases"
-    opened: bool = False
     example: str = "4096"
     note: str = ""
 
@@ -146,7 +144,6 @@ def count(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share as a percentage."""
     return f"{_three(100 * value)}%"
 
 

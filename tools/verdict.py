@@ -97,7 +97,6 @@ def _plain(value: Any) -> Any:
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
     command = parser("verdict", __doc__)
     command.add_argument("--all", action="store_true", help="every point, and what stands beside")
     command.add_argument(

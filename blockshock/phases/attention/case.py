@@ -60,7 +60,6 @@ class AttentionCase(Case):
 
     @property
     def function(self):
-        """The method."""
         return self.methods[self.method]
 
     @property

@@ -96,7 +96,6 @@ class LinearCase(Case):
 
     @property
     def cls(self):
-        """The method's class."""
         return self.methods[self.method]
 
     @property

@@ -23,7 +23,7 @@ from tools.families.attention.sparsity import speedup_vs_sparsity
 from tools.families.attention.speed import speed_by_tier
 from tools.families.attention.tables import (
     PLACE,
-    RATIOS,
+    RATIO_COLUMNS,
     pattern_cells,
     place,
     ratio_rows,
@@ -64,7 +64,7 @@ def tables(results: Results) -> list[Table]:
 def _phase(title: str, here: Sequence[Result]) -> list[Table]:
     ratios = [
         *WHERE,
-        *(number(f"{a} / {b}", f"{a} / {b}", interval) for a, b in RATIOS),
+        *RATIO_COLUMNS,
         number("best peer", f"{OURS} / best peer", interval),
         number("dense", "dense", lambda result: result.case.method),
         *(

@@ -24,7 +24,7 @@ from tools.families.attention.points import (
     point_of,
     speed,
 )
-from tools.families.attention.tables import PLACE, RATIOS, place, ratio_rows
+from tools.families.attention.tables import PLACE, RATIO_COLUMNS, place, ratio_rows
 from tools.family import README_ROWS, Written
 from tools.tables import (
     Column,
@@ -44,7 +44,6 @@ def _time(result: Result) -> str:
 
 MOST_ROWS, OF_A_KIND = 40, 3
 SPEEDS = "ratios of speed with their 95% intervals, above 1 the first is the faster"
-DENSE_RATIOS = (*PLACE, *(number(f"{a} / {b}", f"{a} / {b}", interval) for a, b in RATIOS))
 PATTERN = (Column("mask", "pattern"), *PLACE[1:4])
 PATTERN_TIMES = (
     *PATTERN,
@@ -55,7 +54,7 @@ PATTERN_TIMES = (
 )
 PATTERN_RATIOS = (
     *PATTERN,
-    *(number(f"{a} / {b}", f"{a} / {b}", interval) for a, b in RATIOS[2:]),
+    *RATIO_COLUMNS[2:],
     number(f"{SPARSE} / dense", f"{SPARSE} / dense", interval),
     number(f"{SPARSE} ideal", "ideal", figure),
     number(f"{SPARSE} of ideal", "of ideal", percent),
@@ -105,7 +104,7 @@ def full(results: Results) -> list[Written]:
         rows = ratio_rows(few, here)
         words = f"Attention, {what}: TFLOP/s of the pairs that attend{left}, in {results.clock}."
         made.append((words, [*PLACE, *_rates(rows)], rows))
-        made.append((f"Attention, {what}: {SPEEDS}.", DENSE_RATIOS, rows))
+        made.append((f"Attention, {what}: {SPEEDS}.", (*PLACE, *RATIO_COLUMNS), rows))
         patterns = [r for r in here if point_of(r.case).pattern is not None]
         patterns = [r for r in patterns if r.case.method in (FLEX, SPARSE, UNPRUNED)]
         rows = ratio_rows(sorted(patterns, key=_by_size), here)

@@ -17,9 +17,10 @@ from tools.families.attention.points import (
     ideal,
     speed,
 )
-from tools.tables import Column, number
+from tools.tables import Column, interval, number
 
 RATIOS = ((OURS, "sdpa_flash"), (OURS, "sdpa_cudnn"), (SPARSE, FLEX), (SPARSE, UNPRUNED))
+RATIO_COLUMNS = tuple(number(f"{a} / {b}", f"{a} / {b}", interval) for a, b in RATIOS)
 PLACE = (
     Column("tier", "tier"),
     number("tokens", "T"),

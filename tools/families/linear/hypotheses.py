@@ -20,7 +20,7 @@ not train; for H3 the backward.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from tools.cases import Result, Results, fastest, grouped, interleaved, order, over
@@ -76,15 +76,12 @@ def judge_all(results: Results, threshold: float = THRESHOLD) -> list[Verdict]:
 
 def beats_dense(results: Results, threshold: float) -> Verdict:
     """H1."""
-    forward, found = results.of("forward"), []
-    dense = dense_by_place(forward)
-    for line, group in _lines(forward, SHOCKS):
-        for opponent, pairs in _opponents(group, dense, usual_name(results)):
-            points = [_forward_point(result, met, threshold) for result, met in pairs]
-            status, words = large_enough(points, "faster")
-            found.append(
-                Judgement(line, opponent, status, words, tuple(points), _decides(group[0]))
-            )
+    found = _against_dense(
+        results,
+        "forward",
+        lambda result, dense: _forward_point(result, dense, threshold),
+        lambda points: large_enough(points, "faster"),
+    )
     return _verdict(
         "H1",
         "Block-Shock's forward beats two-GPU dense tensor parallelism for large enough N and B.",
@@ -95,18 +92,13 @@ def beats_dense(results: Results, threshold: float) -> Verdict:
 
 def advantage_shrinks(results: Results, threshold: float) -> Verdict:
     """H2."""
-    training, found = results.of("training"), []
     forward = grouped(results.of("forward"), forward_place)
-    dense = dense_by_place(training)
-    for line, group in _lines(training, SHOCKS):
-        for opponent, pairs in _opponents(group, dense, usual_name(results)):
-            points = tuple(
-                point
-                for result, met in pairs
-                if (point := _training_point(result, met, forward, threshold))
-            )
-            status, words = shrinking(list(points), SMALL_UPKEEP)
-            found.append(Judgement(line, opponent, status, words, points, _decides(group[0])))
+    found = _against_dense(
+        results,
+        "training",
+        lambda result, dense: _training_point(result, dense, forward, threshold),
+        lambda points: shrinking(points, SMALL_UPKEEP),
+    )
     return _verdict(
         "H2",
         "In training its advantage shrinks, unless upkeep is small against the product.",
@@ -137,6 +129,23 @@ def masked_is_slower(results: Results, threshold: float) -> Verdict:
         found,
         f"the forward of masked_split and of {MAIN} on two ranks with the same mask and sum",
     )
+
+
+def _against_dense(
+    results: Results,
+    phase: str,
+    point: Callable[[Result, list[Result]], Point | None],
+    status: Callable[[list[Point]], tuple[str, str]],
+) -> list[Judgement]:
+    """A judgement of each line of Block-Shock against each opponent; a pair may give no point."""
+    of_phase, found = results.of(phase), []
+    dense = dense_by_place(of_phase)
+    for line, group in _lines(of_phase, SHOCKS):
+        for opponent, pairs in _opponents(group, dense, usual_name(results)):
+            points = [one for pair in pairs if (one := point(*pair))]
+            judged = (*status(points), tuple(points), _decides(group[0]))
+            found.append(Judgement(line, opponent, *judged))
+    return found
 
 
 def _lines(results: Iterable[Result], methods: tuple[str, ...]) -> list[tuple[str, list[Result]]]:

@@ -21,16 +21,6 @@ WORDS = {
 }
 
 
-def phase_vs_size(results: Results, phase: str) -> list[Drawing]:
-    """Time over dense TP against N, a panel for each B."""
-    return _phase(results, phase, "N")
-
-
-def phase_vs_batch(results: Results, phase: str) -> list[Drawing]:
-    """Time over dense TP against B, a panel for each N."""
-    return _phase(results, phase, "B")
-
-
 def leading(found: Sequence[Result]) -> set[str]:
     """The labels of the few lines that are drawn at first, the fastest of several that fit:
     block_shock with the mask 1100, and with tile; dense TP with another sum; dense TP by columns;
@@ -86,7 +76,8 @@ def over_floor(results: Results, phase: str) -> list[Drawing]:
     )
 
 
-def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
+def over_dense(results: Results, phase: str, x: str = "N") -> list[Drawing]:
+    """Time over dense TP against N, a panel for each B, or the other way round."""
     found = results.of(phase)
     references = {place(r): r for r in found if r.case.method == REFERENCE and not r.unusual}
     compared = [r for r in found if place(r) in references]
