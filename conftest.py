@@ -192,7 +192,7 @@ def _plan(config, families: list[str]):
     option = config.option
     try:
         return asked.plan(families, option.sweep, option.set, config.stash[DEVICE], option.ranks)
-    except (ValueError, ImportError) as error:  # a SweepError, or what a file is not
+    except (ValueError, ImportError) as error:  # of a sweep, or of what a file is not
         raise pytest.UsageError(str(error)) from None
 
 

@@ -53,7 +53,7 @@ def plan(asked: list[str], sweep: str, settings: list[str], device: str, ranks: 
         else:
             try:
                 given = sweeps.parse_set(settings, name)
-            except sweeps.SweepError as error:
+            except ValueError as error:
                 left_out[name] = str(error)
                 continue
             of_phases = {
@@ -64,7 +64,7 @@ def plan(asked: list[str], sweep: str, settings: list[str], device: str, ranks: 
             cases |= of_phases
     told = [f"{name} is left out: {why}" for name, why in left_out.items()]
     if left_out and len(left_out) == len(asked):
-        raise sweeps.SweepError(told[0])
+        raise ValueError(told[0])
     return Plan(cases, told)
 
 

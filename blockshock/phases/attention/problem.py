@@ -111,14 +111,6 @@ class AttentionProblem:
             self.pattern, self.causal, s.Tq, s.Tk, s.batch, s.heads, device=self.device
         )
 
-    def held_bytes(self) -> int:
-        """Bytes of all tensors held, truths computed so far among them: no method's memory."""
-        computed = vars(self)  # where cached_property keeps what was computed
-        truths = [computed["output"]] if "output" in computed else []
-        truths += computed.get("gradients", ())
-        held = self.q, self.k, self.v, self.d_out, *(truth for truth, _ in truths)
-        return sum(tensor.nbytes for tensor in held)
-
     def poison(self) -> None:
         """Leaves NaN in freed memory: an entry that a method does not write cannot pass."""
         nans = [torch.full_like(x, torch.nan) for x in (self.q, self.k, self.v)]
