@@ -1,7 +1,7 @@
 """How good `auto` is: beside every kernel and sum that was asked for by name, at the same size."""
 
 from tools.cases import Result, Results, fastest, grouped, over
-from tools.families.linear.naming import setting_text
+from tools.families.linear.naming import setting
 from tools.tables import Column, Table, milliseconds, number
 
 COLUMNS = (
@@ -25,7 +25,7 @@ def choices_table(results: Results) -> Table:
 
     def layer(result: Result) -> tuple:
         case = result.case
-        return (case.N, case.B, case.method, case.mask or "", setting_text(case))
+        return (case.N, case.B, case.method, case.mask or "", setting(case))
 
     rows = []
     for (n, b, *words), found in sorted(grouped(results.of("forward"), layer).items()):

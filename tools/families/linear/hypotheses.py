@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from tools.cases import Result, Results, fastest, grouped, interleaved, order, over
-from tools.families.linear.naming import setting, setting_text
+from tools.families.linear.naming import setting
 from tools.families.linear.opponents import (
     DENSE,
     SAME_SUM,
@@ -156,14 +156,14 @@ def _lines(results: Iterable[Result], methods: tuple[str, ...]) -> list[tuple[st
     def line(result: Result) -> tuple:
         name = result.case.mask or result.label if _decides(result) else result.label
         case = result.case.but(optimizer=None)
-        return (_decides(result), name, setting(case), setting_text(case))
+        return (_decides(result), name, setting(case))
 
     found = (result for result in sorted(results, key=order) if result.case.method in methods)
     groups = grouped(found, line)
     several = len({key[2] for key in groups}) > 1
     return [
         (f"{name}, {text}" if several and text else name, group)
-        for (_, name, _, text), group in sorted(groups.items(), key=lambda item: not item[0][0])
+        for (_, name, text), group in sorted(groups.items(), key=lambda item: not item[0][0])
     ]
 
 
@@ -183,7 +183,7 @@ def _opponents(
 
 def _point(result: Result, other: Result, threshold: float, **more) -> Point:
     ratio, case = over(result, other), result.case
-    of = ", ".join(part for part in (result.label, setting_text(case)) if part)
+    of = ", ".join(part for part in (result.label, setting(case)) if part)
     more = {"verdict": judge(ratio, threshold)} | more
     return Point(case.N, case.B, of, other.label, ratio, **more)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from tools.cases import Result, Results, fastest, grouped, over
 from tools.drawing.style import spread
 from tools.families.linear.choices import choices_table
-from tools.families.linear.naming import METHODS, NAMING, setting_text
+from tools.families.linear.naming import METHODS, NAMING, setting
 from tools.families.linear.opponents import DENSE, as_usual, usual_name
 from tools.family import README_ROWS, Written
 from tools.tables import Column, as_markdown, filled, interval, milliseconds, number
@@ -146,7 +146,7 @@ def _chosen_sizes(places: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
 
 def _largest_setting(found: Iterable[Result]) -> tuple[str, list[Result]]:
     """The setting, whatever the optimizer, with the most results."""
-    groups = grouped(found, lambda result: setting_text(result.case.but(optimizer=None)))
+    groups = grouped(found, lambda result: setting(result.case.but(optimizer=None)))
     return max(groups.items(), key=lambda item: len(item[1]), default=("", []))
 
 
