@@ -72,8 +72,12 @@ def time_per_weight_byte_vs_size(results: Results) -> list[Drawing]:
 
 def quality_speed_vs_size(results: Results) -> list[Drawing]:
     """(1 / forward ms) / (1 + mean absolute error), against N."""
-    errors = {same_call(r): r.errors["output"]["mean"] for r in _with_mean(results, "correctness")}
-    errors |= {same_call(r): r.errors["output"]["mean"] for r in _with_mean(results, "forward")}
+    errors = {
+        same_call(r): r.errors["output"]["mean"]
+        for phase in ("correctness", "forward")
+        for r in results.of(phase)
+        if "mean" in r.errors.get("output", {})
+    }
     found = [r for r in results.of("forward") if same_call(r) in errors]
     if results.of("forward") and not found:
         raise Absent("no forward result has a mean absolute error of its output")
@@ -127,7 +131,3 @@ def _asked(results: Results, found, words: Words, y: Axis, value) -> list[Drawin
 
 def _bytes(value: float) -> str:
     return f"{size(value)} ({value:,.0f} bytes)"
-
-
-def _with_mean(results: Results, phase: str) -> list[Result]:
-    return [r for r in results.of(phase) if "mean" in r.errors.get("output", {})]
