@@ -43,7 +43,7 @@ def log_axis(axes: Axes, write=count) -> None:
 
 def byte_axis(axes: Axes) -> None:
     """A log y axis of bytes with ticks at powers of two, six at most."""
-    axes.set_yscale("log")
+    axes.set_yscale("log", base=2)
     low, high = axes.get_ylim()
     first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
     step = max(1, math.ceil((last - first + 1) / 6))
