@@ -42,6 +42,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config):
+    config.addinivalue_line("markers", "case(case): what a bench item measures")
     config.addinivalue_line("markers", "gpus(n): needs n GPUs; skipped, or failed by --require-gpu")
     families = asked.families(config.args, config.invocation_params.dir)
     config.stash[DEVICE] = options.check(config.option, ranks=asked.ranks(families))
@@ -85,17 +86,19 @@ def pytest_generate_tests(metafunc):
     ]
     known = {field.name for field in fields(FAMILIES[family].case)}
     names = [name for name in signature(metafunc.function).parameters if name in known]
-    values = [(*(getattr(case, name) for name in names), _options(case, names)) for case in cases]
-    metafunc.parametrize((*names, "options"), values, ids=[case.name for case in cases])
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if "record" in item.fixturenames:
-            case = case_of(item)
-            # One marker with both: pytest-benchmark reads only the closest one.
-            group = f"{case.group} {case.point_label}"
-            item.add_marker(pytest.mark.benchmark(timer=CLOCK, group=group))
+    values = [
+        pytest.param(
+            *(getattr(case, name) for name in names),
+            _options(case, names),
+            id=case.name,
+            marks=[
+                pytest.mark.case(case),
+                pytest.mark.benchmark(timer=CLOCK, group=f"{case.group} {case.point_label}"),
+            ],
+        )
+        for case in cases
+    ]
+    metafunc.parametrize((*names, "options"), values)
 
 
 def pytest_runtest_setup(item):
@@ -143,7 +146,7 @@ def neighbours(request):
     points = defaultdict(list)
     for item in request.session.items:
         if "record" in item.fixturenames:
-            case = case_of(item)
+            (case,) = item.get_closest_marker("case").args
             if not case.unsupported(request.config.stash[DEVICE]):
                 points[case.point].append(case)
     return points
@@ -185,19 +188,11 @@ def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info["blockshock"] = facts
 
 
-def case_of(item):
-    """The case of a bench item."""
-    params = dict(item.callspec.params)
-    options = params.pop("options")
-    made = FAMILIES[asked.family_of(item.path)].case
-    return made(phase=item.originalname.removeprefix("bench_"), **params, **options)
-
-
 def _plan(config, families: list[str]):
     option = config.option
     try:
         return asked.plan(families, option.sweep, option.set, config.stash[DEVICE], option.ranks)
-    except (ValueError, ImportError) as error:  # a SweepError, or what a file is not
+    except (ValueError, ImportError) as error:  # of a sweep, or of what a file is not
         raise pytest.UsageError(str(error)) from None
 
 

@@ -1,1 +1,1 @@
-"""One file a question: `bench_<phase>.py`; `sweeps/*.yaml` say which cases it is asked for."""
+"""A file a family, `bench_<family>.py`: a function a phase; `sweeps/` says for which cases."""

@@ -3,7 +3,7 @@
 A family is asked where its bench file, bench_<family>.py, is among the paths that pytest is given.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from bench import sweep as sweeps
@@ -16,8 +16,8 @@ BENCH = Path(__file__).parent
 class Plan:
     """cases: by (family, phase). left_out: a line for each family that is asked in vain."""
 
-    cases: dict[tuple[str, str], list] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    cases: dict[tuple[str, str], list]
+    left_out: list[str]
 
 
 def families(paths: list[str], folder: Path) -> list[str]:
@@ -39,37 +39,33 @@ def plan(asked: list[str], sweep: str, settings: list[str], device: str, ranks: 
     know an axis or a method of `settings`. Raises ValueError or ImportError where all are, and
     where a sweep or a case's data is wrong.
     """
-    found, left_out = Plan(), {}
+    cases, left_out = {}, {}
+    loaded = sweeps.load(sweep, [name for name in asked if FAMILIES[name].ranks in (None, ranks)])
     for name in asked:
-        alone = FAMILIES[name].ranks
-        if alone not in (None, ranks):
+        family = FAMILIES[name]
+        if family.ranks not in (None, ranks):
             left_out[name] = (
-                f"it is measured on {alone} rank{'s' if alone > 1 else ''}, and {ranks} run; use "
-                f"pytest bench/bench_{name}.py --ranks {alone}"
+                f"it is measured on {family.ranks} rank{'s' if family.ranks > 1 else ''}, and "
+                f"{ranks} run; use pytest bench/bench_{name}.py --ranks {family.ranks}"
             )
-    loaded = sweeps.load(sweep, [name for name in asked if name not in left_out])
-    for name in asked:
-        if name in left_out:
-            continue
-        if name not in loaded:
+        elif name not in loaded:
             left_out[name] = f"no sweep {sweep} is of this family"
-            continue
-        try:
-            given = sweeps.parse_set(settings, name)
-        except sweeps.SweepError as error:
-            left_out[name] = str(error)
-            continue
-        of_phases = {
-            (name, phase): sweeps.cases(loaded[name], phase, device, ranks, given)
-            for phase in FAMILIES[name].phases
-        }
-        FAMILIES[name].check_all([case for listed in of_phases.values() for case in listed])
-        found.cases |= of_phases
+        else:
+            try:
+                given = sweeps.parse_set(settings, name)
+            except ValueError as error:
+                left_out[name] = str(error)
+                continue
+            of_phases = {
+                (name, phase): sweeps.cases(loaded[name], phase, device, ranks, given)
+                for phase in family.phases
+            }
+            family.check_all([case for listed in of_phases.values() for case in listed])
+            cases |= of_phases
     told = [f"{name} is left out: {why}" for name, why in left_out.items()]
     if left_out and len(left_out) == len(asked):
-        raise sweeps.SweepError(told[0])
-    found.left_out = told
-    return found
+        raise ValueError(told[0])
+    return Plan(cases, told)
 
 
 def family_of(path: Path) -> str:

@@ -35,19 +35,15 @@ COMMA = re.compile(r",(?![^(]*\))")  # but for those inside parentheses
 PARTS = ("common", "cpu", "cuda")
 
 
-class SweepError(ValueError):
-    """A sweep file or a `--set` that says something impossible."""
-
-
 def load(name: str, families: list[str]) -> dict[str, dict]:
     """By family, of those that are asked: its sweep `name`, or the one in the YAML file at a path.
 
-    A family without a sweep of that name is left out. Raises SweepError where none has one.
+    A family without a sweep of that name is left out. Raises ValueError where none has one.
     """
     if name.endswith((".yaml", ".yml")):
         file = Path(name)
         if not file.exists():
-            raise SweepError(f"there is no sweep {name!r}; give the path of a .yaml that exists")
+            raise ValueError(f"there is no sweep {name!r}; give the path of a .yaml that exists")
         sweep = _read(file)
         return {sweep["family"]: sweep} if sweep["family"] in families else {}
     found = {family: FOLDER / family / f"{name}.yaml" for family in families}
@@ -55,7 +51,7 @@ def load(name: str, families: list[str]) -> dict[str, dict]:
     if families and not found:
         files = [file for family in families for file in (FOLDER / family).glob("*.yaml")]
         names = ", ".join(sorted({file.stem for file in files}))
-        raise SweepError(
+        raise ValueError(
             f"there is no sweep {name!r} of {', '.join(families)}; known: {names}, or give a path "
             "to a .yaml"
         )
@@ -69,18 +65,18 @@ def parse_set(settings: list[str], family: str) -> dict[str, list]:
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not text:
-            raise SweepError(f"--set {setting!r} is not KEY=VALUE[,VALUE...]")
+            raise ValueError(f"--set {setting!r} is not KEY=VALUE[,VALUE...]")
         _known_keys({key: text}, declared, f"--set {setting}")
         words = COMMA.split(text)
         try:
             values = [_value(word, types(declared[key])) for word in words]
         except yaml.YAMLError:
-            raise SweepError(
+            raise ValueError(
                 f"--set {setting!r}: a value is not a number, a name or text"
             ) from None
         if key == "method" and values != ["all"]:
             for method in values:
-                _told(axes.known_method, case, method)
+                axes.known_method(case, method)
         found[key] = values
     return found
 
@@ -97,13 +93,13 @@ def cases(sweep: dict, phase: str, device: str, ranks: int, settings: dict) -> l
     found, seen = [], set()
     for point in _points(said.pop("points"), family.case):
         own = {**said, **point, **_unlabelled(settings, family.case), **settings}
-        listed = _told(axes.listed, family.case, own, device)
-        of_point = _told(family.expand, family.case, listed, phase, ranks)
+        listed = axes.listed(family.case, own, device)
+        of_point = family.expand(family.case, listed, phase, ranks)
         found += [case for case in of_point if not settings or case.id not in seen]
         seen |= {case.id for case in of_point}
     twice = [name for name, count in Counter(case.id for case in found).items() if count > 1]
     if twice:
-        raise SweepError(f"the sweep lists {twice[0]} twice; every value of an axis once")
+        raise ValueError(f"the sweep lists {twice[0]} twice; every value of an axis once")
     return found
 
 
@@ -114,17 +110,17 @@ def _read(file: Path) -> dict:
         _each_key_once(yaml.compose(text, yaml.SafeLoader), file)
         sweep = yaml.safe_load(text)
     except (OSError, UnicodeError) as error:
-        raise SweepError(f"{file} cannot be read: {error}") from None
+        raise ValueError(f"{file} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise SweepError(f"{file} is not YAML: {error}") from None
+        raise ValueError(f"{file} is not YAML: {error}") from None
     if not isinstance(sweep, dict):
-        raise SweepError(f"{file} must be a mapping with the keys about, common, cpu, cuda")
+        raise ValueError(f"{file} must be a mapping with the keys about, common, cpu, cuda")
     _known_keys(sweep, {"about", "family", "phases", *PARTS}, str(file))
     folder = file.resolve().parent
     usual = folder.name if folder.parent == FOLDER else next(iter(FAMILIES))
     name = sweep.setdefault("family", usual)
     if name not in tuple(FAMILIES):  # which a list may be asked about
-        raise SweepError(f"{file}: unknown family {name!r}; known: {', '.join(FAMILIES)}")
+        raise ValueError(f"{file}: unknown family {name!r}; known: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     known = {*axes.of(family.case), "points"}
     for part in PARTS:
@@ -133,24 +129,24 @@ def _read(file: Path) -> dict:
             _known_keys((sweep.get(part) or {}).get(phase) or {}, known, f"{file}, {part}, {phase}")
     phases = sweep.setdefault("phases", list(family.phases))
     if not isinstance(phases, list) or not phases:
-        raise SweepError(
+        raise ValueError(
             f"{file}: phases must be a list, such as [forward], and is {phases!r}; leave it out "
             "for all"
         )
     for phase in phases:
         if phase not in family.phases:
-            raise SweepError(f"{file}: unknown phase {phase!r}; known: {', '.join(family.phases)}")
+            raise ValueError(f"{file}: unknown phase {phase!r}; known: {', '.join(family.phases)}")
     return sweep
 
 
 def _each_key_once(node: yaml.Node | None, file: Path) -> None:
-    """Raises SweepError for a key that a mapping has twice: PyYAML would take the last."""
+    """Raises ValueError for a key that a mapping has twice: PyYAML would take the last."""
     parts = node.value if isinstance(node, yaml.CollectionNode) else []
     if isinstance(node, yaml.MappingNode):
         keys = Counter(key.value for key, _ in parts if isinstance(key, yaml.ScalarNode))
         for key, count in keys.items():
             if count > 1:
-                raise SweepError(
+                raise ValueError(
                     f"{file}, line {node.start_mark.line + 1}: {key!r} is there {count} times; say "
                     "it once"
                 )
@@ -169,7 +165,7 @@ def _value(word: str, wanted: tuple[type, ...]):
 def _points(points, case: type[Case]) -> list[dict]:
     mappings = isinstance(points, list) and all(isinstance(point, dict) for point in points)
     if not mappings or not points:
-        raise SweepError(f"points must be a list of mappings of axes to values, and is {points!r}")
+        raise ValueError(f"points must be a list of mappings of axes to values, and is {points!r}")
     for point in points:
         _known_keys(point, axes.of(case), "points")
     return points
@@ -182,17 +178,9 @@ def _unlabelled(settings: dict, case: type[Case]) -> dict:
     return {name: usual[name] for name, sizes in labels.items() if settings.keys() & set(sizes)}
 
 
-def _told(function, *args):
-    """What the function returns; what it refuses, as a SweepError."""
-    try:
-        return function(*args)
-    except ValueError as error:
-        raise SweepError(str(error)) from None
-
-
 def _known_keys(mapping: dict, known, where: str) -> None:
     if not isinstance(mapping, dict):
-        raise SweepError(f"{where} must be a mapping of axes to values, and is {mapping!r}")
+        raise ValueError(f"{where} must be a mapping of axes to values, and is {mapping!r}")
     for key in mapping:
         if key not in known:
-            raise SweepError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")
+            raise ValueError(f"{where}: unknown key {key!r}; known: {', '.join(sorted(known))}")

@@ -10,9 +10,9 @@ from tests import synthetic_results as linear
 from tools import compare, plot, report, verdict
 from tools.drawing import render
 from tools.families import FAMILIES, held
-from tools.families.attention import looks
 from tools.families.attention.page import tables
 from tools.families.attention.points import (
+    NAMING,
     attention,
     best_dense,
     by_point,
@@ -243,7 +243,7 @@ def test_times_are_per_head_where_batches_differ(tmp_path):
 
 
 def test_methods_of_attention_have_colours_and_markers_of_their_own():
-    styles = [looks.STYLES[method] for method in METHODS]
+    styles = [NAMING.methods[method] for method in METHODS]
     assert len(set(styles)) == len({c for c, _ in styles}) == len({m for _, m in styles})
 
 

@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 
 from tests import synthetic_results as synthetic
 from tools.cases import over
-from tools.drawing import page, render, style, ticks
+from tools.drawing import looks, page, render, style, ticks
 from tools.drawing.chart import SAME, Axis, Line, Panel, Point, merged
 from tools.families import FAMILIES
-from tools.families.linear import looks, steps
+from tools.families.linear import steps
 from tools.family import draw_all
 from tools.results import load
 
@@ -69,7 +69,7 @@ def test_each_method_looks_the_same_everywhere_and_like_no_other(drawn):
 def test_variants_of_a_method_stay_in_its_family_of_colours(results):
     for found in style.lines(results.of("forward")):
         colour = looks.line_style(found[0])["color"]
-        base = looks.STYLES[found[0].case.method][0]
+        base = found[0].naming.methods[found[0].case.method][0]
         hues = [colorsys.rgb_to_hls(*to_rgb(one))[0] for one in (colour, base)]
         assert abs(hues[0] - hues[1]) < 0.02
         assert (colour == base) == (not found[0].unusual)

@@ -326,7 +326,7 @@ def test_a_cpu_verdict_always_says_that_it_says_nothing_about_gpus(tmp_path, cap
     entries = forward(lambda n, b: 0.5)
     path = synthetic.write(tmp_path / "cpu.json", entries, kind="cpu")
     out = tmp_path / "out"
-    assert verdict.main([path, "--out", str(out), "--json", str(tmp_path / "v.json")]) == 0
+    assert verdict.main([path, "--out", str(out)]) == 0
     caveat = "CPU: says nothing about GPUs"
     printed = capsys.readouterr().out
     assert caveat in printed
@@ -334,7 +334,7 @@ def test_a_cpu_verdict_always_says_that_it_says_nothing_about_gpus(tmp_path, cap
     assert "tile vs dense TP (gloo): holds" in printed
     assert "NCCL" not in printed
     assert caveat in (out / "verdict.md").read_text()
-    assert json.loads((tmp_path / "v.json").read_text())["caveat"] == caveat
+    assert json.loads((out / "verdict.json").read_text())["caveat"] == caveat
 
 
 @pytest.fixture
@@ -361,8 +361,8 @@ def test_the_verdict_is_short_and_all_has_every_point(variants, tmp_path, capsys
 
 
 def test_json_holds_every_point_in_one_line(variants, tmp_path):
-    verdict.main([variants, "--json", str(tmp_path / "v.json")])
-    text = (tmp_path / "v.json").read_text()
+    verdict.main([variants, "--out", str(tmp_path)])
+    text = (tmp_path / "verdict.json").read_text()
     assert text.count("\n") == 1
     data = json.loads(text)["hypotheses"]
     expected = verdict.judged(load_all([variants]))
@@ -377,6 +377,6 @@ def test_json_holds_every_point_in_one_line(variants, tmp_path):
 
 def test_a_family_without_a_hypothesis_has_no_verdict(tmp_path, capsys):
     path = synthetic_attention.read_write(tmp_path / "a.json", synthetic_attention.patterns())
-    assert verdict.main([path, "--json", str(tmp_path / "v.json")]) == 0
+    assert verdict.main([path, "--out", str(tmp_path)]) == 0
     assert verdict.NOTHING in capsys.readouterr().out
-    assert json.loads((tmp_path / "v.json").read_text())["hypotheses"] == []
+    assert json.loads((tmp_path / "verdict.json").read_text())["hypotheses"] == []

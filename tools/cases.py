@@ -6,9 +6,10 @@ to say: its Naming.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
-from tools.stats import Interval, median, ratio
+from tools.stats import Interval, ratio
 
 CPU_CAVEAT = "CPU: says nothing about GPUs"
 
@@ -41,7 +42,8 @@ class Case:
 class Naming:
     """How the cases of a family are named, ordered and compared; the defaults suit any family.
 
-    methods, phases: in reading order. Others follow, as their file has them.
+    methods: by name, in reading order, the colour and marker of its lines. phases: likewise in
+    order. Others follow, as their file has them.
     sizes: the fields that say how large a case is, positive integers, in the order of sorting.
     line: the fields that tell the lines of a method apart. A label names those that are unusual.
     ways: those of them that change how it is computed, not what.
@@ -49,7 +51,7 @@ class Naming:
     run_label: the name that a run writes into `timing.interleaved_with`.
     """
 
-    methods: tuple[str, ...] = ()
+    methods: dict[str, tuple[str, str]] = field(default_factory=dict)
     phases: tuple[str, ...] = ()
     sizes: tuple[str, ...] = ()
     line: tuple[str, ...] = ()
@@ -62,7 +64,7 @@ class Naming:
 
     def place(self, method: str) -> int:
         """Sorts methods: the known ones in reading order, then the others."""
-        return _place(self.methods, method)
+        return _place(tuple(self.methods), method)
 
 
 PLAIN = Naming()
@@ -75,8 +77,6 @@ class Region:
     avg: float
     p50: float
     p95: float
-    calls: float = 0.0
-    bytes: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,6 @@ class Result:
     id: str
     case: Case
     samples: tuple[float, ...]
-    device: str
     timing: dict[str, Any] = field(default_factory=dict)
     regions: dict[str, Region] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -196,8 +195,12 @@ class Results:
             if self.machine.get(name)
         )
 
+    @property
+    def days(self) -> str:
+        """The dates of the runs, in order."""
+        return ", ".join(sorted({date[:10] for date in self.dates if date}))
+
     def only(self, family: str) -> "Results":
-        """The results of one family."""
         return replace(self, results=tuple(r for r in self.results if r.case.family == family))
 
     def of(self, phase: str) -> tuple[Result, ...]:
@@ -208,6 +211,21 @@ class Results:
             if result.case.phase == phase
             and None not in [getattr(result.case, size) for size in result.naming.sizes]
         )
+
+
+def grouped(results: Iterable[Result], key: Callable[[Result], Any]) -> dict[Any, list[Result]]:
+    """The results of each key, both in the order given."""
+    groups: dict[Any, list[Result]] = {}
+    for result in results:
+        groups.setdefault(key(result), []).append(result)
+    return groups
+
+
+def fastest(results: Iterable[Result]) -> Result | None:
+    """The one with the shortest median of all its rounds: the ratio to it is that of two results,
+    the same wherever it is shown. None where there are none.
+    """
+    return min(results, key=lambda result: result.median, default=None)
 
 
 def interleaved(results: Iterable[Result]) -> bool:

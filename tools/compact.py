@@ -7,11 +7,10 @@ is pytest-benchmark's own: the settings of the run, the parameters (`extra_info.
 its statistics of the samples. The files are rewritten in place, whole or not at all.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-from tools.files import read_text, run, save
+from tools.files import parser, read_text, run, save
 from tools.results import load
 
 
@@ -37,11 +36,7 @@ def _rounded(value):
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.compact", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("files", nargs="+", metavar="FILE")
-    files = [Path(file) for file in parser.parse_args(argv).files]
+    files = [Path(file) for file in parser("compact", __doc__).parse_args(argv).files]
     for file in files:
         load(file)  # what is no result file is refused before any is written
     for file in files:

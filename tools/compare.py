@@ -24,18 +24,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import geometric_mean, median
 
 from tools.cases import CPU_CAVEAT, Result, Results
-from tools.files import ToolError, run, save
+from tools.files import ToolError, parser, run, save
 from tools.results import load
 from tools.stats import (
     ALONE,
     ENOUGH,
     THRESHOLD,
     Interval,
-    geometric_mean,
     judge,
-    median,
     ratio_of_runs,
 )
 from tools.tables import Column, as_csv, as_markdown, as_text, change, milliseconds, number
@@ -57,12 +56,10 @@ class Row:
 
     @property
     def id(self) -> str:
-        """The case's."""
         return (self.old or self.new)[0].id
 
     @property
     def cells(self) -> dict:
-        """The row of the table."""
         sides = {"old": self.old, "new": self.new}
         medians = {side: _median(runs) for side, runs in sides.items() if runs}
         change = self.ratio and self.ratio.value
@@ -189,7 +186,6 @@ def summary(comparison: Comparison) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
     options = _options(argv)
     comparison = compare(
         [load(path) for path in options.old],
@@ -281,36 +277,34 @@ def percentage(text: str) -> float:
 
 
 def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.compare", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("files", metavar="FILE", nargs="+", help="OLD NEW, or several of OLD")
-    parser.add_argument("--against", metavar="NEW", nargs="+", help="several runs of NEW")
-    parser.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
-    parser.add_argument("--csv", metavar="FILE", help="write the table as CSV")
-    parser.add_argument(
+    command = parser("compare", __doc__, "OLD NEW, or several of OLD")
+    command.add_argument("--against", metavar="NEW", nargs="+", help="several runs of NEW")
+    command.add_argument("--markdown", metavar="FILE", help="write the table as Markdown")
+    command.add_argument("--csv", metavar="FILE", help="write the table as CSV")
+    command.add_argument(
         "--threshold",
         type=percentage,
         metavar="P%",
         help="a smaller change is no change (default 6%% with one run a side, else 2%%)",
     )
-    parser.add_argument(
+    command.add_argument(
         "--fail-slower",
         type=percentage,
         metavar="P%",
         help="exit with 1 when a case is slower by more than this, missing, or not judged",
     )
-    parser.add_argument(
+    command.add_argument(
         "--across-devices", action="store_true", help="compare results of different devices"
     )
-    options = parser.parse_args(argv)
+    options = command.parse_args(argv)
     options.old, options.new = options.files, options.against
     if options.new is None:
         if len(options.files) != 2:
-            parser.error("give OLD and NEW, or several of OLD and --against several of NEW")
+            command.error("give OLD and NEW, or several of OLD and --against several of NEW")
         options.old, options.new = options.files[:1], options.files[1:]
     for side in (options.old, options.new):
         if len({Path(path).resolve() for path in side}) < len(side):
-            parser.error("a file is given twice on one side: it is one run")
+            command.error("a file is given twice on one side: it is one run")
     return options
 
 

@@ -5,10 +5,11 @@ for what a gate found. A file is written beside its destination and then renamed
 stays whole until the new one is.
 """
 
+import argparse
 import contextlib
 import os
+import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -25,28 +26,24 @@ def save(path: str | Path, content: str | bytes) -> Path:
     before is then still there, and no partial file is left.
     """
     path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = None
     if path.exists() and not path.is_file():
         raise ToolError(f"{path} was not written: it is no file; name one")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-        Path(temporary).chmod(mode)
-        Path(temporary).replace(path)
-    except BaseException as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-        if isinstance(error, OSError):
-            reason = error.strerror or error
-            raise ToolError(f"{path} was not written: {reason}; nothing was changed") from error
-        raise
+        if path.exists():
+            shutil.copymode(path, partial)
+        partial.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ToolError(f"{path} was not written: {reason}; nothing was changed") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
     return path
 
 
@@ -60,6 +57,17 @@ def read_text(path: str | Path) -> str:
         raise ToolError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ToolError(f"{path} is not a text file: byte {error.start} is not UTF-8") from error
+
+
+def parser(tool: str, words: str, files: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command that reads FILE...; words: its module's docstring, as help."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m tools.{tool}",
+        description=words,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("files", nargs="+", metavar="FILE", help=files)
+    return made
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
@@ -83,9 +91,3 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     except KeyboardInterrupt:
         code = 130
     sys.exit(code)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -5,20 +5,23 @@
 A plot without data is not drawn, and the reason is printed. --only draws the named ones, as PNG.
 """
 
-import argparse
 from pathlib import Path
 
 from tools.cases import CPU_CAVEAT
 from tools.drawing import render
 from tools.families import held
 from tools.family import draw_all
-from tools.files import ToolError, run, save
+from tools.files import ToolError, parser, run, save
 from tools.results import load_all
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
-    options = _options(argv)
+    command = parser("plot", __doc__)
+    command.add_argument(
+        "-o", "--out", default="plots", metavar="DIR", help="folder for the plots (default plots)"
+    )
+    command.add_argument("--only", metavar="NAMES", help="these plots, by name, as PNG alone")
+    options = command.parse_args(argv)
     results = load_all(options.files)
     folder = Path(options.out)
     if folder.exists() and not folder.is_dir():
@@ -44,17 +47,6 @@ def main(argv: list[str]) -> int:
     if results.cpu:
         print(f"{CPU_CAVEAT}.")
     return 0
-
-
-def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.plot", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument(
-        "-o", "--out", default="plots", metavar="DIR", help="folder for the plots (default plots)"
-    )
-    parser.add_argument("--only", metavar="NAMES", help="these plots, by name, as PNG alone")
-    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,16 @@ mode, and without JavaScript (which sorts and searches the tables, switches the 
 and off, and says the values of its points).
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import jinja2
-from markupsafe import Markup
 
 from tools.cases import CPU_CAVEAT, Results
-from tools.drawing.chart import Drawing
 from tools.drawing.page import chart
 from tools.families import held
 from tools.family import draw_all
-from tools.files import run, save
+from tools.files import parser, run, save
 from tools.judged import Verdict
 from tools.results import load_all
 from tools.verdict import judged
@@ -35,12 +32,12 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
         absent |= missing
         settings += [drawing for drawing in drawings if drawing.setting]
         charts = [
-            _chart(drawing, f"c{len(families)}-{i}")
+            chart(drawing, f"c{len(families)}-{i}")
             for i, drawing in enumerate(drawings)
             if not drawing.setting
         ]
-        checks += [chart for chart in charts if chart["drawing"].checks]
-        charts = [chart for chart in charts if not chart["drawing"].checks]
+        checks += [one for one in charts if one["drawing"].checks]
+        charts = [one for one in charts if not one["drawing"].checks]
         families.append(
             {
                 "name": name,
@@ -74,31 +71,15 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
     )
 
 
-def _chart(drawing: Drawing, key: str) -> dict:
-    """A chart whose markup, which this project wrote, is not escaped again."""
-    made = chart(drawing, key)
-    entries = [{**entry, "swatch": Markup(entry["swatch"])} for entry in made["entries"]]
-    return {
-        **made,
-        "svg": Markup(made["svg"]),
-        "points": Markup(made["points"]),
-        "entries": entries,
-    }
-
-
 def _facts(results: Results) -> list[str]:
-    dates = ", ".join(sorted({date[:10] for date in results.dates if date}))
     files = ", ".join(Path(file).name for file in results.files)
-    parts = (f"{len(results.results)} cases", dates, files, results.versions)
+    parts = (f"{len(results.results)} cases", results.days, files, results.versions)
     return [part for part in parts if part]
 
 
 def _warnings(results: Results) -> list[str]:
-    said = (
-        f"{CPU_CAVEAT}. Correctness means the same everywhere; times and ratios are host time of "
-    )
-    said += "this CPU."
-    return [said] * results.cpu + list(results.notes)
+    said = "Correctness means the same everywhere; times and ratios are host time of this CPU."
+    return [f"{CPU_CAVEAT}. {said}"] * results.cpu + list(results.notes)
 
 
 def _environment(results: Results) -> list[tuple[str, str]]:
@@ -118,14 +99,11 @@ def _environment(results: Results) -> list[tuple[str, str]]:
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument(
+    command = parser("report", __doc__)
+    command.add_argument(
         "-o", "--out", default="report.html", metavar="FILE", help="default report.html"
     )
-    options = parser.parse_args(argv)
+    options = command.parse_args(argv)
     results = load_all(options.files)
     path = Path(options.out)
     if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):

@@ -147,10 +147,9 @@ def _result(entry: Any, path: str | Path) -> Result:
         case=_case(case, naming, where),
         naming=naming,
         samples=_samples(entry, where),
-        device=str(info.get("device", "")),
         timing=_section(info, "timing", where),
         regions={
-            region: Region(**_numbers(values, ("avg", "p50", "p95"), ("calls", "bytes"), where))
+            region: _region(values, where)
             for region, values in _section(info, "regions", where).items()
         },
         errors={
@@ -214,13 +213,12 @@ def _section(info: dict, name: str, where: str) -> dict:
     return section
 
 
-def _numbers(values: Any, needed: tuple, optional: tuple, where: str) -> dict[str, float]:
-    values = values if isinstance(values, dict) else {}
-    for name in needed:
-        if not _is_number(values.get(name)):
+def _region(values: Any, where: str) -> Region:
+    times = {name: isinstance(values, dict) and values.get(name) for name in ("avg", "p50", "p95")}
+    for name, value in times.items():
+        if not _is_number(value):
             raise ToolError(f"{where}: a region has no {name}; see tools/SCHEMA.md")
-    names = (*needed, *(name for name in optional if _is_number(values.get(name))))
-    return {name: float(values[name]) for name in names}
+    return Region(**times)
 
 
 def _finite_only(values: dict) -> dict[str, float]:

@@ -25,10 +25,9 @@ Everything is seeded: the same files give the same figures.
 """
 
 import functools
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, median
 
 import numpy as np
 
@@ -61,16 +60,6 @@ class Interval:
         if not self.enough:
             return f"{self.value:.3f} [{self.samples} samples: no interval]"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-def median(values: Sequence[float]) -> float:
-    """The middle value; of an even number, the mean of the middle two."""
-    return float(statistics.median(values))
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Of positive values: for times and ratios, where ×2 and ×½ cancel."""
-    return statistics.geometric_mean(values)
 
 
 def block_length(samples: np.ndarray) -> int:

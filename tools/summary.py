@@ -9,13 +9,12 @@ every table and verdict of every set, in the order given. With neither the full 
 --check writes nothing and exits with 1 where a file is not what these results give.
 """
 
-import argparse
 from pathlib import Path
 
 from tools.cases import CPU_CAVEAT, Results
 from tools.families import held
 from tools.family import Written
-from tools.files import ToolError, read_text, run, save
+from tools.files import ToolError, parser, read_text, run, save
 from tools.results import load_by_device
 from tools.verdict import judged, line
 
@@ -92,9 +91,8 @@ def _with_caption(written: Written, results: Results, facts: str) -> str:
 def _facts(results: Results) -> str:
     """Where figures come from: card, caches, versions, commits, dates."""
     commits = f"commit {', '.join(results.commits)}" if results.commits else "commit unknown"
-    dates = ", ".join(sorted({date[:10] for date in results.dates if date}))
     cold = "cold L2" if "cold" in results.caches else ""
-    facts = (_device(results), cold, results.versions, commits, dates)
+    facts = (_device(results), cold, results.versions, commits, results.days)
     return "; ".join(fact for fact in facts if fact)
 
 
@@ -105,8 +103,15 @@ def _device(results: Results) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
-    options = _options(argv)
+    command = parser("summary", __doc__)
+    command.add_argument("--readme", metavar="FILE", help="write one short table a family into it")
+    command.add_argument("--tables", metavar="FILE", help="write every table of every set to it")
+    command.add_argument(
+        "--check", action="store_true", help="only say whether they are up to date"
+    )
+    options = command.parse_args(argv)
+    if options.check and not (options.readme or options.tables):
+        raise ToolError("--check needs --readme FILE or --tables FILE: it compares that file")
     sets = load_by_device(options.files)
     for results in sets:
         for note in results.notes:
@@ -131,19 +136,6 @@ def main(argv: list[str]) -> int:
             save(path, text)
         print(f"{path} has the tables of {', '.join(options.files)}")
     return int(options.check and late)
-
-
-def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.summary", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--readme", metavar="FILE", help="write one short table a family into it")
-    parser.add_argument("--tables", metavar="FILE", help="write every table of every set to it")
-    parser.add_argument("--check", action="store_true", help="only say whether they are up to date")
-    options = parser.parse_args(argv)
-    if options.check and not (options.readme or options.tables):
-        raise ToolError("--check needs --readme FILE or --tables FILE: it compares that file")
-    return options
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ class Column:
 
 
 def number(key: str, title: str, write: Callable[[Any], str] = str) -> Column:
-    """A column of numbers."""
     return Column(key, title, write, right=True)
 
 
@@ -40,14 +39,13 @@ class Table:
     every: Sequence[Column]
     rows: list[dict]
     unit: str = "cases"
-    opened: bool = False
     example: str = "4096"
     note: str = ""
 
     @property
     def columns(self) -> list[Column]:
         """The columns that are shown."""
-        return [column for column in self._filled if column not in self._same]
+        return [column for column in filled(self.every, self.rows) if column not in self._same]
 
     @property
     def words(self) -> str:
@@ -63,14 +61,16 @@ class Table:
         return [[(column, _written(column, row)) for column in columns] for row in self.rows]
 
     @property
-    def _filled(self) -> list[Column]:
-        return [c for c in self.every if any(row.get(c.key) is not None for row in self.rows)]
-
-    @property
     def _same(self) -> list[Column]:
         if len(self.rows) < FEW:
             return []
-        return [c for c in self._filled if len({_written(c, row) for row in self.rows}) == 1]
+        every = filled(self.every, self.rows)
+        return [c for c in every if len({_written(c, row) for row in self.rows}) == 1]
+
+
+def filled(columns: Sequence[Column], rows: Sequence[dict]) -> list[Column]:
+    """The columns that have a value in some row."""
+    return [c for c in columns if any(row.get(c.key) is not None for row in rows)]
 
 
 def as_text(columns: Sequence[Column], rows: Iterable[dict]) -> str:
@@ -101,40 +101,27 @@ def as_markdown(columns: Sequence[Column], rows: Iterable[dict]) -> str:
 
 def as_csv(columns: Sequence[Column], rows: Iterable[dict]) -> str:
     """CSV with the keys as header; an Interval becomes three columns."""
-    rows = list(rows)
-    spread = {
-        column.key
-        for column in columns
-        if any(isinstance(r.get(column.key), Interval) for r in rows)
-    }
-    header: list[str] = []
-    for column in columns:
-        ends = ("", "_low", "_high") if column.key in spread else ("",)
-        header += [column.key + end for end in ends]
+    rows = [_apart(row) for row in rows]
+    ends = [(column.key, end) for column in columns for end in ("", "_low", "_high")]
+    names = [key + end for key, end in ends if not end or any(key + end in row for row in rows)]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
-    for row in rows:
-        line: list[Any] = []
-        for column in columns:
-            value = row.get(column.key)
-            if column.key not in spread:
-                line.append("" if value is None else value)
-            elif isinstance(value, Interval):
-                line += [value.value, value.low, value.high]
-            else:
-                line += ["", "", ""]
-        writer.writerow(line)
+    writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue()
+
+
+def _apart(row: dict) -> dict:
+    """The row with each Interval as three values."""
+    ratios = {key: value for key, value in row.items() if isinstance(value, Interval)}
+    made = row | {key: ratio.value for key, ratio in ratios.items()}
+    made |= {f"{key}_low": ratio.low for key, ratio in ratios.items()}
+    return made | {f"{key}_high": ratio.high for key, ratio in ratios.items()}
 
 
 def seconds(value: float) -> str:
     """12.3 ns, 12.3 µs, 1.23 ms, 1.23 s: three digits that mean something."""
-    for scale, unit in ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        # 0.9995 so that what would be rounded to 1000 of a unit is written in the next one.
-        if abs(value) >= 0.9995 * scale:
-            return f"{_three(value / scale)} {unit}"
-    return f"{_three(value / 1e-9)} ns"
+    return _scaled(value, ((1.0, " s"), (1e-3, " ms"), (1e-6, " µs"), (1e-9, " ns")))
 
 
 def milliseconds(value: float) -> str:
@@ -144,23 +131,25 @@ def milliseconds(value: float) -> str:
 
 def size(value: float) -> str:
     """Bytes in the binary unit that fits: 512 B, 1.50 KiB, 288 MiB, 1.12 GiB."""
-    for exponent, unit in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if abs(value) >= 0.9995 * 2**exponent:
-            return f"{_three(value / 2**exponent)} {unit}"
-    return f"{value:.0f} B"
+    if abs(value) < 0.9995 * 2**10:
+        return f"{value:.0f} B"
+    return _scaled(
+        value, ((2.0**40, " TiB"), (2.0**30, " GiB"), (2.0**20, " MiB"), (2.0**10, " KiB"))
+    )
 
 
 def count(value: float) -> str:
     """A large number with a suffix: 1.23 M."""
-    for scale, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if abs(value) >= 0.9995 * scale:
-            return f"{_three(value / scale)}{unit}"
-    return _three(value)
+    return _scaled(value, ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k"), (1.0, "")))
 
 
 def percent(value: float) -> str:
-    """A share as a percentage."""
     return f"{_three(100 * value)}%"
+
+
+def interval(value: Interval) -> str:
+    """A ratio with its interval; alone where there are too few samples for one."""
+    return str(value) if value.enough else f"{value.value:.3f}"
 
 
 def change(value: float) -> str:
@@ -171,6 +160,14 @@ def change(value: float) -> str:
 def figure(value: float) -> str:
     """A figure without a unit, three digits."""
     return _three(value) if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}"
+
+
+def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+    """In the largest unit of which it is 1 or more, or else in the last."""
+    # 0.9995 so that what would be rounded to 1000 of a unit is written in the next one.
+    fits = (unit for unit in units if abs(value) >= 0.9995 * unit[0])
+    scale, name = next(fits, units[-1])
+    return _three(value / scale) + name
 
 
 def _three(value: float) -> str:

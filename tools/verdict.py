@@ -1,6 +1,6 @@
 """The verdict on the hypotheses of the families that were measured.
 
-    python -m tools.verdict FILE... [--all] [--out DIR] [--json FILE]
+    python -m tools.verdict FILE... [--all] [--out DIR]
 
 Prints for each hypothesis the claim, where it holds in a sentence, and a line for each mask and
 opponent with its own status. --all adds every point with its 95% interval, and what was measured
@@ -9,7 +9,6 @@ What a status needs is in the family's hypotheses.py. The exit code says nothing
 hypotheses: 0, or 2 for a wrong input.
 """
 
-import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 from tools.cases import CPU_CAVEAT, Results
 from tools.compare import percentage
 from tools.families import held
-from tools.files import run, save
+from tools.files import parser, run, save
 from tools.judged import Judgement, Verdict
 from tools.results import load_all
 from tools.stats import THRESHOLD
@@ -98,39 +97,30 @@ def _plain(value: Any) -> Any:
 
 
 def main(argv: list[str]) -> int:
-    """The command; returns its exit code."""
-    options = _options(argv)
-    results = load_all(options.files)
-    verdicts = judged(results, options.threshold)
-    data = json.dumps(as_data(verdicts, results), separators=(",", ":"), ensure_ascii=False) + "\n"
-    if options.json:
-        save(options.json, data)
-    if options.out:
-        save(Path(options.out) / "verdict.json", data)
-        save(
-            Path(options.out) / "verdict.md", written(verdicts, results, options.all, markdown=True)
-        )
-    for note in results.notes:
-        print(f"note: {note}")
-    print(written(verdicts, results, options.all), end="")
-    return 0
-
-
-def _options(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.verdict", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("files", nargs="+", metavar="FILE")
-    parser.add_argument("--all", action="store_true", help="every point, and what stands beside")
-    parser.add_argument("-o", "--out", metavar="DIR", help="write verdict.md and verdict.json here")
-    parser.add_argument("--json", metavar="FILE", help="write the verdict as JSON")
-    parser.add_argument(
+    command = parser("verdict", __doc__)
+    command.add_argument("--all", action="store_true", help="every point, and what stands beside")
+    command.add_argument(
+        "-o", "--out", metavar="DIR", help="write verdict.md and verdict.json here"
+    )
+    command.add_argument(
         "--threshold",
         type=percentage,
         default=THRESHOLD,
         metavar="P%",
         help="a smaller difference is none (default 2%%)",
     )
-    return parser.parse_args(argv)
+    options = command.parse_args(argv)
+    results = load_all(options.files)
+    verdicts = judged(results, options.threshold)
+    if options.out:
+        folder, data = Path(options.out), as_data(verdicts, results)
+        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False)
+        save(folder / "verdict.json", f"{text}\n")
+        save(folder / "verdict.md", written(verdicts, results, options.all, markdown=True))
+    for note in results.notes:
+        print(f"note: {note}")
+    print(written(verdicts, results, options.all), end="")
+    return 0
 
 
 if __name__ == "__main__":

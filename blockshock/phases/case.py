@@ -58,7 +58,6 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as PyTorch names it."""
         return DTYPES[self.dtype]
 
     @property
@@ -77,7 +76,6 @@ class Case:
         return f"{self.group}/{self.name}"
 
     def as_dict(self) -> dict:
-        """For the result file."""
         return asdict(self)
 
     def _fill(self, **values) -> None:

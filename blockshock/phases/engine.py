@@ -13,6 +13,7 @@ the parent asks again, without those that had room). Any other exception ends th
 then measures the remaining cases with fresh ones.
 """
 
+import contextlib
 import statistics
 import time
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def _prepare(case: Case, problem, stopwatch, options: Options) -> Prepared:
     """
     device, prepared = problem.device, Prepared(case, None, None, {})
     held = memory.reserved(device)
-    before = memory.allocated(device) - problem.held_bytes()  # truths come into being on first use
+    before = memory.allocated(device) - memory.held(problem)  # truths come into being on first use
     built, refusal, build_peak = _build(case, problem)
     if isinstance(refusal, torch.OutOfMemoryError):
         prepared.outcome["crowded"] = True  # it may fit alone
@@ -137,7 +138,7 @@ def _prepare(case: Case, problem, stopwatch, options: Options) -> Prepared:
     if not options.rounds:
         return prepared
     outcome.update(experiment.extra)
-    _, peak = memory.peak(experiment.step, device, before + problem.held_bytes())
+    _, peak = memory.peak(experiment.step, device, before + memory.held(problem))
     outcome.update(family(case).figures(case, built, problem, experiment, options.ceilings))
     peaks = {"peak_bytes": peak, "build_peak_bytes": build_peak}
     outcome["memory"] = {**peaks, **outcome["memory"]}
@@ -209,13 +210,9 @@ def _regions(prepared: Prepared, stopwatch) -> dict:
     total = []
     for _ in range(REGION_PASSES):
         stopwatch.align()
-        if captured:
+        with contextlib.nullcontext() if captured else recording(recorder):
             reading = stopwatch.start(run)
-            recorder.collect()
-        else:
-            with recording(recorder):
-                reading = stopwatch.start(run)
-            recorder.collect()
+        recorder.collect()
         total.append(reading())
     regions = {
         name: {

@@ -20,6 +20,12 @@ def reserved(device: torch.device) -> int:
     return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
 
 
+def held(problem) -> int:
+    """Bytes of a problem's tensors, truths computed so far among them: no method's memory."""
+    storages = {t.untyped_storage().data_ptr(): t.nbytes for t in _tensors(problem)}
+    return sum(storages.values())
+
+
 def release(device: torch.device) -> None:
     """Gives back what no tensor uses."""
     gc.collect()
@@ -42,3 +48,17 @@ def peak(run: Callable, device: torch.device, over: int) -> tuple[object, int | 
     result = run()
     torch.cuda.synchronize(device)
     return result, torch.cuda.max_memory_allocated(device) - over
+
+
+def _tensors(value):
+    """The tensors in a value: itself, in its items, in its attributes."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif hasattr(value, "__dict__"):
+        yield from _tensors(vars(value))

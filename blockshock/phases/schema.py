@@ -36,7 +36,6 @@ def replaced(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", nargs="?", type=Path, default="tools/SCHEMA.md", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if it is not so")

@@ -149,11 +149,8 @@ class Laboratory:
         return rest
 
     def _clocks(self):
-        return (
-            environment.clocks(list(range(self.ranks.size)))
-            if self.ranks.device == "cuda"
-            else None
-        )
+        on_gpus = self.ranks.device == "cuda"
+        return environment.clocks(list(range(self.ranks.size))) if on_gpus else None
 
 
 def _merge(case: Case, per_rank, device: str, clocks: dict) -> dict | Exception:

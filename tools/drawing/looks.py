@@ -21,57 +21,42 @@ SPARE_STYLES = (
     ("#aa4499", "*"),
 )
 KERNEL_MARKERS = {"auto": "p", "cusparselt": "v", "thin": "*", "folded": "h"}
-DASHES = {
-    "frozen": (0, (1, 1.2)),
-    "dense_master": (0, (5, 2)),
-    "packed_master": "solid",
-    "float32_master": (0, (1.5, 1.5)),
-    "1100": (0, (6, 1.5, 1, 1.5)),
-    "1010": (0, (3, 1, 1, 1)),
-    "1001": (0, (3, 1, 1, 1, 1, 1)),
-    "random": (0, (2, 1)),
-    "magnitude": (0, (4, 1)),
-    "tile": (0, (7, 2)),
-    "tile_magnitude": (0, (5, 1, 2, 1)),
-    "cusparselt": (0, (1.2, 1.2)),
-    "thin": (0, (8, 1.5)),
-    "folded": (0, (2, 2)),
-    "collective": (0, (6, 1, 1, 1)),
-    "auto": (0, (4, 1.5)),
-    "two_shot": (0, (1.5, 1)),
-    "exchange": (0, (5, 1, 1, 1, 1, 1)),
-}
-# Towards white above 0, towards black below.
-SHADES = {
-    "1100": -0.3,
-    "1010": 0.3,
-    "1001": -0.45,
-    "random": 0.45,
-    "magnitude": -0.15,
-    "tile": -0.2,
-    "tile_magnitude": 0.2,
-    "cusparselt": -0.5,
-    "thin": 0.25,
-    "collective": 0.5,
-    "auto": 0.3,
-    "two_shot": -0.25,
-    "exchange": -0.45,
+# Of a variant: dashes, and a shade, towards white above 0 and towards black below.
+VARIANTS = {
+    "frozen": ((0, (1, 1.2)), 0),
+    "dense_master": ((0, (5, 2)), 0),
+    "packed_master": ("solid", 0),
+    "float32_master": ((0, (1.5, 1.5)), 0),
+    "1100": ((0, (6, 1.5, 1, 1.5)), -0.3),
+    "1010": ((0, (3, 1, 1, 1)), 0.3),
+    "1001": ((0, (3, 1, 1, 1, 1, 1)), -0.45),
+    "random": ((0, (2, 1)), 0.45),
+    "magnitude": ((0, (4, 1)), -0.15),
+    "tile": ((0, (7, 2)), -0.2),
+    "tile_magnitude": ((0, (5, 1, 2, 1)), 0.2),
+    "cusparselt": ((0, (1.2, 1.2)), -0.5),
+    "thin": ((0, (8, 1.5)), 0.25),
+    "folded": ((0, (2, 2)), 0),
+    "collective": ((0, (6, 1, 1, 1)), 0.5),
+    "auto": ((0, (4, 1.5)), 0.3),
+    "two_shot": ((0, (1.5, 1)), -0.25),
+    "exchange": ((0, (5, 1, 1, 1, 1, 1)), -0.45),
 }
 
 
-def line_style(result: Result, styles: dict[str, tuple[str, str]]) -> dict:
-    """Colour, marker and dashes of a result's line; styles: (colour, marker) of known methods."""
-    method, unusual = result.case.method, result.unusual
+def line_style(result: Result) -> dict:
+    """Colour, marker and dashes of a result's line, as matplotlib's keywords."""
+    method, unusual, styles = result.case.method, result.unusual, result.naming.methods
     spare = SPARE_STYLES[sum(method.encode()) % len(SPARE_STYLES)]
     colour, marker = styles.get(method, spare)
     policy = result.case.policy if result.case.phase == "training" else None
-    dashes = [DASHES[name] for name in (policy, *unusual.values()) if name in DASHES]
+    dashes = [VARIANTS[name][0] for name in (policy, *unusual.values()) if name in VARIANTS]
     if dashes[:1] == ["solid"]:
         # The policy most trained with leaves the dashes to what is unusual.
         dashes = [*dashes[1:], "solid"]
     # Earlier methods are drawn wider, so that lines which cross are all seen.
     place = min(list(styles).index(method), 5) if method in styles else 5
-    colour = shaded(colour, sum(SHADES.get(name, 0.0) for name in unusual.values()))
+    colour = shaded(colour, sum(VARIANTS[name][1] for name in unusual.values() if name in VARIANTS))
     look = {
         "color": colour,
         "marker": KERNEL_MARKERS.get(unusual.get("kernel"), marker),

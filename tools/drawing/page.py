@@ -39,7 +39,6 @@ def chart(drawing: Drawing, key: str) -> dict[str, Any]:
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
     return {
         "drawing": drawing,
-        "key": key,
         "svg": svg,
         "width": width,
         "entries": entries,

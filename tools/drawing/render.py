@@ -158,7 +158,6 @@ def _y_axes(axes: list[Axes], panels: tuple[Panel, ...], across: int) -> None:
         if y.scale == "even":
             one.set_ylim(0, 1.06 * high)
             continue
-        one.set_yscale("log")
         margin = max((high / low) ** 0.06, 1.03)
         one.set_ylim(low / margin, high * margin)
         if y.scale == "ratio":

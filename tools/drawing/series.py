@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tools.cases import Result, Results
 from tools.drawing import style
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point, merged
+from tools.drawing.looks import line_style
 
 Value = Callable[[Result], float | Point | None]
 
@@ -56,14 +57,14 @@ def by_size(
     return groups
 
 
-def line(results: Sequence[Result], x: Callable[[Result], float], value: Value, look) -> Line:
+def line(results: Sequence[Result], x: Callable[[Result], float], value: Value) -> Line:
     """The line of one label; a result without a value has no point."""
     points = []
     for result in results:
         y = value(result)
         if y is not None:
             points.append(y._replace(x=x(result)) if isinstance(y, Point) else Point(x(result), y))
-    return Line(results[0].label, tuple(sorted(points, key=lambda p: p.x)), look(results[0]))
+    return Line(results[0].label, tuple(sorted(points, key=lambda p: p.x)), line_style(results[0]))
 
 
 def charts(
@@ -73,7 +74,6 @@ def charts(
     y: Axis | None = None,
     value: Value | None = None,
     *,
-    look: Callable[[Result], dict],
     x: Callable[..., float] = lambda result, name: getattr(result.case, name),
     main: Callable[[Sequence[Result]], set[str]] | None = None,
     **options,
@@ -88,9 +88,7 @@ def charts(
         made = []
         for sketch in sketches:
             place = functools.partial(x, name=sketch.x)
-            found = (
-                line(one, place, sketch.value or value, look) for one in style.lines(sketch.results)
-            )
+            found = (line(one, place, sketch.value or value) for one in style.lines(sketch.results))
             lines = tuple(replace(one, main=one.label in shown) for one in found if one.points)
             made.append(Panel(sketch.title, lines, sketch.x, sketch.y or y))
         whole = [
@@ -115,8 +113,8 @@ def drawn(
     return Drawing(name, words.title, subtitle, words.caption, tuple(panels), **options)
 
 
-def grey(label: str, values: dict[float, float], **look) -> list[Line]:
+def grey(label: str, values: dict[float, float]) -> list[Line]:
     """A grey dashed line of what bounds the others; none without values."""
-    look = {"color": style.FLOOR, "linestyle": (0, (4, 2)), "linewidth": 1.4, "zorder": 1} | look
+    look = {"color": style.FLOOR, "linestyle": (0, (4, 2)), "linewidth": 1.4, "zorder": 1}
     points = tuple(Point(x, y) for x, y in sorted(values.items()))
     return [Line(label, points, look, bound=True)] if points else []

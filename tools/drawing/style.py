@@ -5,10 +5,9 @@ the colours of its theme.
 """
 
 import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
-from tools.cases import Result, order
+from tools.cases import Result, grouped, order
 from tools.drawing.chart import Absent
 
 INK, MUTED, GRID, PAPER = "#1b1f24", "#59636e", "#dce1e6", "#fffffe"
@@ -57,11 +56,12 @@ def settings(
     Raises Absent when there are none. With more lines than a panel carries, unusual variants go,
     the labels of `main` last, and the text says that some are left out.
     """
-    groups: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
+
+    def setting(result: Result) -> str:
         # Where nothing but a bias is trained is a question of its own.
-        frozen = ", weights frozen" if result.case.policy == "frozen" else ""
-        groups[result.setting + frozen].append(result)
+        return result.setting + (", weights frozen" if result.case.policy == "frozen" else "")
+
+    groups = grouped(results, setting)
     if not groups:
         raise Absent(f"no results of {phase}")
     ranked = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -83,9 +83,7 @@ def panels_over(results: Sequence[Result], x: str) -> list[tuple[int, list[Resul
     Raises Absent where every panel would have a single x.
     """
     other = "B" if x == "N" else "N"
-    panels: dict[int, list[Result]] = defaultdict(list)
-    for result in results:
-        panels[getattr(result.case, other)].append(result)
+    panels = grouped(results, lambda result: getattr(result.case, other))
     kept = [
         (value, panel)
         for value, panel in sorted(panels.items())
@@ -105,10 +103,8 @@ def spread(values: list, most: int) -> list:
 
 def lines(results: Iterable[Result]) -> list[list[Result]]:
     """The results of a panel, one list for each label, in the order of legends."""
-    found: dict[str, list[Result]] = defaultdict(list)
-    for result in sorted(results, key=lambda r: (r.line_order, r.label)):
-        found[result.label].append(result)
-    return list(found.values())
+    ordered = sorted(results, key=lambda r: (r.line_order, r.label))
+    return list(grouped(ordered, lambda r: r.label).values())
 
 
 def _few_lines(results: list[Result], main: set[str]) -> tuple[list[Result], str]:

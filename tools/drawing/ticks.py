@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from tools.tables import count, size
 
@@ -18,9 +18,8 @@ def size_axis(axes: Axes, name: str, values: Iterable[int]) -> None:
     """A log axis with ticks at the measured sizes and nowhere else."""
     ticks = sorted(set(values))
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axes.minorticks_off()
     if len(ticks) > 5:
         axes.tick_params(axis="x", labelrotation=45)
     axes.set_xlabel(NAMES.get(name, name))
@@ -30,7 +29,6 @@ def log_axis(axes: Axes, write=count) -> None:
     """A log y axis with plain numbers as ticks: three at least, or two of a narrow one."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _trimmed(write(value))))
     decades = [10.0**d for d in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     ticks: list[float] = []
     for steps in ((1,), (1, 2, 5), (1, 2, 3, 5, 7), range(1, 10)):
@@ -40,10 +38,7 @@ def log_axis(axes: Axes, write=count) -> None:
             break
     if len(ticks) < 2:
         ticks = [tick for tick in MaxNLocator(3).tick_values(low, high) if low <= tick <= high]
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(low, high)
+    _y_axis(axes, ticks, lambda tick: _trimmed(write(tick)), low, high)
 
 
 def byte_axis(axes: Axes) -> None:
@@ -52,17 +47,8 @@ def byte_axis(axes: Axes) -> None:
     low, high = axes.get_ylim()
     first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
     step = max(1, math.ceil((last - first + 1) / 6))
-    axes.yaxis.set_major_locator(FixedLocator([2.0**e for e in range(first, last + 1, step)]))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _trimmed(size(value))))
-    axes.set_ylim(low, high)
-
-
-def _trimmed(text: str) -> str:
-    number, space, unit = text.partition(" ")
-    if "." in number and "e" not in number:
-        number = number.rstrip("0").rstrip(".")
-    return number + space + unit
+    ticks = [2.0**e for e in range(first, last + 1, step)]
+    _y_axis(axes, ticks, lambda tick: _trimmed(size(tick)), low, high)
 
 
 def ratio_axis(axes: Axes, least: float = 0.9) -> None:
@@ -77,11 +63,7 @@ def ratio_axis(axes: Axes, least: float = 0.9) -> None:
     while max(ticks) <= 1:
         high *= 1.1
         ticks = chosen_ticks(low, high)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_major_locator(FixedLocator(ticks))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(low, high)
+    _y_axis(axes, ticks, "{:g}".format, low, high)
 
 
 def chosen_ticks(low: float, high: float) -> list[float]:
@@ -93,3 +75,16 @@ def chosen_ticks(low: float, high: float) -> list[float]:
         ):
             ticks.append(tick)
     return sorted(ticks)
+
+
+def _y_axis(axes: Axes, ticks: list[float], write, low: float, high: float) -> None:
+    axes.set_yticks(ticks, [write(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set_ylim(low, high)
+
+
+def _trimmed(text: str) -> str:
+    number, space, unit = text.partition(" ")
+    if "." in number and "e" not in number:
+        number = number.rstrip("0").rstrip(".")
+    return number + space + unit

@@ -10,19 +10,8 @@ from blockshock import attention
 from blockshock.attention import METHODS, patterns
 from blockshock.phases.case import Case, about
 
-BUILDERS = {  # what a pattern's text may name
-    build.__name__: build
-    for build in (
-        patterns.full,
-        patterns.causal,
-        patterns.band,
-        patterns.causal_band,
-        patterns.strided,
-        patterns.global_band,
-        patterns.random_blocks,
-        patterns.documents,
-    )
-}
+NAMED = "full causal band causal_band strided global_band random_blocks documents"
+BUILDERS = {name: getattr(patterns, name) for name in NAMED.split()}  # what a pattern may name
 SIZES = ("batch", "heads", "kv_heads", "Tq", "Tk", "D")
 WHOLE_SCORES = 2**31  # entries; `reference` holds several tensors of so many
 
@@ -60,7 +49,6 @@ class AttentionCase(Case):
 
     @property
     def function(self):
-        """The method."""
         return self.methods[self.method]
 
     @property

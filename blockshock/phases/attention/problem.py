@@ -75,7 +75,7 @@ class AttentionProblem:
         for part in self._parts():
             q, k, v, _ = self._inputs(part, self.truth_dtype)
             truth[part.queries] = _flat(self._weights(part, q, k) @ v[:, :, None])
-            plain[part.queries] = self._reference(part, *self._inputs(part)[:3])
+            plain[part.queries] = reference(*self._inputs(part)[:3], pattern=self._shifted(part))
         return truth, relative_error(plain, truth)
 
     @cached_property
@@ -110,14 +110,6 @@ class AttentionProblem:
         return work.pairs(
             self.pattern, self.causal, s.Tq, s.Tk, s.batch, s.heads, device=self.device
         )
-
-    def held_bytes(self) -> int:
-        """Bytes of all tensors held, truths computed so far among them: no method's memory."""
-        computed = vars(self)  # where cached_property keeps what was computed
-        truths = [computed["output"]] if "output" in computed else []
-        truths += computed.get("gradients", ())
-        held = self.q, self.k, self.v, self.d_out, *(truth for truth, _ in truths)
-        return sum(tensor.nbytes for tensor in held)
 
     def poison(self) -> None:
         """Leaves NaN in freed memory: an entry that a method does not write cannot pass."""
@@ -177,15 +169,11 @@ class AttentionProblem:
             told.unflatten(1, (-1, self.shape.group)) if len(head) > 1 else told[:, None]
         )
 
-    def _reference(self, part: Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The yardstick's out [batch, heads, rows, D] of a part."""
-        return reference(q, k, v, pattern=self._shifted(part))
-
     def _reference_gradients(self, part: Part) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, d_out = self._inputs(part)
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         with torch.enable_grad():
-            out = self._reference(part, *inputs)
+            out = reference(*inputs, pattern=self._shifted(part))
         return torch.autograd.grad(out, inputs, d_out)
 
     def _shifted(self, part: Part) -> patterns.Pattern:

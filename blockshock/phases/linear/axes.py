@@ -9,9 +9,7 @@ trains them. Where only some methods are meant, these axes are a mapping,
 from itertools import product
 
 from blockshock.phases.axes import combine, of
-from blockshock.phases.linear.case import CHOSEN, LinearCase, choices
-
-AXES = (*CHOSEN, "policy")
+from blockshock.phases.linear.case import CHOICES, LinearCase, choices
 
 
 def expand(case: type[LinearCase], axes: dict, phase: str, ranks: int) -> list[LinearCase]:
@@ -19,8 +17,8 @@ def expand(case: type[LinearCase], axes: dict, phase: str, ranks: int) -> list[L
     _check_names(axes)
 
     def chosen(method):
-        taken = [_of_axis(name, axes[name], method, phase) for name in AXES]
-        return [dict(zip(AXES, values, strict=True)) for values in product(*taken)]
+        taken = [_of_axis(name, axes[name], method, phase) for name in CHOICES]
+        return [dict(zip(CHOICES, values, strict=True)) for values in product(*taken)]
 
     return combine(case, axes, phase, ranks, chosen)
 
@@ -29,7 +27,7 @@ def _of_axis(name: str, axis: list | dict, method: str, phase: str) -> tuple:
     """The values of one axis that a method is measured with: all, the listed, or its usual."""
     if of(LinearCase)[name].metadata.get("only", phase) != phase:
         return (None,)
-    taken = _taken(LinearCase.methods[method], name)
+    taken = choices(LinearCase.methods[method], name)
     usual = taken[:1]
     if name == "policy":
         usual = tuple(policy for policy in taken if policy != "frozen")
@@ -44,18 +42,14 @@ def _of_axis(name: str, axis: list | dict, method: str, phase: str) -> tuple:
 def _check_names(axes: dict) -> None:
     """Names that no method takes would be left out without a word."""
     methods = LinearCase.methods
-    for axis in AXES:
+    for axis in CHOICES:
         by_method = axes[axis] if isinstance(axes[axis], dict) else {None: axes[axis]}
         for method, names in by_method.items():
             takers = methods.values() if method is None else [methods[method]]
-            known = {"all", "usual"}.union(*(_taken(cls, axis) for cls in takers))
+            known = {"all", "usual"}.union(*(choices(cls, axis) for cls in takers))
             for name in names:
                 if not isinstance(name, str):
                     raise ValueError(f"{axis} {name!r} is no name; put it in quotes")
                 if name not in known:
                     valid = ", ".join(sorted(known))
                     raise ValueError(f"unknown {axis} {name!r}; known: {valid}")
-
-
-def _taken(cls, axis: str) -> tuple:
-    return tuple(cls.policies) if axis == "policy" else choices(cls, axis)

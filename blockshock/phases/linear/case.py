@@ -10,7 +10,9 @@ from blockshock.phases.case import Case, about, known
 
 OPTIMIZERS = ("sgd", "momentum", "adam")
 WHOLE_ENTRIES = 2**30  # of a weight; what compares whole weights in float32 needs several of them
-CHOSEN = ("mask", "kernel", "reduce")  # what a method has choices of; None becomes its usual one
+# Where a method's class lists what it takes.
+CHOICES = {"mask": "masks", "kernel": "kernels", "reduce": "reduces", "policy": "policies"}
+CHOSEN = ("mask", "kernel", "reduce")  # None becomes the method's usual one
 
 
 def _names(attribute: str) -> str:
@@ -96,7 +98,6 @@ class LinearCase(Case):
 
     @property
     def cls(self):
-        """The method's class."""
         return self.methods[self.method]
 
     @property
@@ -181,10 +182,8 @@ class LinearCase(Case):
 
 
 def choices(cls, name: str) -> tuple[str, ...]:
-    """What a method's class takes as its "mask", "kernel" or "reduce"; () where it has none."""
-    return tuple(
-        getattr(cls, {"mask": "masks", "kernel": "kernels", "reduce": "reduces"}[name], ())
-    )
+    """What a method's class takes as its "mask", "kernel", "reduce" or "policy", if anything."""
+    return tuple(getattr(cls, CHOICES[name], ()))
 
 
 def usual(cls, name: str) -> str | None:

@@ -107,11 +107,6 @@ class Problem:
             v = x.t() @ (x @ (v / v.norm())) / self.B
         return v.norm().item() / (1 + (self.K / self.B) ** 0.5) ** 2
 
-    def held_bytes(self) -> int:
-        """Bytes of all tensors held, truths computed so far among them: no method's memory."""
-        storages = {t.untyped_storage().data_ptr(): t.nbytes for t in _tensors(vars(self))}
-        return sum(storages.values())
-
     def _true_rows(self, start: int, stop: int) -> Tensor:
         return self.weight.rows(start, stop).to(self.truth_dtype)
 
@@ -185,17 +180,3 @@ def parse_input(text: str) -> tuple[str, dict]:
         return kind, {key: yaml.safe_load(value) for key, _, value in pairs}
     except yaml.YAMLError:
         raise ValueError(f"input {text!r} is not KIND:OPTION=VALUE+OPTION=VALUE") from None
-
-
-def _tensors(value):
-    """The tensors in a value: its own, in its items, in its attributes."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "__dict__"):
-        yield from _tensors(vars(value))

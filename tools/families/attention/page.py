@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 
 from tools.case_table import case_table
-from tools.cases import Result, Results
+from tools.cases import Result, Results, fastest
 from tools.families.attention.points import (
     FLEX,
     NAMING,
@@ -14,7 +14,6 @@ from tools.families.attention.points import (
     SPARSE,
     attention,
     by_point,
-    fastest,
     point_of,
     speed,
 )
@@ -24,14 +23,13 @@ from tools.families.attention.sparsity import speedup_vs_sparsity
 from tools.families.attention.speed import speed_by_tier
 from tools.families.attention.tables import (
     PLACE,
-    RATIOS,
-    interval,
+    RATIO_COLUMNS,
     pattern_cells,
     place,
     ratio_rows,
 )
 from tools.family import TIMES, Family
-from tools.tables import Column, Table, figure, number, percent, seconds, size
+from tools.tables import Column, Table, figure, interval, number, percent, seconds, size
 
 READING = (
     *TIMES,
@@ -66,7 +64,7 @@ def tables(results: Results) -> list[Table]:
 def _phase(title: str, here: Sequence[Result]) -> list[Table]:
     ratios = [
         *WHERE,
-        *(number(f"{a} / {b}", f"{a} / {b}", interval) for a, b in RATIOS),
+        *RATIO_COLUMNS,
         number("best peer", f"{OURS} / best peer", interval),
         number("dense", "dense", lambda result: result.case.method),
         *(

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tools.cases import Case, Naming, Result, Results, interleaved, order
+from tools.cases import Case, Naming, Result, Results, fastest, grouped, interleaved, order
 from tools.stats import Interval, ratio
 
 FAMILY = "attention"
@@ -23,16 +23,16 @@ SPARSE, UNPRUNED, FLEX = "block_sparse", "block_sparse_unpruned", "flex"
 TIERS = ("small", "medium", "large", "XXL", "long", "rectangular")
 SIZES = ("batch", "heads", "kv_heads", "Tq", "Tk", "D")
 NAMING = Naming(
-    methods=(
-        "reference",
-        "sdpa_flash",
-        "sdpa_cudnn",
-        "flex",
-        "flash_torch",
-        "flash_triton",
-        "block_sparse",
-        "block_sparse_unpruned",
-    ),
+    methods={
+        "reference": ("#7a7f87", "s"),
+        "sdpa_flash": ("#0072b2", "o"),
+        "sdpa_cudnn": ("#56b4e9", "^"),
+        "flex": ("#cc79a7", "D"),
+        "flash_torch": ("#e69f00", "v"),
+        "flash_triton": ("#d55e00", "P"),
+        "block_sparse": ("#009e73", "X"),
+        "block_sparse_unpruned": ("#00806a", "h"),
+    },
     phases=tuple(PHASES),
     sizes=SIZES,
 )
@@ -120,9 +120,7 @@ def by_point(results: Iterable[Result]) -> dict[Point, dict[str, Result]]:
 
 def by_setting(results: Iterable[Result]) -> dict[str, list[Result]]:
     """The results of each dtype and grouping of heads, the setting with the most first."""
-    groups: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        groups[point_of(result.case).setting].append(result)
+    groups = grouped(results, lambda result: point_of(result.case).setting)
     return dict(sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
@@ -131,11 +129,6 @@ def speed(result: Result, reference: Result) -> Interval:
     together = point_of(result.case) == point_of(reference.case)
     paired = together and interleaved([result, reference])
     return ratio(reference.samples, result.samples, paired=paired)
-
-
-def fastest(results: Iterable[Result]) -> Result | None:
-    """The one with the shortest median."""
-    return min(results, key=lambda r: r.median, default=None)
 
 
 def dense_of(point: Point) -> Point:

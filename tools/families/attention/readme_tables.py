@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tools.cases import Result, Results
+from tools.cases import Result, Results, fastest
 from tools.drawing.style import spread
 from tools.families.attention.points import (
     FLEX,
@@ -20,14 +20,22 @@ from tools.families.attention.points import (
     attention,
     by_point,
     by_setting,
-    fastest,
     place_order,
     point_of,
     speed,
 )
-from tools.families.attention.tables import PLACE, RATIOS, interval, place, ratio_rows
+from tools.families.attention.tables import PLACE, RATIO_COLUMNS, place, ratio_rows
 from tools.family import README_ROWS, Written
-from tools.tables import Column, as_markdown, figure, milliseconds, number, percent
+from tools.tables import (
+    Column,
+    as_markdown,
+    figure,
+    filled,
+    interval,
+    milliseconds,
+    number,
+    percent,
+)
 
 
 def _time(result: Result) -> str:
@@ -36,7 +44,6 @@ def _time(result: Result) -> str:
 
 MOST_ROWS, OF_A_KIND = 40, 3
 SPEEDS = "ratios of speed with their 95% intervals, above 1 the first is the faster"
-DENSE_RATIOS = (*PLACE, *(number(f"{a} / {b}", f"{a} / {b}", interval) for a, b in RATIOS))
 PATTERN = (Column("mask", "pattern"), *PLACE[1:4])
 PATTERN_TIMES = (
     *PATTERN,
@@ -47,7 +54,7 @@ PATTERN_TIMES = (
 )
 PATTERN_RATIOS = (
     *PATTERN,
-    *(number(f"{a} / {b}", f"{a} / {b}", interval) for a, b in RATIOS[2:]),
+    *RATIO_COLUMNS[2:],
     number(f"{SPARSE} / dense", f"{SPARSE} / dense", interval),
     number(f"{SPARSE} ideal", "ideal", figure),
     number(f"{SPARSE} of ideal", "of ideal", percent),
@@ -81,7 +88,7 @@ def readme(results: Results) -> Written | None:
         f"above 1 ours is faster. Rows: D = {most}; {README_ROWS // 2} points without a pattern "
         f"and {README_ROWS // 2} with one, spread over those measured, in order of size."
     )
-    return Written(words, text, _filled(columns, rows)) if rows else None
+    return Written(words, text, _markdown(columns, rows)) if rows else None
 
 
 def full(results: Results) -> list[Written]:
@@ -97,7 +104,7 @@ def full(results: Results) -> list[Written]:
         rows = ratio_rows(few, here)
         words = f"Attention, {what}: TFLOP/s of the pairs that attend{left}, in {results.clock}."
         made.append((words, [*PLACE, *_rates(rows)], rows))
-        made.append((f"Attention, {what}: {SPEEDS}.", DENSE_RATIOS, rows))
+        made.append((f"Attention, {what}: {SPEEDS}.", (*PLACE, *RATIO_COLUMNS), rows))
         patterns = [r for r in here if point_of(r.case).pattern is not None]
         patterns = [r for r in patterns if r.case.method in (FLEX, SPARSE, UNPRUNED)]
         rows = ratio_rows(sorted(patterns, key=_by_size), here)
@@ -109,7 +116,7 @@ def full(results: Results) -> list[Written]:
         made.append((words, PATTERN_TIMES, rows))
         words = f"Attention with patterns, {what}: {SPEEDS}. ideal: 1 / (1 - s) of the tiles."
         made.append((words, PATTERN_RATIOS, rows))
-    tables = [Written(words, text, _filled(columns, rows)) for words, columns, rows in made]
+    tables = [Written(words, text, _markdown(columns, rows)) for words, columns, rows in made]
     return [written for written in tables if written.table]
 
 
@@ -123,11 +130,11 @@ def _rates(rows: list[dict]) -> list[Column]:
     return [number(method, method, _rate) for method in sorted(methods, key=NAMING.place)]
 
 
-def _filled(columns: Sequence[Column], rows: list[dict]) -> str:
+def _markdown(columns: Sequence[Column], rows: list[dict]) -> str:
     """Markdown without empty columns; empty where only the places are left."""
-    filled = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
-    told = {c.key for c in filled} - {c.key for c in (*PLACE, *PATTERN)}
-    return as_markdown(filled, rows) if told else ""
+    shown = filled(columns, rows)
+    told = {c.key for c in shown} - {c.key for c in (*PLACE, *PATTERN)}
+    return as_markdown(shown, rows) if told else ""
 
 
 def _rate(result: Result) -> str:

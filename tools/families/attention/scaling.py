@@ -3,11 +3,10 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from tools.cases import Result, Results
+from tools.cases import Result, Results, grouped
 from tools.drawing import series
 from tools.drawing.chart import Absent, Axis, Drawing, Line
 from tools.drawing.series import Sketch, Words
-from tools.families.attention.looks import line_style
 from tools.families.attention.points import PHASES, point_of
 from tools.families.attention.speed import dense, groups_of, panels_of
 from tools.tables import seconds, size
@@ -89,7 +88,7 @@ def _against_tokens(
 
 
 def _charts(results: Results, groups: dict, words: Words, *measured) -> list[Drawing]:
-    options = {"look": line_style, "x": lambda result, name: _length(result)}
+    options = {"x": lambda result, name: _length(result)}
     return series.charts(results, groups, words, *measured, **options)
 
 
@@ -100,11 +99,8 @@ def _comparable(panels: list[tuple]) -> tuple[list[tuple[str, list[Result]]], bo
     fixed, every = [], [(words, _largest(panel)) for words, panel in panels]
     every = [(words, panel) for words, panel in every if len(_lengths(panel)) > 1]
     for words, panel in panels:
-        groups = defaultdict(list)
-        for result in panel:
-            p = point_of(result.case)
-            if p.square:
-                groups[p.batch, p.heads].append(result)
+        square = [r for r in panel if point_of(r.case).square]
+        groups = grouped(square, lambda r: (point_of(r.case).batch, point_of(r.case).heads))
         most = max(groups, key=lambda key: (len(_lengths(groups[key])), key), default=None)
         lengths = len(_lengths(groups[most])) if most else 0
         if lengths > 1 and lengths >= min(ENOUGH, len(_lengths(panel))):

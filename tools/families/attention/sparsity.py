@@ -2,17 +2,15 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedFormatter, FixedLocator, FuncFormatter, NullLocator
 
-from tools.cases import Result, Results
+from tools.cases import Result, Results, grouped
 from tools.drawing import render, series, style, ticks
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point
 from tools.drawing.series import Words
-from tools.families.attention.looks import line_style
 from tools.families.attention.points import (
     FLEX,
     PHASES,
@@ -57,16 +55,18 @@ def speedup_vs_sparsity(results: Results, phase: str) -> list[Drawing]:
     words = Words(f"attention_{phase}_vs_sparsity", title, caption)
     groups, drawings = groups_of(sparse, phase), []
     for text, group in groups.items():
-        places = defaultdict(list)
-        for result in group:
-            p = point_of(result.case)
-            places[p.D, p.Tq * p.Tk, p.tokens, p.batch * p.heads, dense_of(p).causal].append(result)
+        places = grouped(group, _place)
         # The panels with the most patterns, in the order of their sizes.
         kept = sorted(places, key=lambda place: -len(places[place]))[:MOST_PANELS]
         panels = [_panel(place, places[place], every) for place in sorted(kept)]
         options = {"height": 4.3, "draw": _speedups}
         drawings.append(series.drawn(results, words, text, groups, panels, **options))
     return drawings
+
+
+def _place(result: Result) -> tuple:
+    p = point_of(result.case)
+    return (p.D, p.Tq * p.Tk, p.tokens, p.batch * p.heads, dense_of(p).causal)
 
 
 def _panel(place: tuple, group: Sequence[Result], every: Sequence[Result]) -> Panel:
@@ -78,7 +78,7 @@ def _panel(place: tuple, group: Sequence[Result], every: Sequence[Result]) -> Pa
         ends = (ratio.low, ratio.high) if ratio.enough else (None, None)
         return Point(0, ratio.value, *ends, point_of(result.case).pattern)
 
-    lines = [series.line(one, ideal, value, line_style) for one in style.lines(group)]
+    lines = [series.line(one, ideal, value) for one in style.lines(group)]
     reach = [p.x for line in lines for p in line.points]
     ends = tuple(Point(x, x) for x in (max(0.93, 0.6 * min(reach)), 1.3 * max(reach)))
     lines.append(Line("ideal: 1 / (1 - s)", ends, {"color": style.FLOOR, "linewidth": 1.6}))
@@ -89,7 +89,7 @@ def _panel(place: tuple, group: Sequence[Result], every: Sequence[Result]) -> Pa
 def _speedups(axes: Axes, panel: Panel, ids: dict[str, str]) -> dict[str, list]:
     """Draws a panel: methods without lines, what joins their points, and the patterns' names."""
     *methods, bound = panel.lines
-    patterns = {p.note for line in methods for p in line.points}
+    patterns = list(dict.fromkeys(p.note for line in methods for p in line.points))
     names = _series(patterns)
     loose = [Line(m.label, m.points, m.look | {"linestyle": "none"}) for m in methods]
     spots = render.lines(axes, Panel("", (*loose, bound), "step", panel.y), ids)
@@ -118,15 +118,14 @@ def _speedups(axes: Axes, panel: Panel, ids: dict[str, str]) -> dict[str, list]:
         named[name] = min(named.get(name, place), place)  # a line has its name where it begins
     _pattern_names(axes, named)
     shown = [s for s in SHARES if left <= 1 / (1 - s) <= right]
-    axes.xaxis.set_major_locator(FixedLocator([1 / (1 - s) for s in shown]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * (1 - 1 / x):.4g}%"))
+    axes.set_xticks([1 / (1 - s) for s in shown], [f"{100 * s:.4g}%" for s in shown])
+    axes.minorticks_off()
     axes.set_xlabel(f"sparsity s ({SPARSE}: of its tiles, {FLEX}: of the pairs)")
     axes.set_ylabel(panel.y.label)
     return spots
 
 
-def _series(patterns: set[str]) -> dict[str, str]:
+def _series(patterns: Iterable[str]) -> dict[str, str]:
     """Pattern: the name of its line, "band(…)" for all bands, where there are enough of them."""
     lines = defaultdict(list)
     for pattern in patterns:
@@ -146,9 +145,8 @@ def _pattern_names(axes: Axes, spots: dict[str, tuple]) -> None:
         ends = [x, spots[name][0]], [top, spots[name][1]]
         axes.plot(*ends, color=style.MUTED, linewidth=0.6, alpha=0.6, zorder=0.9)
     above = axes.secondary_xaxis("top")
-    above.xaxis.set_major_locator(FixedLocator(places))
-    above.xaxis.set_minor_locator(NullLocator())
-    above.xaxis.set_major_formatter(FixedFormatter(names))
+    above.set_ticks(places, names)
+    above.minorticks_off()
     above.tick_params(length=0, pad=2, labelsize=8.5, labelrotation=40)
     for text in above.get_xticklabels():
         text.set(ha="left", va="bottom", rotation_mode="anchor")

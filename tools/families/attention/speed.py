@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from tools.cases import Result, Results
 from tools.drawing import bars, series, style
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point
+from tools.drawing.looks import line_style
 from tools.drawing.series import Words
-from tools.families.attention.looks import line_style
 from tools.families.attention.points import (
     NAMING,
     PHASES,

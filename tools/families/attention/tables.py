@@ -17,13 +17,10 @@ from tools.families.attention.points import (
     ideal,
     speed,
 )
-from tools.stats import Interval
-from tools.tables import (
-    Column,
-    number,
-)
+from tools.tables import Column, interval, number
 
 RATIOS = ((OURS, "sdpa_flash"), (OURS, "sdpa_cudnn"), (SPARSE, FLEX), (SPARSE, UNPRUNED))
+RATIO_COLUMNS = tuple(number(f"{a} / {b}", f"{a} / {b}", interval) for a, b in RATIOS)
 PLACE = (
     Column("tier", "tier"),
     number("tokens", "T"),
@@ -31,11 +28,6 @@ PLACE = (
     number("D", "D"),
     Column("mask", "mask"),
 )
-
-
-def interval(value: Interval) -> str:
-    """A ratio with its interval; alone where there are too few samples for one."""
-    return str(value) if value.enough else f"{value.value:.3f}"
 
 
 def place(point: Point) -> dict:

@@ -1,9 +1,7 @@
 """How good `auto` is: beside every kernel and sum that was asked for by name, at the same size."""
 
-from collections import defaultdict
-
-from tools.cases import Result, Results, over
-from tools.families.linear.naming import setting_text
+from tools.cases import Result, Results, fastest, grouped, over
+from tools.families.linear.naming import setting
 from tools.tables import Column, Table, milliseconds, number
 
 COLUMNS = (
@@ -24,19 +22,19 @@ NOTE = (
 
 def choices_table(results: Results) -> Table:
     """A row for each layer and size that was measured with `auto` and by name."""
-    layers: dict[tuple, list[Result]] = defaultdict(list)
-    for result in results.of("forward"):
+
+    def layer(result: Result) -> tuple:
         case = result.case
-        place = (case.N, case.B, case.method, case.mask or "", setting_text(case))
-        layers[place].append(result)
+        return (case.N, case.B, case.method, case.mask or "", setting(case))
+
     rows = []
-    for (n, b, *words), found in sorted(layers.items()):
+    for (n, b, *words), found in sorted(grouped(results.of("forward"), layer).items()):
         chosen = [(r, {r.case.kernel, r.case.reduce} - {None}) for r in found]
         auto = next((r for r, asked in chosen if asked == {"auto"}), None)
         named = [r for r, asked in chosen if asked and "auto" not in asked]
         if auto is None or len(named) < 2:
             continue
-        best = min(named, key=lambda result: result.median)
+        best = fastest(named)
         asked = [value for value in (best.case.kernel, best.case.reduce) if value]
         took = [auto.paths.get(name, "") for name in ("forward", "reduce")]
         rows.append(

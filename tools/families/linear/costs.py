@@ -4,8 +4,7 @@ from tools.cases import Result, Results
 from tools.drawing import series, style
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Point
 from tools.drawing.series import Sketch, Words
-from tools.families.linear.looks import line_style
-from tools.families.linear.opponents import way
+from tools.families.linear.opponents import same_call
 from tools.families.linear.speed import few
 from tools.tables import figure, size
 
@@ -55,7 +54,7 @@ def memory_vs_size(results: Results) -> list[Drawing]:
         weights = panels[0]._replace(title="weights", value=held("weight_bytes"), extra=rings)
         peaks = [p._replace(title=f"peak, {p.title}", value=held("peak_bytes")) for p in panels]
         panels[:] = [weights, *peaks]
-    return series.charts(results, groups, words, y, look=line_style)
+    return series.charts(results, groups, words, y)
 
 
 def time_per_weight_byte_vs_size(results: Results) -> list[Drawing]:
@@ -73,9 +72,13 @@ def time_per_weight_byte_vs_size(results: Results) -> list[Drawing]:
 
 def quality_speed_vs_size(results: Results) -> list[Drawing]:
     """(1 / forward ms) / (1 + mean absolute error), against N."""
-    errors = {_place(r): r.errors["output"]["mean"] for r in _with_mean(results, "correctness")}
-    errors |= {_place(r): r.errors["output"]["mean"] for r in _with_mean(results, "forward")}
-    found = [r for r in results.of("forward") if _place(r) in errors]
+    errors = {
+        same_call(r): r.errors["output"]["mean"]
+        for phase in ("correctness", "forward")
+        for r in results.of(phase)
+        if "mean" in r.errors.get("output", {})
+    }
+    found = [r for r in results.of("forward") if same_call(r) in errors]
     if results.of("forward") and not found:
         raise Absent("no forward result has a mean absolute error of its output")
     caption = (
@@ -85,7 +88,7 @@ def quality_speed_vs_size(results: Results) -> list[Drawing]:
     )
     words = Words("quality_adjusted_speed_vs_N", "Forward: quality-adjusted speed", caption)
     y = Axis("(1/ms) / (1 + error)", figure)
-    return _asked(results, found, words, y, lambda r: 1e-3 / r.median / (1 + errors[_place(r)]))
+    return _asked(results, found, words, y, lambda r: 1e-3 / r.median / (1 + errors[same_call(r)]))
 
 
 def errors_vs_size(results: Results) -> list[Drawing]:
@@ -105,7 +108,7 @@ def errors_vs_size(results: Results) -> list[Drawing]:
         most = max(reversed(panels), key=lambda panel: len(panel.results))
         panels[:] = [_errors(most, t, measure) for measure in MEASURES for t in tensors]
     options = {"columns": max(2, len(tensors)), "height": 2.3, "checks": True}
-    return series.charts(results, groups, words, look=line_style, **options)
+    return series.charts(results, groups, words, **options)
 
 
 def _errors(panel: Sketch, tensor: str, measure: str) -> Sketch:
@@ -123,17 +126,8 @@ def _errors(panel: Sketch, tensor: str, measure: str) -> Sketch:
 
 def _asked(results: Results, found, words: Words, y: Axis, value) -> list[Drawing]:
     groups = series.by_size(few(found), "forward", most=2)
-    return series.charts(results, groups, words, y, value, look=line_style, checks=True)
+    return series.charts(results, groups, words, y, value, checks=True)
 
 
 def _bytes(value: float) -> str:
     return f"{size(value)} ({value:,.0f} bytes)"
-
-
-def _with_mean(results: Results, phase: str) -> list[Result]:
-    return [r for r in results.of(phase) if "mean" in r.errors.get("output", {})]
-
-
-def _place(result: Result) -> tuple:
-    case = result.case
-    return (*way(result), case.N, case.K, case.B, case.dtype, case.bias, case.input)

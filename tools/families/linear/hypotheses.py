@@ -20,16 +20,15 @@ not train; for H3 the backward.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from tools.cases import Result, Results, interleaved, order, over
-from tools.families.linear.naming import setting, setting_text
+from tools.cases import Result, Results, fastest, grouped, interleaved, order, over
+from tools.families.linear.naming import setting
 from tools.families.linear.opponents import (
     DENSE,
     SAME_SUM,
     as_usual,
-    better,
     dense_by_place,
     forward_place,
     place,
@@ -77,15 +76,12 @@ def judge_all(results: Results, threshold: float = THRESHOLD) -> list[Verdict]:
 
 def beats_dense(results: Results, threshold: float) -> Verdict:
     """H1."""
-    forward, found = results.of("forward"), []
-    dense = dense_by_place(forward)
-    for line, group in _lines(forward, SHOCKS):
-        for opponent, pairs in _opponents(group, dense, usual_name(results)):
-            points = [_forward_point(result, met, threshold) for result, met in pairs]
-            status, words = large_enough(points, "faster")
-            found.append(
-                Judgement(line, opponent, status, words, tuple(points), _decides(group[0]))
-            )
+    found = _against_dense(
+        results,
+        "forward",
+        lambda result, dense: _forward_point(result, dense, threshold),
+        lambda points: large_enough(points, "faster"),
+    )
     return _verdict(
         "H1",
         "Block-Shock's forward beats two-GPU dense tensor parallelism for large enough N and B.",
@@ -96,19 +92,13 @@ def beats_dense(results: Results, threshold: float) -> Verdict:
 
 def advantage_shrinks(results: Results, threshold: float) -> Verdict:
     """H2."""
-    training, forward, found = results.of("training"), defaultdict(list), []
-    for result in results.of("forward"):
-        forward[forward_place(result)].append(result)
-    dense = dense_by_place(training)
-    for line, group in _lines(training, SHOCKS):
-        for opponent, pairs in _opponents(group, dense, usual_name(results)):
-            points = tuple(
-                point
-                for result, met in pairs
-                if (point := _training_point(result, met, forward, threshold))
-            )
-            status, words = shrinking(list(points), SMALL_UPKEEP)
-            found.append(Judgement(line, opponent, status, words, points, _decides(group[0])))
+    forward = grouped(results.of("forward"), forward_place)
+    found = _against_dense(
+        results,
+        "training",
+        lambda result, dense: _training_point(result, dense, forward, threshold),
+        lambda points: shrinking(points, SMALL_UPKEEP),
+    )
     return _verdict(
         "H2",
         "In training its advantage shrinks, unless upkeep is small against the product.",
@@ -121,14 +111,11 @@ def masked_is_slower(results: Results, threshold: float) -> Verdict:
     """H3."""
     found = []
     for phase in ("forward", "backward"):
-        shocks = defaultdict(list)
-        for shock in results.of(phase):
-            if shock.case.method == MAIN:
-                shocks[_terms(shock)].append(shock)
+        shocks = grouped((r for r in results.of(phase) if r.case.method == MAIN), _terms)
         for line, group in _lines(results.of(phase), ("masked_split",)):
             met = defaultdict(list)
             for result in group:
-                for shock in shocks[_terms(result)]:
+                for shock in shocks.get(_terms(result), []):
                     name = MAIN if shock.as_usual else shock.label
                     met[name].append(_point(result, shock, threshold))
             for opponent, points in met.items():
@@ -144,20 +131,39 @@ def masked_is_slower(results: Results, threshold: float) -> Verdict:
     )
 
 
+def _against_dense(
+    results: Results,
+    phase: str,
+    point: Callable[[Result, list[Result]], Point | None],
+    status: Callable[[list[Point]], tuple[str, str]],
+) -> list[Judgement]:
+    """A judgement of each line of Block-Shock against each opponent; a pair may give no point."""
+    of_phase, found = results.of(phase), []
+    dense = dense_by_place(of_phase)
+    for line, group in _lines(of_phase, SHOCKS):
+        for opponent, pairs in _opponents(group, dense, usual_name(results)):
+            points = [one for pair in pairs if (one := point(*pair))]
+            judged = (*status(points), tuple(points), _decides(group[0]))
+            found.append(Judgement(line, opponent, *judged))
+    return found
+
+
 def _lines(results: Iterable[Result], methods: tuple[str, ...]) -> list[tuple[str, list[Result]]]:
     """(name, results sorted by size) of each line: a mask in a setting where it decides, else what
     its label says. A name says the setting where there are several.
     """
-    groups: dict[tuple, list[Result]] = defaultdict(list)
-    for result in sorted(results, key=order):
-        if result.case.method in methods:
-            name = result.case.mask or result.label if _decides(result) else result.label
-            case = result.case.but(optimizer=None)
-            groups[_decides(result), name, setting(case), setting_text(case)].append(result)
+
+    def line(result: Result) -> tuple:
+        name = result.case.mask or result.label if _decides(result) else result.label
+        case = result.case.but(optimizer=None)
+        return (_decides(result), name, setting(case))
+
+    found = (result for result in sorted(results, key=order) if result.case.method in methods)
+    groups = grouped(found, line)
     several = len({key[2] for key in groups}) > 1
     return [
         (f"{name}, {text}" if several and text else name, group)
-        for (_, name, _, text), group in sorted(groups.items(), key=lambda item: not item[0][0])
+        for (_, name, text), group in sorted(groups.items(), key=lambda item: not item[0][0])
     ]
 
 
@@ -177,13 +183,13 @@ def _opponents(
 
 def _point(result: Result, other: Result, threshold: float, **more) -> Point:
     ratio, case = over(result, other), result.case
-    of = ", ".join(part for part in (result.label, setting_text(case)) if part)
+    of = ", ".join(part for part in (result.label, setting(case)) if part)
     more = {"verdict": judge(ratio, threshold)} | more
     return Point(case.N, case.B, of, other.label, ratio, **more)
 
 
 def _forward_point(result: Result, dense: list[Result], threshold: float) -> Point:
-    point = _point(result, better(dense), threshold)
+    point = _point(result, fastest(dense), threshold)
     if len({one.case.method for one in dense}) < len(DENSE):
         verdict = "unsure" if point.verdict == "faster" else point.verdict
         note = f"only {dense[0].case.method} was measured"
@@ -195,11 +201,11 @@ def _training_point(
     result: Result, dense: list[Result], forward: dict[tuple, list[Result]], threshold: float
 ) -> Point | None:
     """None where the forward of the line or of one of the dense methods was not measured."""
-    ahead = {way(one): one for one in forward[forward_place(result)]}
+    ahead = {way(one): one for one in forward.get(forward_place(result), [])}
     if not {way(result), *map(way, dense)} <= set(ahead):
         return None
-    step, pass_ = [result, better(dense)], [ahead[way(result)]]
-    pass_.append(better(ahead[way(one)] for one in dense))
+    step, pass_ = [result, fastest(dense)], [ahead[way(result)]]
+    pass_.append(fastest(ahead[way(one)] for one in dense))
     paired = [pair for pair, of in (((0, 1), step), ((2, 3), pass_)) if interleaved(of)]
     change = combine(
         lambda a, b, c, d: a / b / (c / d), [r.samples for r in step + pass_], paired=paired

@@ -2,21 +2,21 @@
 
 from tools.cases import Case, Naming, Result
 
-METHODS = (
-    "dense_single",
-    "dense_tp_row",
-    "dense_tp_column",
-    "masked_split",
-    "block_shock",
-    "block_shock_folded",
-)
+METHODS = {  # colours and markers
+    "dense_single": ("#7a7f87", "s"),
+    "dense_tp_row": ("#0072b2", "o"),
+    "dense_tp_column": ("#56b4e9", "^"),
+    "masked_split": ("#cc79a7", "D"),
+    "block_shock": ("#d55e00", "P"),
+    "block_shock_folded": ("#009e73", "X"),
+}
 PHASES = ("correctness", "forward", "backward", "training", "drift")
 # What a method may do in several ways; a label names those that are not the method's usual ones.
 VARIANTS = ("mask", "kernel", "reduce")
 SIZES = ("N", "K", "B")
 # What a setting says in words of its own, or does not depend on; any other field is named.
-DATA = ("bias", "input", "loss", "target", "weight")
-KNOWN = {*SIZES, *VARIANTS, *DATA, "dtype", "policy", "optimizer", "ranks", "steps", "seed"}
+KNOWN = {*SIZES, *VARIANTS, "dtype", "policy", "optimizer", "ranks", "steps", "seed"}
+KNOWN |= {"bias", "input", "loss", "target", "weight"}
 
 
 def label(result: Result) -> str:
@@ -40,17 +40,13 @@ def run_label(result: Result) -> str:
     return "-".join(part for part in parts if part)
 
 
-def setting(case: Case) -> tuple:
-    """What two cases must share to be put on one line, or to be compared: all but the method, its
-    mask, kernel, reduce and policy, the sizes N and B, and the seed.
+def setting(case: Case) -> str:
+    """What two cases must share to be put on one line, or to be compared, in words: all but the
+    method, its mask, kernel, reduce and policy, the sizes N and B, the seed, and what is usual
+    (gaussian input, bias, two ranks, K=N).
     """
-    inner = None if case.K == case.N else case.K
-    data = (getattr(case, name) for name in DATA)
-    return (case.dtype, case.ranks, *data, inner, case.optimizer, _others(case))
-
-
-def setting_text(case: Case) -> str:
-    """The setting in words, without what is usual (gaussian input, bias, two ranks, K=N)."""
+    found = sorted(case.fields.items())
+    others = [(name, value) for name, value in found if name not in KNOWN and value is not None]
     parts = [
         case.dtype,
         case.optimizer if case.phase == "training" else None,
@@ -61,14 +57,9 @@ def setting_text(case: Case) -> str:
         f"target {case.target}" if case.target not in (None, "normal") else None,
         f"weight {case.weight}" if case.weight is not None else None,
         f"K={case.K}" if case.K not in (None, case.N) else None,
-        *(f"{name}={value}" for name, value in _others(case)),
+        *(f"{name}={value}" for name, value in others),
     ]
     return ", ".join(part for part in parts if part)
-
-
-def _others(case: Case) -> tuple:
-    others = ((name, value) for name, value in case.fields.items() if name not in KNOWN)
-    return tuple(sorted((name, value) for name, value in others if value is not None))
 
 
 NAMING = Naming(
@@ -79,5 +70,5 @@ NAMING = Naming(
     ways=("kernel", "reduce"),
     label=label,
     run_label=run_label,
-    setting=setting_text,
+    setting=setting,
 )

@@ -9,10 +9,9 @@ faster of dense_tp_row and dense_tp_column at that place:
                          has no other sum, stands there as it usually is
 """
 
-from collections import defaultdict
 from collections.abc import Iterable
 
-from tools.cases import Result, Results
+from tools.cases import Result, Results, grouped
 from tools.families.linear.naming import VARIANTS, setting
 
 DENSE = ("dense_tp_row", "dense_tp_column")
@@ -27,11 +26,7 @@ def usual_name(results: Results) -> str:
 
 def dense_by_place(results: Iterable[Result]) -> dict[tuple, list[Result]]:
     """The dense tensor-parallel results of each place, however they sum."""
-    found = defaultdict(list)
-    for result in results:
-        if result.case.method in DENSE:
-            found[place(result)].append(result)
-    return found
+    return grouped((r for r in results if r.case.method in DENSE), place)
 
 
 def as_usual(dense: Iterable[Result]) -> list[Result]:
@@ -43,13 +38,6 @@ def same_sum(dense: list[Result], result: Result) -> list[Result]:
     """One of each dense method, with the sum of `result` where it was measured so."""
     same = [one for one in dense if one.case.reduce == result.case.reduce]
     return list({one.case.method: one for one in as_usual(dense) + same}.values())
-
-
-def better(dense: Iterable[Result]) -> Result:
-    """The one with the shortest median of all its rounds: the ratio to it is that of two results,
-    the same wherever it is shown.
-    """
-    return min(dense, key=lambda one: one.median)
 
 
 def place(result: Result) -> tuple:
@@ -67,3 +55,9 @@ def forward_place(result: Result) -> tuple:
 def way(result: Result) -> tuple:
     """How it is computed: method, mask, kernel and reduce."""
     return tuple(getattr(result.case, name) for name in ("method", *VARIANTS))
+
+
+def same_call(result: Result) -> tuple:
+    """What results of the same layer and input share, whatever was asked of it."""
+    case = result.case
+    return (*way(result), case.N, case.K, case.B, case.dtype, case.bias, case.input)

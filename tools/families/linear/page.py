@@ -12,12 +12,11 @@ from tools.families.linear.costs import (
     time_per_weight_byte_vs_size,
 )
 from tools.families.linear.hypotheses import beats_dense, judge_all
-from tools.families.linear.limits import over_floor
 from tools.families.linear.naming import NAMING
 from tools.families.linear.opponents import usual_name
 from tools.families.linear.readme_tables import full, readme
 from tools.families.linear.regions import less_layout_fix_vs_size, regions_vs_size
-from tools.families.linear.speed import phase_vs_batch, phase_vs_size
+from tools.families.linear.speed import over_dense, over_floor
 from tools.families.linear.steps import drift_by_step, step_breakdown
 from tools.family import TIMES, Family
 from tools.stats import THRESHOLD
@@ -45,12 +44,12 @@ READING = (
     ),
 )
 FIGURES = {
-    "forward_vs_N": functools.partial(phase_vs_size, phase="forward"),
-    "forward_vs_B": functools.partial(phase_vs_batch, phase="forward"),
+    "forward_vs_N": functools.partial(over_dense, phase="forward"),
+    "forward_vs_B": functools.partial(over_dense, phase="forward", x="B"),
     "forward_over_floor": functools.partial(over_floor, phase="forward"),
     "forward_regions_vs_N": regions_vs_size,
-    "backward_vs_N": functools.partial(phase_vs_size, phase="backward"),
-    "training_vs_N": functools.partial(phase_vs_size, phase="training"),
+    "backward_vs_N": functools.partial(over_dense, phase="backward"),
+    "training_vs_N": functools.partial(over_dense, phase="training"),
     "training_over_floor": functools.partial(over_floor, phase="training"),
     "step_breakdown": step_breakdown,
     "memory_vs_N": memory_vs_size,

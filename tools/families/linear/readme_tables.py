@@ -5,17 +5,16 @@ verdict. In the full tables a column is a method as it is usually run; kernels, 
 beside that have a column only where the comparison is about them.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
-from tools.cases import Result, Results, over
+from tools.cases import Result, Results, fastest, grouped, over
 from tools.drawing.style import spread
 from tools.families.linear.choices import choices_table
-from tools.families.linear.naming import METHODS, NAMING, setting_text
-from tools.families.linear.opponents import DENSE, as_usual, better, usual_name
+from tools.families.linear.naming import METHODS, NAMING, setting
+from tools.families.linear.opponents import DENSE, as_usual, usual_name
 from tools.family import README_ROWS, Written
-from tools.stats import Interval
-from tools.tables import Column, as_markdown, milliseconds, number
+from tools.tables import Column, as_markdown, filled, interval, milliseconds, number
 
 REFERENCE, SHOCK = DENSE[0], "block_shock"
 OTHER_KERNEL = "cusparselt"
@@ -147,9 +146,7 @@ def _chosen_sizes(places: Iterable[tuple[int, int]]) -> set[tuple[int, int]]:
 
 def _largest_setting(found: Iterable[Result]) -> tuple[str, list[Result]]:
     """The setting, whatever the optimizer, with the most results."""
-    groups: dict[str, list[Result]] = defaultdict(list)
-    for result in found:
-        groups[setting_text(result.case.but(optimizer=None))].append(result)
+    groups = grouped(found, lambda result: setting(result.case.but(optimizer=None)))
     return max(groups.items(), key=lambda item: len(item[1]), default=("", []))
 
 
@@ -181,17 +178,15 @@ def _usual(method: str, mask: str | None = None, policy: str | None = None) -> P
 
 
 def _dense(here: list[Result]) -> Result | None:
-    dense = as_usual(r for r in here if r.case.method in DENSE)
-    return better(dense) if dense else None
+    return fastest(as_usual(r for r in here if r.case.method in DENSE))
 
 
 def _dense_best_sum(here: list[Result]) -> Result | None:
-    return min((r for r in here if r.case.method in DENSE), key=lambda r: r.median, default=None)
+    return fastest(r for r in here if r.case.method in DENSE)
 
 
 def _best_other_sum(here: list[Result]) -> Result | None:
-    others = [r for r in here if r.case.method == REFERENCE and "reduce" in r.unusual]
-    return min(others, key=lambda r: r.median, default=None)
+    return fastest(r for r in here if r.case.method == REFERENCE and "reduce" in r.unusual)
 
 
 def _other_kernel(here: list[Result]) -> Result | None:
@@ -220,9 +215,7 @@ def _same_sum(pick: Pick) -> Pick:
 
 def _by_size(found: list[Result], sizes: tuple[str, ...]) -> Iterator[tuple[tuple, list[Result]]]:
     """The results at each combination of `sizes`, in order."""
-    places = defaultdict(list)
-    for result in found:
-        places[tuple(getattr(result.case, size) for size in sizes)].append(result)
+    places = grouped(found, lambda r: tuple(getattr(r.case, size) for size in sizes))
     yield from sorted(places.items(), key=lambda item: [(v is None, v) for v in item[0]])
 
 
@@ -245,16 +238,12 @@ def _table(
         rows.append(row)
     where = [number(size, size) if size != "optimizer" else Column(size, size) for size in sizes]
     columns = [number(title, title, _time) for title, _ in picks]
-    columns += [number(title, title, _interval) for title, *_ in ratios]
-    filled = [c for c in columns if any(row.get(c.key) is not None for row in rows)]
-    return as_markdown([*where, *filled], rows) if filled else ""
+    columns += [number(title, title, interval) for title, *_ in ratios]
+    columns = filled(columns, rows)
+    return as_markdown([*where, *columns], rows) if columns else ""
 
 
 def _time(result: Result) -> str:
     reduce = result.unusual.get("reduce")
     dense = result.case.method in DENSE
     return milliseconds(result.median) + (f" ({reduce})" if reduce and dense else "")
-
-
-def _interval(interval: Interval) -> str:
-    return str(interval) if interval.enough else f"{interval.value:.3f}"

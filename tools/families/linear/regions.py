@@ -6,7 +6,6 @@ from tools.cases import Result, Results
 from tools.drawing import series, style
 from tools.drawing.chart import Absent, Axis, Drawing, Point
 from tools.drawing.series import Sketch, Words
-from tools.families.linear.looks import line_style
 from tools.families.linear.speed import few
 from tools.tables import seconds
 
@@ -33,7 +32,7 @@ def regions_vs_size(results: Results) -> list[Drawing]:
     for panels in groups.values():
         panels[:] = [_region(name, panel) for name in SHOWN for panel in panels]
     options = {"columns": MOST, "height": 2.6}
-    return series.charts(results, groups, words, look=line_style, **options)
+    return series.charts(results, groups, words, **options)
 
 
 def less_layout_fix_vs_size(results: Results) -> list[Drawing]:
@@ -52,7 +51,7 @@ def less_layout_fix_vs_size(results: Results) -> list[Drawing]:
     for panels in groups.values():
         for i, panel in enumerate(panels):
             copied = [r for r in style.lines(panel.results) if any(map(_layout, r))]
-            wholes = [series.line(one, lambda r: r.case.N, _whole, line_style) for one in copied]
+            wholes = [series.line(one, lambda r: r.case.N, _whole) for one in copied]
             panels[i] = panel._replace(
                 extra=[
                     replace(one, label=f"{one.label}, layout fix included", look=one.look | thin)
@@ -60,9 +59,7 @@ def less_layout_fix_vs_size(results: Results) -> list[Drawing]:
                 ]
             )
     y = Axis("average time a call", seconds)
-    return series.charts(
-        results, groups, words, y, lambda r: _whole(r) - _layout(r), look=line_style, checks=True
-    )
+    return series.charts(results, groups, words, y, lambda r: _whole(r) - _layout(r), checks=True)
 
 
 def _whole(result: Result) -> float:

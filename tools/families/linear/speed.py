@@ -1,19 +1,19 @@
-"""How fast: the time of each method over that of dense TP as users run it, against N and B."""
+"""How fast: the time of each method over that of dense TP as users run it, and over its floor."""
 
 import math
 from collections.abc import Sequence
 
-from tools.cases import Result, Results, over
-from tools.drawing import series
+from tools.cases import Result, Results, grouped, over
+from tools.drawing import series, style
 from tools.drawing.chart import Absent, Axis, Drawing, Point
-from tools.drawing.series import Words
+from tools.drawing.series import Sketch, Words
 from tools.families.linear.hypotheses import SHOCKS
-from tools.families.linear.looks import line_style
 from tools.families.linear.naming import METHODS
-from tools.families.linear.opponents import DENSE
+from tools.families.linear.opponents import DENSE, place
 from tools.tables import seconds
 
 REFERENCE = DENSE[0]
+SMALL_BATCH = 64
 WORDS = {
     "forward": "Forward",
     "backward": "Forward and input gradient (weights frozen)",
@@ -21,24 +21,12 @@ WORDS = {
 }
 
 
-def phase_vs_size(results: Results, phase: str) -> list[Drawing]:
-    """Time over dense TP against N, a panel for each B."""
-    return _phase(results, phase, "N")
-
-
-def phase_vs_batch(results: Results, phase: str) -> list[Drawing]:
-    """Time over dense TP against B, a panel for each N."""
-    return _phase(results, phase, "B")
-
-
 def leading(found: Sequence[Result]) -> set[str]:
     """The labels of the few lines that are drawn at first, the fastest of several that fit:
     block_shock with the mask 1100, and with tile; dense TP with another sum; dense TP by columns;
     one GPU alone, or else the masked split. A method that is not known here is drawn as well.
     """
-    labels: dict[str, list[Result]] = {}
-    for result in found:
-        labels.setdefault(result.label, []).append(result)
+    labels = grouped(found, lambda result: result.label)
 
     def pick(fits) -> list[str]:
         speeds = {
@@ -65,28 +53,52 @@ def few(found: Sequence[Result]) -> list[Result]:
     return [r for r in found if r.label in labels or (r.case.method == REFERENCE and not r.unusual)]
 
 
-def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
+def over_floor(results: Results, phase: str) -> list[Drawing]:
+    """Measured time over its floor: against N at the largest B and a small one, against B at the
+    largest N.
+    """
+    found = [r for r in few(results.of(phase)) if r.floor.get("seconds", 0) > 0]
+    settings = style.settings(found, f"{phase} with a floor")
+    groups = {text: panels for text, group in settings.items() if (panels := _floor_panels(group))}
+    if not groups:
+        raise Absent("a line needs two values of N with the same B, or of B with the same N")
+    caption = (
+        "How many times its floor each method takes; lower is better, and 1 is the floor: the "
+        "largest of its arithmetic, memory traffic and wire traffic at the rates measured on "
+        "this machine. Each method has a floor of its own, so a low line is a good "
+        "implementation, not yet a fast method."
+    )
+    words = Words(f"{phase}_over_floor", f"{WORDS[phase]}: measured time over its floor", caption)
+    y = Axis("measured / floor", "{:.2f}".format, "ratio", 1, least=1)
+    options = {"columns": 3, "height": 4}
+    return series.charts(
+        results, groups, words, y, lambda r: r.median / r.floor["seconds"], **options
+    )
+
+
+def over_dense(results: Results, phase: str, x: str = "N") -> list[Drawing]:
+    """Time over dense TP against N, a panel for each B, or the other way round."""
     found = results.of(phase)
-    references = {_place(r): r for r in found if r.case.method == REFERENCE and not r.unusual}
-    compared = [r for r in found if _place(r) in references]
+    references = {place(r): r for r in found if r.case.method == REFERENCE and not r.unusual}
+    compared = [r for r in found if place(r) in references]
     if found and not compared:
         raise Absent(f"needs {REFERENCE} at the same sizes")
 
     def value(result: Result) -> Point | None:
-        reference = references[_place(result)]
+        reference = references[place(result)]
         if result is reference:
             return None
         ratio = over(result, reference)
         ends = (ratio.low, ratio.high) if ratio.enough else (None, None)
         return Point(0, ratio.value, *ends, seconds(result.median))
 
-    def floor(panel: series.Sketch) -> list:
+    def floor(panel: Sketch) -> list:
         floors: dict[float, float] = {}
         for r in panel.results:
             # One GPU alone has a floor of its own kind; the limit drawn is that of the ranks.
             if r.floor.get("seconds", 0) > 0 and r.case.method != "dense_single":
                 at = getattr(r.case, x)
-                share = r.floor["seconds"] / references[_place(r)].median
+                share = r.floor["seconds"] / references[place(r)].median
                 floors[at] = min(floors.get(at, share), share)
         return series.grey("limit of the machine (floor)", floors)
 
@@ -104,10 +116,18 @@ def _phase(results: Results, phase: str, x: str) -> list[Drawing]:
         panels[:] = [panel._replace(extra=floor(panel)) for panel in panels]
     y = Axis(f"time / {REFERENCE}\n(below 1: faster)", "{:.3f}".format, "ratio", 1)
     words = Words(f"{phase}_vs_{x}", title, caption)
-    return series.charts(results, groups, words, y, value, look=line_style, main=leading)
+    return series.charts(results, groups, words, y, value, main=leading)
 
 
-def _place(result: Result) -> tuple:
-    case = result.case
-    frozen = case.policy == "frozen"
-    return (case.N, case.B, result.setting, frozen)
+def _floor_panels(group: Sequence[Result]) -> list[Sketch]:
+    """The panels that have two sizes or more."""
+    batches = {r.case.B for r in group}
+    small = SMALL_BATCH if SMALL_BATCH in batches else min(batches)
+    largest = max(r.case.N for r in group)
+    wanted = [("N", "B", small), ("N", "B", max(batches)), ("B", "N", largest)]
+    panels = []
+    for x, other, value in dict.fromkeys(wanted):
+        panel = [r for r in group if getattr(r.case, other) == value]
+        if len({getattr(r.case, x) for r in panel}) > 1:
+            panels.append(Sketch(f"{other} = {value}", x, panel))
+    return panels

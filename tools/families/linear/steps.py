@@ -3,9 +3,9 @@
 from tools.cases import Result, Results
 from tools.drawing import bars, series, style
 from tools.drawing.chart import Axis, Drawing, Line, Panel, Point, merged
+from tools.drawing.looks import line_style
 from tools.drawing.series import Words
-from tools.families.linear.looks import line_style
-from tools.families.linear.opponents import way
+from tools.families.linear.opponents import same_call
 from tools.tables import figure
 
 SEGMENTS = {
@@ -25,7 +25,7 @@ def step_breakdown(results: Results) -> list[Drawing]:
     """Stacked bars of a training step, a panel for each N and B."""
     found = [r for r in results.of("training") if "total" in r.regions and r.as_usual]
     groups = style.settings(found, "instrumented training")
-    ahead = {_place(r): r for r in results.of("forward") if r.regions}
+    ahead = {same_call(r): r for r in results.of("forward") if r.regions}
     caption = (
         "Averages of the instrumented pass. Communication is the collectives and the copies made "
         "for their layout; it happens within forward and backward, and is taken out of them. The "
@@ -103,7 +103,7 @@ def _bars(title: str, here: dict[str, Result], labels: list[str], ahead: dict) -
     for i, label in enumerate(labels):
         if label in here:
             result = here[label]
-            for name, value in segments(result, ahead.get(_place(result))).items():
+            for name, value in segments(result, ahead.get(same_call(result))).items():
                 if value > 0:
                     points[name].append(Point(i, 1e3 * value))
             points["reported step"].append(Point(i, 1e3 * result.median))
@@ -128,8 +128,3 @@ def _drift(title: str, found: list[Result]) -> Panel:
 
 def _steps(values: tuple[float, ...]) -> tuple[Point, ...]:
     return tuple(Point(i, value) for i, value in enumerate(values, 1))
-
-
-def _place(result: Result) -> tuple:
-    case = result.case
-    return (*way(result), case.N, case.K, case.B, case.dtype, case.bias, case.input)

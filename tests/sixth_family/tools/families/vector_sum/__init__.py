@@ -9,7 +9,7 @@ from tools.judged import FAILS, HOLDS, UNDECIDED, Judgement, Verdict, sentence
 from tools.stats import judge
 from tools.tables import Column, Table, as_markdown, milliseconds, number
 
-COLORS = {"plain": "#0072b2", "halves": "#d55e00"}
+METHODS = {"plain": ("#0072b2", "o"), "halves": ("#d55e00", "o")}  # colours and markers
 STATUS = {"slower": HOLDS, "faster": FAILS, "same": FAILS}
 COLUMNS = (
     Column("method", "method"),
@@ -29,7 +29,6 @@ def forward_vs_n(results: Results) -> list[Drawing]:
         words,
         Axis("ms", "{:.3g}".format),
         lambda result: 1e3 * result.median,
-        look=lambda result: {"color": COLORS[result.case.method], "marker": "o"},
     )
 
 
@@ -76,7 +75,5 @@ FAMILY = Family(
     judge=judge_all,
     readme=readme,
     full=lambda results: [readme(results)],
-    naming=Naming(
-        methods=("plain", "halves"), phases=("forward", "twice"), sizes=("n",), setting=setting
-    ),
+    naming=Naming(methods=METHODS, phases=("forward", "twice"), sizes=("n",), setting=setting),
 )
