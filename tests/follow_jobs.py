@@ -162,6 +162,8 @@ def lives(options, seed, turns=40):
     for _ in range(turns):
         done.append(chance.choice(DEEDS))
         getattr(life, done[-1])()
+        for parameter in life.model.parameters():  # CUDA's grouped steps read gradients by it
+            assert parameter.grad is None or parameter.grad.dtype == parameter.dtype, done
         for model in [life.model] + ([life.ema.module] if life.ema else []):
             mode = chance.choice([torch.enable_grad, torch.no_grad, torch.inference_mode])
             done.append(mode.__name__)
@@ -171,3 +173,19 @@ def lives(options, seed, turns=40):
             if max(found) / limit > worst[0]:
                 worst = (max(found) / limit, list(done))
     return worst
+
+
+def cast_with_gradients():
+    """Whether a float32 master and its gradients are as before a cast of the products."""
+    model = built(mask="tile", master="float32").bfloat16()
+    x = torch.randn(B, K, device=device(), dtype=torch.bfloat16)
+    model(x).square().mean().backward()
+    before = [(p.detach().clone(), p.grad.clone()) for p in model.parameters()]
+    model.half()
+    after = [(p.detach(), p.grad) for p in model.parameters()]
+    same = [
+        torch.equal(a, b)
+        for pair in zip(before, after, strict=True)
+        for a, b in zip(*pair, strict=True)
+    ]
+    return [t.dtype for pair in after for t in pair], same, model(x.half()).dtype

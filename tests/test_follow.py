@@ -28,6 +28,13 @@ def test_a_layer_multiplies_its_parameter_whatever_happened(ranks, options, seed
         assert error < 8, deeds  # in units of the dtype's rounding
 
 
+def test_a_cast_rounds_neither_a_wide_master_nor_its_gradients(ranks):
+    for dtypes, same, output in ranks.run(jobs.cast_with_gradients):
+        assert set(dtypes) == {torch.float32}  # CUDA's grouped steps read a gradient as a weight
+        assert all(same)
+        assert output == torch.float16
+
+
 PRODUCTS = [
     lambda x, weight: torch.nn.functional.linear(x, weight),
     lambda x, weight: x @ weight.t(),

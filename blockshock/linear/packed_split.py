@@ -94,12 +94,16 @@ class PackedSplit(Split):
     def _apply(self, fn, recurse=True):
         with torch.inference_mode(False):
             dtype = fn(self.packed.values.new_empty(0)).dtype
-            own = [p for p in (self.weight, self.bias) if p is not None]
-            before = [p.data for p in own]
+            own = {name: p for name, p in self._parameters.items() if p is not None}
+            before = {name: p.data for name, p in own.items()}
+            grads = {name: p.grad.data for name, p in own.items() if p.grad is not None}
             super()._apply(fn, recurse)
-            for parameter, values in zip((self.weight, self.bias), before, strict=False):
-                if MASTERS[self.master].dtype(dtype) != dtype:  # moved, not rounded on the way
+            if MASTERS[self.master].dtype(dtype) != dtype:  # moved, not rounded on the way
+                for name, values in before.items():
+                    parameter = self._parameters[name]
                     parameter.data = values.to(parameter.device)
+                    if name in grads:  # of the same dtype: grouped steps do not ask
+                        parameter.grad.data = grads[name].to(parameter.device)
             self._rebuild(dtype)
         return self
 
