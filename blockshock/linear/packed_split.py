@@ -6,6 +6,8 @@ well, unless the weight is frozen and unchanged; and anew where the weight is an
 mask another one.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,8 @@ class PackedSplit(Split):
         one after a write that PyTorch counts. Call it after one that it does not count, such as
         through `.data`.
         """
-        with torch.inference_mode(False), torch.no_grad(), region("compress"):
+        in_training = region("compress") if torch.is_grad_enabled() else nullcontext()
+        with torch.inference_mode(False), torch.no_grad(), in_training:
             if self._apart:
                 self._rebuild()
             MASTERS[self.master].renew(self.part, self.packed, by_library=self._by_library)
