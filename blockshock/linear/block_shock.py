@@ -174,11 +174,12 @@ class BlockShock(PackedSplit):
         """A layer of the same mask that multiplies in another dtype; without the hooks of this one,
         which may hold a whole model.
         """
-        packed = Packed24.from_codes(self.packed.values.to(dtype), self.codes)
-        packed.with_transpose_if_possible()
-        bias = None if self.bias is None else self.bias.to(dtype)
-        options = self.term, self.in_features, bias, self.group, self.kernel, self.how
-        return type(self)(packed, self.master, *options)
+        with torch.inference_mode(False):
+            packed = Packed24.from_codes(self.packed.values.to(dtype), self.codes)
+            packed.with_transpose_if_possible()
+            bias = None if self.bias is None else self.bias.to(dtype)
+            options = self.term, self.in_features, bias, self.group, self.kernel, self.how
+            return type(self)(packed, self.master, *options)
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] that is multiplied, on every rank: the sum of all terms."""
