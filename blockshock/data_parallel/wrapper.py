@@ -59,6 +59,11 @@ class Wrapper(nn.Module):
         """None, or why it cannot run: value, rule, fix."""
         return None
 
+    @staticmethod
+    def refusal(module: nn.Module) -> str | None:
+        """None, or why this module cannot be wrapped: value, rule, fix."""
+        return None
+
     def forward(self, *args, **kwargs):
         """The module's."""
         return self.module(*args, **kwargs)
