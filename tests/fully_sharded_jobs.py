@@ -150,3 +150,207 @@ def recomputed(**options):
         wrapper.finish_gradient_sync()
     wanted = {n: p.grad for n, p in true.named_parameters() if p.requires_grad}
     return far(gradients(wrapper), wanted), all(freed)
+
+
+def sharded(**options):
+    """A sharded model alone; options of the wrapper by their names, the others the model's."""
+    wraps = {
+        k: options.pop(k)
+        for k in ("unused", "compute_dtype", "reshard_after_forward")
+        if k in options
+    }
+    return FullySharded(Model(frozen=False, **options).to(device()), **wraps)
+
+
+def accumulated():
+    """How far gradients of two batches are, in no_sync and in one graph; and what is refused."""
+    true, wrapper = Model(frozen=False).to(device()), sharded()
+    (loss(true, tokens(0)) + loss(true, tokens(1))).backward()
+    wanted = {n: p.grad for n, p in true.named_parameters()}
+    errors, refused = [], ""
+    with wrapper.no_sync():
+        loss(wrapper, own(tokens(0))).backward()
+        try:
+            wrapper.finish_gradient_sync()
+        except RuntimeError as error:
+            refused = str(error)
+    loss(wrapper, own(tokens(1))).backward()
+    wrapper.finish_gradient_sync()
+    errors.append(far(gradients(wrapper), wanted))
+    wrapper.finish_gradient_sync()  # again, and without a backward
+    errors.append(far(gradients(wrapper), wanted))
+    wrapper.zero_grad()
+    both = loss(wrapper, own(tokens(0))) + loss(wrapper, own(tokens(1)))
+    both.backward(retain_graph=True)
+    wrapper.finish_gradient_sync()
+    errors.append(far(gradients(wrapper), wanted))
+    both.backward()
+    wrapper.finish_gradient_sync()
+    errors.append(far(gradients(wrapper), {n: 2 * g for n, g in wanted.items()}))
+    return errors, refused
+
+
+def counted():
+    """(gathers, reductions) of steps, of one with gradients frozen out of it, and of evaluation."""
+    wrapper = sharded()
+
+    def step(train=True):
+        with counting() as seen:
+            if train:
+                loss(wrapper, own(tokens())).backward()
+                wrapper.finish_gradient_sync()
+            else:
+                with torch.inference_mode():
+                    loss(wrapper, own(tokens()))
+        return seen["all_gather_into"], seen["reduce_scatter_into"]
+
+    return [step(), step(), step(train=False), step()]
+
+
+@contextmanager
+def counting():
+    """How often functions of `collectives` are called."""
+    seen, before = {}, {}
+    for name in ("all_gather_into", "reduce_scatter_into"):
+        before[name], seen[name] = getattr(collectives, name), 0
+
+        def counted(*args, name=name):
+            seen[name] += 1
+            return before[name](*args)
+
+        setattr(collectives, name, counted)
+    try:
+        yield seen
+    finally:
+        for name, function in before.items():
+            setattr(collectives, name, function)
+
+
+def held(width=64):
+    """Bytes after a step: of parameters, gathered buffers, gradients and state; of the model."""
+    model = Model(width=width, frozen=False).to(device())
+    whole = sum(p.nbytes for p in model.parameters())
+    wrapper = FullySharded(model)
+    optimizer = wrapper.optimizer(torch.optim.AdamW, lr=0.01)
+    gathered = []
+
+    def watch(module, args):
+        flats = [flat for unit in wrapper._schedule.units for flat in unit.flats]
+        gathered.append(sum(flat._full.untyped_storage().size() for flat in flats))
+
+    for block in model.blocks:
+        block.norm.register_forward_pre_hook(watch)
+    for _ in range(2):
+        loss(wrapper, own(tokens())).backward()
+        wrapper.finish_gradient_sync()
+        optimizer.step()
+    flats = [flat for unit in wrapper._schedule.units for flat in unit.flats]
+    storages = {
+        p.untyped_storage().data_ptr(): p.untyped_storage().size() for p in model.parameters()
+    }
+    return {
+        "whole": whole,
+        "parameters": sum(storages.values()),
+        "gathered": sum(flat._full.untyped_storage().size() for flat in flats),
+        "gathered at most": max(gathered),
+        "gradients": sum(p.grad.nbytes for p in model.parameters()),
+        "state": sum(v.nbytes for s in optimizer.state.values() for v in s.values() if v.ndim),
+    }
+
+
+def after_an_error():
+    """Is a step right after a forward that raised, with what was gathered freed?"""
+    true, wrapper = Model(frozen=False).to(device()), sharded()
+    loss(wrapper, own(tokens(3)))  # and a graph that has no backward
+    wrapper.module.fail = True
+    try:
+        loss(wrapper, own(tokens(3)))
+    except ArithmeticError:
+        pass
+    last = wrapper._schedule._last
+    freed = [not f.gathered for u in wrapper._schedule.units if u is not last for f in u.flats]
+    shares = all(p.ndim == 1 for p in wrapper.module.parameters())
+    wrapper.module.fail = False
+    loss(true, tokens()).backward()
+    loss(wrapper, own(tokens())).backward()
+    wrapper.finish_gradient_sync()
+    return far(gradients(wrapper), {n: p.grad for n, p in true.named_parameters()}), freed, shares
+
+
+class Branches(nn.Module):
+    """Uses one of two products."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.list = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)])
+
+    def forward(self, x, first=True):
+        x = self.list[0](self.list[1](x))
+        return self.one(x) if first else self.two(x)
+
+
+def unused():
+    """What is said of unused parameters, in a unit and of a whole one; gradients where zero."""
+    x, texts = torch.randn(4, 8).to(device()), []
+    for option in ("error", "zero"):
+        wrapper = FullySharded(Branches().to(device()), unused=option)
+        wrapper(x).sum().backward()
+        texts.append(refusal(wrapper.finish_gradient_sync))
+        found = gradients(wrapper)
+    zero = sorted(n for n, g in found.items() if not g.any())
+    # Over two backwards every one of the root's is used.
+    wrapper = FullySharded(Branches().to(device()))
+    wrapper(x).sum().backward()
+    wrapper(x, first=False).sum().backward()
+    texts.append(refusal(wrapper.finish_gradient_sync))
+    return texts, zero, sorted(set(dict(wrapper.module.named_parameters())) - set(found))
+
+
+def refusal(call, *args, **kwargs) -> str:
+    """What a call's error says; nothing if there is none."""
+    try:
+        call(*args, **kwargs)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def refused():
+    """By case: what is said."""
+    said, batch = {}, own(tokens())
+    for name, option in {"unused": "no", "compute_dtype": torch.float16}.items():
+        said[name] = refusal(sharded, **{name: option})
+    wraps = partial(refusal, FullySharded)
+    said["lstm"] = wraps(nn.LSTM(4, 4).to(device()))
+    said["sparse"] = wraps(nn.Embedding(4, 4, sparse=True).to(device()))
+    said["scalar"] = wraps(nn.ParameterList([torch.ones(())]).to(device()))
+    wrapper = sharded()
+    said["lbfgs"] = refusal(wrapper.optimizer, torch.optim.LBFGS)
+    state = wrapper.full_state_dict()
+    said["shape"] = refusal(wrapper.load_full_state_dict, {**state, "head.bias": state["shift"]})
+    optimizer = wrapper.optimizer(torch.optim.SGD, lr=0.1)
+    loss(wrapper, batch).backward()
+    said["step"] = refusal(optimizer.step)
+    wrapper.finish_gradient_sync()
+    share = wrapper.module.head.bias
+    said["grad"] = refusal(torch.autograd.grad, loss(wrapper, batch), share)
+    share.requires_grad_(False)
+    said["frozen"] = refusal(wrapper, batch)
+    share.requires_grad_(True)
+    said["none"] = refusal(wrapper, batch)
+    wrapper.double()
+    said["cast"] = refusal(wrapper, batch)
+    return said
+
+
+def of_inputs():
+    """Gradients of inputs alone: how far, and whether the parameters have none."""
+    wrapper, other = FullySharded(Branches().to(device())), Branches().to(device())
+    x = torch.randn(4, 8).to(device()).requires_grad_()
+    (found,) = torch.autograd.grad(wrapper(x).square().sum(), x)
+    (wanted,) = torch.autograd.grad(other(x).square().sum(), x)
+    none = all(p.grad is None for p in wrapper.module.parameters())
+    wrapper.finish_gradient_sync()
+    return (found - wanted).abs().max().item(), none

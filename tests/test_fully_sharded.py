@@ -36,3 +36,71 @@ def test_what_is_computed_again_in_backward_finds_whole_parameters(ranks, where,
     for error, freed in ranks.run(jobs.recomputed, **{where: kind}):
         assert error < CLOSE
         assert freed
+
+
+def test_gradients_of_several_backwards_and_forwards_add_up(ranks):
+    for errors, refused in ranks.run(jobs.accumulated):
+        assert max(errors) < CLOSE, errors
+        assert "no_sync" in refused
+
+
+def test_a_step_makes_no_more_collectives_than_units(ranks):
+    units = 3 + 1
+    for found in ranks.run(jobs.counted):
+        # Each unit for the forward, each block again for its backward; in the first step the block
+        # that runs last is not known.
+        first, second, evaluation, third = found
+        assert first == (units + 3, units)
+        assert second == third == (units + 2, units)
+        assert evaluation == (units, 0)
+
+
+def test_a_rank_holds_its_share_of_bytes(some):
+    for held in some.run(jobs.held):
+        share = held["whole"] / some.size
+        assert share <= held["parameters"] < 1.1 * share  # it begins each parameter at 64 entries
+        assert held["gathered"] == 0
+        assert held["gathered at most"] < 0.85 * held["whole"]  # the root, and two of three blocks
+        assert held["gradients"] < 1.1 * share
+        assert held["state"] < 2.2 * share
+
+
+def test_a_forward_that_raises_leaves_a_model_that_trains(ranks):
+    for error, freed, shares in ranks.run(jobs.after_an_error):
+        assert error < CLOSE
+        assert all(freed)
+        assert shares
+
+
+def test_unused_parameters_are_an_error_or_zero(ranks):
+    for (first, second, both), zero, without in ranks.run(jobs.unused):
+        missing = ["list.2.bias", "list.2.weight", "two.bias", "two.weight"]
+        assert all(repr(name) in first for name in missing)
+        assert "'one.weight'" not in first
+        assert not second
+        assert zero == missing
+        assert not without
+        assert "'list.2.weight'" in both
+        assert "'two.weight'" not in both
+
+
+def test_gradients_of_inputs_alone_leave_the_parameters_without(ranks):
+    for error, none in ranks.run(jobs.of_inputs):
+        assert error < CLOSE
+        assert none
+
+
+def test_what_cannot_be_right_is_refused(ranks):
+    for said in ranks.run(jobs.refused):
+        assert "'error' or 'zero'" in said["unused"]
+        assert "use torch.bfloat16" in said["compute_dtype"]
+        assert "LSTM" in said["lstm"]
+        assert "sparse=False" in said["sparse"]
+        assert "the shape [1]" in said["scalar"]
+        assert "elementwise" in said["lbfgs"]
+        assert "'head.bias' has shape [21], the model's has [37]" in said["shape"]
+        assert "finish_gradient_sync()" in said["step"]
+        assert "call backward()" in said["grad"]
+        assert "'head.bias'" in said["frozen"]
+        assert not said["none"]
+        assert "before it is wrapped" in said["cast"]

@@ -20,7 +20,6 @@ from blockshock.distributed import collectives
 
 # Their steps need more of a parameter than one entry at a time, so they are wrong for a share.
 _NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon")
-_REST = "leave it out of the wrapped module, or use another method"
 
 
 class FullySharded(Wrapper):
@@ -98,7 +97,8 @@ class FullySharded(Wrapper):
         for name, part in module.named_modules():
             if isinstance(part, nn.RNNBase):
                 return (
-                    f"module {name!r}, of class {type(part).__name__}, lists its weights; {_REST}"
+                    f"module {name!r}, of class {type(part).__name__}, has a list of its weights; "
+                    "leave it out of the wrapped module, or use a method that shards nothing"
                 )
             if isinstance(part, nn.Embedding | nn.EmbeddingBag):
                 if part.sparse:
@@ -106,8 +106,6 @@ class FullySharded(Wrapper):
                 if part.max_norm is not None:
                     return f"module {name!r} overwrites its weight; make it with max_norm=None"
         for name, p in module.named_parameters():
-            if type(p) is not nn.Parameter:
-                return f"parameter {name!r} is a {type(p).__name__}, and not dense; {_REST}"
             if not p.ndim:
                 return f"parameter {name!r} has no dimension to shard; give it the shape [1]"
         return None
