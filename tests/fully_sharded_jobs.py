@@ -1,13 +1,17 @@
 """What the ranks do in the tests of sharded models; the tests judge the answers."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from blockshock.data_parallel import METHODS
 from blockshock.data_parallel.fully_sharded import FullySharded
 from blockshock.distributed import collectives
 from blockshock.distributed.ranks import device
@@ -263,10 +267,8 @@ def after_an_error():
     true, wrapper = Model(frozen=False).to(device()), sharded()
     loss(wrapper, own(tokens(3)))  # and a graph that has no backward
     wrapper.module.fail = True
-    try:
+    with suppress(ArithmeticError):
         loss(wrapper, own(tokens(3)))
-    except ArithmeticError:
-        pass
     last = wrapper._schedule._last
     freed = [not f.gathered for u in wrapper._schedule.units if u is not last for f in u.flats]
     shares = all(p.ndim == 1 for p in wrapper.module.parameters())
@@ -354,3 +356,75 @@ def of_inputs():
     none = all(p.grad is None for p in wrapper.module.parameters())
     wrapper.finish_gradient_sync()
     return (found - wanted).abs().max().item(), none
+
+
+def resumed(method, start, saved=None):
+    """(model, optimizer, two losses on the whole batch) after two steps from step `start`.
+
+    saved: the first two of another run, under any method and number of ranks.
+    """
+    model = Model().to(device())
+    wrapper = METHODS[method](model)
+    optimizer = wrapper.optimizer(torch.optim.AdamW, GROUPS, lr=0.01)
+    if saved is not None:
+        wrapper.load_full_state_dict(saved[0])
+        wrapper.load_full_optimizer_state(optimizer, saved[1])
+    losses = []
+    for step in range(start, start + 2):
+        batch = tokens(step)
+        found = loss(wrapper, batch if method == "none" else own(batch))
+        found.backward()
+        wrapper.finish_gradient_sync()
+        optimizer.step()
+        optimizer.zero_grad()
+        found = found.detach()
+        if method != "none":
+            collectives.all_reduce(found).div_(dist.get_world_size())
+        losses.append(found.item())
+    state = wrapper.full_optimizer_state(optimizer, cpu=True)
+    return wrapper.full_state_dict(cpu=True), state, losses
+
+
+def against_torch():
+    """Errors of gradients in bfloat16 under float32 masters: ours, and those of fully_shard."""
+    true, model = Model(frozen=False).to(device()), Model(frozen=False).to(device())
+    wrapper = sharded(compute_dtype=torch.bfloat16)
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.shift.data = model.shift.bfloat16()
+    wrapper.module.shift.data = wrapper.module.shift.bfloat16()
+    loss(true, tokens()).backward()
+    loss(model, own(tokens())).backward()
+    loss(wrapper, own(tokens())).backward()
+    wrapper.finish_gradient_sync()
+    theirs = {n: p.grad.full_tensor() for n, p in model.named_parameters()}
+    wanted = {n: p.grad for n, p in true.named_parameters()}
+    kinds = {p.grad.dtype for p in wrapper.module.parameters()}
+    return far(gradients(wrapper), wanted), far(theirs, wanted), kinds == {torch.float32}
+
+
+def compiled(how):
+    """How far gradients are where blocks are compiled; graphs after each of three steps."""
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    true, model = Model(frozen=False).to(device()), Model(frozen=False).to(device())
+    if how == "blocks before":
+        for block in model.blocks:
+            block.compile(backend=counter)
+    wrapper = FullySharded(model)
+    if how == "blocks":
+        for block in model.blocks:
+            block.compile(backend=counter)
+    call = torch.compile(wrapper, backend=counter) if how == "whole" else wrapper
+    graphs = []
+    for step in range(3):
+        loss(true, tokens(step)).backward()
+        loss(call, own(tokens(step))).backward()
+        wrapper.finish_gradient_sync()
+        graphs.append(counter.frame_count)
+    found = gradients(wrapper)
+    return far(found, {n: p.grad for n, p in true.named_parameters()}), graphs

@@ -104,3 +104,33 @@ def test_what_cannot_be_right_is_refused(ranks):
         assert "'head.bias'" in said["frozen"]
         assert not said["none"]
         assert "before it is wrapped" in said["cast"]
+
+
+@pytest.mark.parametrize("to", ["none", "fully_sharded"])
+@pytest.mark.parametrize("start", ["none", "fully_sharded"])
+def test_what_was_saved_resumes_under_another_method_and_number_of_ranks(ranks, four, start, to):
+    first = four.run(jobs.resumed, start, 0)[1]
+    ended = four.run(jobs.resumed, start, 2, first[:2])[1]
+    for state, optimizer, losses in ranks.run(jobs.resumed, to, 2, first[:2]):
+        assert losses == pytest.approx(ended[2], abs=CLOSE)
+        assert jobs.far(state, ended[0]) < CLOSE
+        assert list(optimizer["state"]) == list(ended[1]["state"])
+        for name, values in optimizer["state"].items():
+            assert {k: v.shape for k, v in values.items()} == {
+                k: v.shape for k, v in ended[1]["state"][name].items()
+            }
+            assert jobs.far(values, ended[1]["state"][name]) < 10 * CLOSE
+
+
+def test_bfloat16_under_float32_masters_is_as_near_as_torchs(ranks):
+    for own, torchs, wide in ranks.run(jobs.against_torch):
+        assert 1e-4 < own < 1.2 * torchs  # it is bfloat16
+        assert wide
+
+
+@pytest.mark.parametrize("how", ["blocks", "blocks before", "whole"])
+def test_a_compiled_model_has_the_gradients_and_compiles_once(ranks, how):
+    for error, graphs in ranks.run(jobs.compiled, how, timeout=300):
+        assert error < CLOSE
+        assert graphs[0] > 0
+        assert graphs[0] == graphs[-1], graphs
