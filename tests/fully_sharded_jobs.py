@@ -98,7 +98,7 @@ def far(found: dict, true: dict) -> float:
     assert list(found) == list(true)
     return max(
         (
-            (found[n].double() - t.double()).abs().max() / t.double().abs().max().clamp(min=1e-3)
+            (found[n].double() - t.double()).abs().max() / t.double().abs().max().clamp(min=1e-6)
         ).item()
         for n, t in true.items()
     )
@@ -408,7 +408,6 @@ def against_torch():
 
 def compiled(how):
     """How far gradients are where blocks are compiled; graphs after each of three steps."""
-
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     true, model = Model(frozen=False).to(device()), Model(frozen=False).to(device())
@@ -428,3 +427,64 @@ def compiled(how):
         graphs.append(counter.frame_count)
     found = gradients(wrapper)
     return far(found, {n: p.grad for n, p in true.named_parameters()}), graphs
+
+
+class Stack(nn.Module):
+    """Blocks by a function of (block, x), whose result is the next x."""
+
+    def __init__(self, run, blocks=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.run, self.blocks = run, nn.ModuleList(Views() for _ in range(blocks))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.run(block, x)
+        return x
+
+
+class Views(nn.Module):
+    """Returns a view of what it computes, in a tuple with what a second output is."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(24, 8)
+
+    def forward(self, x, *, scale=None):
+        h = torch.tanh(self.up(x))
+        return self.down(h).view(-1, 8), {"mean": h.mean(-1, keepdim=True), "x": x}
+
+
+def in_place(block, x):
+    y, _ = block(x)
+    y += x
+    return y
+
+
+def twice(block, x):
+    return block(block(x)[0])[0]
+
+
+def both_outputs(block, x):
+    y, other = block(x, scale=x)
+    return y * other["mean"] + other["x"]
+
+
+STACKS = {"in place": in_place, "twice": twice, "both outputs": both_outputs}
+
+
+def stacked(kind):
+    """How far gradients of parameters and of the input are in a stack; is all freed?"""
+    true, wrapper = Stack(STACKS[kind]).to(device()), FullySharded(Stack(STACKS[kind]).to(device()))
+    x = torch.randn(ROWS, 8).to(device())
+    errors = []
+    for _ in range(3):
+        x_true, x_own = x.clone().requires_grad_(), own(x).clone().requires_grad_()
+        true(x_true).square().mean().backward()
+        wrapper(x_own).square().mean().backward()
+        freed = [not flat.gathered for unit in wrapper._schedule.units for flat in unit.flats]
+        wrapper.finish_gradient_sync()
+        found = {**gradients(wrapper), "x": x_own.grad / dist.get_world_size()}
+        wanted = {n: p.grad for n, p in true.named_parameters()}
+        errors.append(far(found, {**wanted, "x": own(x_true.grad)}))
+    return errors, freed

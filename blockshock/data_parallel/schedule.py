@@ -41,7 +41,7 @@ class Schedule:
         for unit in units:
             enter, leave = partial(self._enter_forward, unit), partial(self._leave_forward, unit)
             unit.module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
-            unit.module.register_forward_hook(leave, always_call=True)
+            unit.module.register_forward_hook(leave, always_call=True, with_kwargs=True)
 
     def finish(self) -> set[nn.Parameter]:
         """The computation waits for the last reduction. Returns the parameters with gradients."""
@@ -78,7 +78,7 @@ class Schedule:
         return tree_unflatten(leaves, spec)
 
     @torch.compiler.disable
-    def _leave_forward(self, unit: Unit, module, args, result) -> None:
+    def _leave_forward(self, unit: Unit, module, args: tuple, kwargs: dict, result) -> None:
         if not unit.stack:  # it was never entered: an error came before
             return
         call = unit.stack.pop()
@@ -88,8 +88,11 @@ class Schedule:
         # In an object that is no tree there may be outputs that no hook can be given.
         opaque = not all(isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves)
         if call.has_graph:
-            for output in outputs:
-                output.register_hook(partial(self._enter_backward, call))
+            given = [leaf._base for leaf in tree_leaves((args, kwargs)) if _has_gradient(leaf)]
+            # A view that is written in place gets a new history; what it is a view of keeps it.
+            bases = [leaf._base for leaf in outputs if not _any_is(leaf._base, given)]
+            for tensor in filter(_has_gradient, [*outputs, *bases]):
+                tensor.register_hook(partial(self._enter_backward, call))
         kept = opaque or not self._reshard or unit in (self._root, self._last)
         if not (call.has_graph and kept and (outputs or opaque)):
             unit.leave(call)
@@ -179,6 +182,10 @@ def _inside_backward() -> bool:
 
 def _has_gradient(leaf) -> bool:
     return isinstance(leaf, Tensor) and leaf.requires_grad
+
+
+def _any_is(one: Tensor | None, others: list[Tensor]) -> bool:
+    return any(one is other for other in others)
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
