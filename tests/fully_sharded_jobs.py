@@ -488,3 +488,42 @@ def stacked(kind):
         wanted = {n: p.grad for n, p in true.named_parameters()}
         errors.append(far(found, {**wanted, "x": own(x_true.grad)}))
     return errors, freed
+
+
+def evaluated():
+    """How far outputs are between steps, without gradients; in each mode."""
+    true, sharded = make()
+    wrapper, errors = FullySharded(sharded), []
+    theirs = torch.optim.SGD(true.parameters(), 1.0)
+    optimizer = wrapper.optimizer(torch.optim.SGD, lr=1.0)
+    for mode in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with mode():
+            errors.append(far({"y": wrapper(tokens()).detach()}, {"y": true(tokens()).detach()}))
+        loss(true, tokens()).backward()
+        loss(wrapper, own(tokens())).backward()
+        wrapper.finish_gradient_sync()
+        theirs.step()
+        optimizer.step()
+        theirs.zero_grad()
+        optimizer.zero_grad()
+    return errors
+
+
+def in_a_group():
+    """How far gradients are over two of four ranks, of a module that has no list of blocks."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    group = groups[dist.get_rank() % 2]
+    torch.manual_seed(dist.get_rank() % 2)
+    true, batch = nn.Sequential(Views(), nn.Identity()).to(device()), torch.randn(4, 8).to(device())
+    sharded = nn.Sequential(Views(), nn.Identity()).to(device())
+    sharded.load_state_dict(true.state_dict())
+    wrapper = FullySharded(sharded, group=group)
+    true(batch)[0].square().mean().backward()
+    wrapper(batch.chunk(2)[dist.get_rank(group)])[0].square().mean().backward()
+    wrapper.finish_gradient_sync()
+    norms = [
+        nn.utils.get_total_norm([p.grad for p in true.parameters()]),
+        wrapper.clip_grad_norm_(9),
+    ]
+    error = far(gradients(wrapper), {n: p.grad for n, p in true.named_parameters()})
+    return max(error, abs(norms[0] - norms[1]).item())

@@ -6,7 +6,8 @@ import torch
 from blockshock.distributed import Ranks
 from tests import fully_sharded_jobs as jobs
 
-CLOSE = 3e-6  # float32, summed in another order
+# float32, summed in another order; a GPU's products of another size are other kernels too.
+CLOSE = 1e-4 if torch.cuda.is_available() else 3e-6
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +142,12 @@ def test_blocks_used_in_other_ways_have_the_gradients_and_are_freed(ranks, kind)
     for errors, freed in ranks.run(jobs.stacked, kind):
         assert max(errors) < CLOSE, errors
         assert all(freed)
+
+
+def test_outputs_without_gradients_are_those_of_the_parameters_at_that_time(ranks):
+    for errors in ranks.run(jobs.evaluated):
+        assert max(errors) < CLOSE, errors
+
+
+def test_the_ranks_of_a_group_share_a_module_without_blocks(four):
+    assert max(four.run(jobs.in_a_group)) < CLOSE
