@@ -342,6 +342,9 @@ def refused():
     said["frozen"] = refusal(wrapper, batch)
     share.requires_grad_(True)
     said["none"] = refusal(wrapper, batch)
+    norm = wrapper.module.blocks[0].norm
+    norm.bias = nn.Parameter(norm.bias.detach())
+    said["replaced"] = refusal(wrapper, batch)
     wrapper.double()
     said["cast"] = refusal(wrapper, batch)
     return said

@@ -104,6 +104,7 @@ def test_what_cannot_be_right_is_refused(ranks):
         assert "call backward()" in said["grad"]
         assert "'head.bias'" in said["frozen"]
         assert not said["none"]
+        assert "a parameter 'bias' was replaced" in said["replaced"]
         assert "before it is wrapped" in said["cast"]
 
 

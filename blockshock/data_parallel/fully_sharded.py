@@ -34,12 +34,13 @@ class FullySharded(Wrapper):
     whole parameters in the compute dtype. Hooks on parameters' gradients are not called.
 
     unused: "error", or "zero" for the gradients of parameters that no backward of a step used.
-    compute_dtype: bfloat16, for example: the dtype of gathered floating-point parameters, of the
-        gradients on the wire, and to which the module's floating-point inputs are cast. None:
-        the parameters' own.
+    compute_dtype: bfloat16, for example: the dtype of gathered floating-point parameters, of their
+        gradients until they are reduced, and of the module's floating-point inputs, which are cast.
+        Buffers keep theirs. None: the parameters' own.
     reshard_after_forward: free a block's parameters after its forward, and gather them again for
         its backward. The gradient must then enter a block by what its forward returns. The block
-        that ran last, and the root, keep them until their backward.
+        that ran last and the root keep theirs until their backward, and so does a block that
+        returns anything but tensors and plain values in tuples, lists and dicts.
 
     Inside `no_sync` each backward is reduced all the same: no rank ever holds a whole gradient.
     The inf check of a `GradScaler` sees this rank's share alone; use bfloat16, which needs none.

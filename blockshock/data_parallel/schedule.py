@@ -5,8 +5,8 @@
     enter backward   a gradient has reached its outputs: gathered again; so begins the one before
     leave backward   all gradients of its inputs and parameters are there: freed, and reduced
 
-Next and before: in the last forward. A forward inside a backward is a checkpoint's, computed again:
-it finds its unit gathered, and changes no order.
+"Next" and "before" are those of the last forward. A forward inside a backward is that of a
+checkpoint, computed again; it does not change the order.
 """
 
 from functools import partial
@@ -54,9 +54,9 @@ class Schedule:
     def _enter_forward(self, unit: Unit, module, args: tuple, kwargs: dict):
         again = _inside_backward()
         if unit is self._root and not again:
-            self._reset()
             for each in self.units:
                 each.check()
+            self._reset()
         call = Call(unit)
         unit.stack.append(call)
         unit.enter(call)
@@ -189,4 +189,6 @@ def _any_is(one: Tensor | None, others: list[Tensor]) -> bool:
 
 
 def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return other if one is None else one if other is None else one + other
+    if one is None or other is None:
+        return one if other is None else other
+    return one + other

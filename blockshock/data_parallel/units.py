@@ -1,7 +1,9 @@
 """What of a module is gathered and freed together: its blocks, and the root with all the rest.
 
-blocks   the elements of the ModuleList that holds most parameters
-root     the module; parameters outside of the blocks, and those that two units share
+    blocks   the elements of the ModuleList that holds most parameters
+    root     the module: parameters outside of the blocks, and those that two units have in common
+
+While a unit is needed its modules have the whole parameters, else this rank's shares of them.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ class Unit:
             place[name] = full[i]
 
     def show_as_before(self) -> None:
-        """Modules have what the calls need that have not ended; without one, this rank's shares."""
+        """Modules have what a call in backward needs; without one, this rank's shares."""
         if not self.stack:
             full = (call.full for call in self.calls if call.in_backward)
             self.show(next(full, self.params))
@@ -98,12 +100,12 @@ class Unit:
             flat.wait()
 
     def leave(self, call: Call) -> None:
-        """The call needs them no more; without another one they are freed."""
+        """The call needs them no more; they are freed unless another one does."""
         self.calls.discard(call)
         self.free_unless_needed()
 
     def free_unless_needed(self) -> None:
-        """Frees also what was gathered ahead and not used."""
+        """Frees the whole parameters, also those that were gathered ahead and not used."""
         if not self.calls:
             for flat in self.flats:
                 flat.free()
@@ -116,9 +118,15 @@ class Unit:
         self.free_unless_needed()
 
     def check(self) -> None:
-        """See `Flat.check`."""
+        """Raises RuntimeError where a parameter is no longer what was sharded."""
         for flat in self.flats:
             flat.check()
+        for place, name, i in self._places:
+            found = place.get(name)  # a plain tensor is a whole one, left by an error
+            if found is None or (isinstance(found, nn.Parameter) and found is not self.params[i]):
+                raise RuntimeError(
+                    f"a parameter {name!r} was replaced after it was sharded; wrap the module again"
+                )
 
     def trained_views(self) -> list[Tensor]:
         """The whole trained parameters, as tensors that autograd has not seen."""
@@ -142,22 +150,20 @@ class Unit:
 def units_of(module: nn.Module, compute_dtype: torch.dtype | None, wire: Wire) -> list[Unit]:
     """The root's unit, and one for each block that has parameters of its own."""
     blocks = _blocks(module)
-    owners: dict[nn.Parameter, set[nn.Module]] = {}
-    for owner in blocks:
-        for p in owner.parameters():
-            owners.setdefault(p, set()).add(owner)
-    inside = {id(m) for block in blocks for m in block.modules()}
-    for outer in module.modules():
-        if id(outer) not in inside:
-            for p in outer._parameters.values():
-                owners.setdefault(p, set()).add(module)
-    shares: dict[nn.Module, dict[str, nn.Parameter]] = {module: {}, **{b: {} for b in blocks}}
+    inside = {part for block in blocks for part in block.modules()}
+    owner: dict[nn.Parameter, nn.Module] = {
+        p: module
+        for part in module.modules()
+        if part not in inside
+        for p in part.parameters(recurse=False)
+    }
+    for block in blocks:
+        for p in block.parameters():
+            owner[p] = module if p in owner else block
+    named: dict[nn.Module, dict[str, nn.Parameter]] = {module: {}, **{b: {} for b in blocks}}
     for name, p in module.named_parameters():
-        one = next(iter(owners[p])) if len(owners[p]) == 1 else module
-        shares[one][name] = p
-    made = [
-        Unit(m, named, compute_dtype, wire) for m, named in shares.items() if named or m is module
-    ]
+        named[owner[p]][name] = p
+    made = [Unit(m, own, compute_dtype, wire) for m, own in named.items() if own or m is module]
     for unit in made:
         unit.find_places(module)
     return made
