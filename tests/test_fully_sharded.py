@@ -1,8 +1,13 @@
 """Sharded parameters: equal to one process, and no more memory and messages than they must."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
+from blockshock.data_parallel.shards import Flat, Wire
+from blockshock.data_parallel.units import units_of
 from blockshock.distributed import Ranks
 from tests import fully_sharded_jobs as jobs
 
@@ -150,5 +155,49 @@ def test_outputs_without_gradients_are_those_of_the_parameters_at_that_time(rank
         assert max(errors) < CLOSE, errors
 
 
-def test_the_ranks_of_a_group_share_a_module_without_blocks(four):
+def test_the_countof_a_group_share_a_module_without_blocks(four):
     assert max(four.run(jobs.in_a_group)) < CLOSE
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+@pytest.mark.parametrize("sizes", [(1,), (0, 5, 0), (63, 64, 65, 1000), (1000, 1)])
+def test_the_shares_are_disjoint_and_together_the_parameters(sizes, count):
+    whole = [torch.randn(size) for size in sizes]
+    found = [[] for _ in sizes]
+    for rank in range(count):
+        wire = SimpleNamespace(ranks=count, rank=rank, device=torch.device("cpu"))
+        named = {str(i): nn.Parameter(p.clone()) for i, p in enumerate(whole)}
+        flat = Flat(named, torch.bfloat16, wire)
+        for i, p in enumerate(flat.params):
+            assert torch.equal(p, flat.cut(i, whole[i]))
+            found[i].append(p.detach())
+        assert all(view.data_ptr() % 128 == 0 for view in flat.views)
+    assert all(torch.equal(torch.cat(f), p) for f, p in zip(found, whole, strict=True))
+
+
+class Expert(nn.Module):
+    """A block with a list of its own, longer than the list of blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+        self.common = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.common(x)
+
+
+def test_units_are_the_blocks_and_the_root_with_what_is_tied():
+    module = nn.Module()
+    module.blocks = nn.ModuleList(Expert() for _ in range(3))
+    module.heads = nn.ModuleList(nn.ModuleList([nn.Linear(4, 4)]) for _ in range(2))
+    module.blocks[1].common.weight = module.blocks[0].common.weight
+    module.blocks[2].common.bias = module.heads[0][0].bias = nn.Parameter(torch.zeros(4))
+    names = {p: name for name, p in module.named_parameters()}
+    root, *blocks = units_of(module, None, Wire(None, torch.device("cpu")))
+    assert [unit.module for unit in blocks] == list(module.blocks)
+    assert {names[p] for p in root.params} == {
+        "blocks.0.common.weight", "blocks.2.common.bias",
+        "heads.0.0.weight", "heads.1.0.weight", "heads.1.0.bias",
+    }  # fmt: skip
+    assert sum(len(unit.params) for unit in (root, *blocks)) == len(names)
