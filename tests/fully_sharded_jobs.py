@@ -1,5 +1,6 @@
 """What the ranks do in the tests of sharded models; the tests judge the answers."""
 
+import gc
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -212,21 +213,22 @@ def counted():
 
 
 @contextmanager
-def counting():
-    """How often functions of `collectives` are called."""
-    seen, before = {}, {}
+def counting(before=lambda: None):
+    """How often functions of `collectives` are called; before: called first each time."""
+    seen, true = {}, {}
     for name in ("all_gather_into", "reduce_scatter_into"):
-        before[name], seen[name] = getattr(collectives, name), 0
+        true[name], seen[name] = getattr(collectives, name), 0
 
         def counted(*args, name=name):
             seen[name] += 1
-            return before[name](*args)
+            before()
+            return true[name](*args)
 
         setattr(collectives, name, counted)
     try:
         yield seen
     finally:
-        for name, function in before.items():
+        for name, function in true.items():
             setattr(collectives, name, function)
 
 
@@ -530,3 +532,62 @@ def in_a_group():
     ]
     error = far(gradients(wrapper), {n: p.grad for n, p in true.named_parameters()})
     return max(error, abs(norms[0] - norms[1]).item())
+
+
+def delayed():
+    """How far gradients are where the computation or the communication is late, on some ranks."""
+    errors = []
+    for late in ("computation", "communication"):
+        true, wrapper = Model(frozen=False).to(device()), sharded()
+        cycles = 2_000_000 * (1 + dist.get_rank() % 2)  # about a millisecond
+        sleep = partial(torch.cuda._sleep, cycles)
+
+        def late_gradient(module, args, y, sleep=sleep):
+            sleep()
+            y.register_hook(lambda _: sleep())
+
+        if late == "computation":
+            for part in wrapper.module.modules():
+                if isinstance(part, nn.Linear):
+                    part.register_forward_hook(late_gradient)
+        with counting(before=sleep if late == "communication" else lambda: None):
+            for step in range(4):
+                loss(true, tokens(step)).backward()
+                loss(wrapper, own(tokens(step))).backward()
+                wrapper.finish_gradient_sync()
+                wanted = {n: p.grad for n, p in true.named_parameters()}
+                errors.append(far(gradients(wrapper), wanted))
+                true.zero_grad()
+                wrapper.zero_grad()
+    return errors
+
+
+def peaks():
+    """Most bytes allocated in each of four steps: ours, and fully_shard's."""
+    found = {}
+    for name in ("own", "torch"):
+        gc.collect()  # hooks and modules refer to each other
+        start = torch.cuda.memory_allocated()
+        model = Model(blocks=6, width=1024, frozen=False).to(device())
+        model.shift.data = model.shift.bfloat16()
+        if name == "own":
+            model = FullySharded(model, compute_dtype=torch.bfloat16)
+            optimizer = model.optimizer(torch.optim.AdamW, lr=1e-3)
+        else:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+            mesh = init_device_mesh(device().type, (dist.get_world_size(),))
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(model, mesh=mesh, mp_policy=policy)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        found[name] = []
+        for step in range(4):
+            torch.cuda.reset_peak_memory_stats()
+            loss(model, own(tokens(step))).backward()
+            if name == "own":
+                model.finish_gradient_sync()
+            optimizer.step()
+            optimizer.zero_grad()
+            found[name].append(torch.cuda.max_memory_allocated() - start)
+        del model, optimizer
+    return found

@@ -201,3 +201,17 @@ def test_units_are_the_blocks_and_the_root_with_what_is_tied():
         "heads.0.0.weight", "heads.1.0.weight", "heads.1.0.bias",
     }  # fmt: skip
     assert sum(len(unit.params) for unit in (root, *blocks)) == len(names)
+
+
+@pytest.mark.gpus(2)
+def test_gradients_are_right_whoever_is_late(ranks):
+    for errors in ranks.run(jobs.delayed):
+        assert max(errors) < CLOSE, errors
+
+
+@pytest.mark.gpus(2)
+def test_the_peak_of_memory_is_fully_shards_and_does_not_grow(ranks):
+    for peaks in ranks.run(jobs.peaks):
+        own, torchs = peaks["own"], peaks["torch"]
+        assert own[1] == own[2] == own[3]
+        assert own[3] <= 1.01 * torchs[3], peaks
