@@ -6,9 +6,10 @@ is an `nn.Module`, a `wrapper.Wrapper`, that starts all ranks from rank 0's valu
 `finish_gradient_sync()` the gradients are the mean over the ranks.
 """
 
+from blockshock.data_parallel.fully_sharded import FullySharded
 from blockshock.data_parallel.replicated import NoSync
 
 __all__ = ["METHODS"]
 
-_CLASSES = (NoSync,)
+_CLASSES = (NoSync, FullySharded)
 METHODS = {cls.method: cls for cls in _CLASSES}
