@@ -24,13 +24,13 @@ DATASHEET = {"H100": 989e12, "H200": 989e12}
 def figures(case: DataParallelCase, run: Run, problem: Problem, experiment, ceilings) -> dict:
     """For the result: memory, floor, and the model's counts with the matrix rates."""
     count = counts(case.config)
-    held = sum(p.nbytes for p in run.wrapper.parameters())
+    held = sum(_local(p).nbytes for p in run.wrapper.parameters())
     state = run.optimizer.state.values() if run.optimizer else ()
     tensors = [x for one in state for x in one.values() if isinstance(x, torch.Tensor)]
     return {
         "memory": {
             "weight_bytes": held,
-            "optimizer_bytes": sum(x.nbytes for x in tensors) if run.optimizer else None,
+            "optimizer_bytes": sum(_local(x).nbytes for x in tensors) if run.optimizer else None,
         },
         "floor": None if ceilings is None else _floor(case, run, experiment, ceilings),
         "paths": {"attention": case.config.attention_on(problem.device.type)},
@@ -58,6 +58,11 @@ def rates(case: DataParallelCase, seconds: float, outcome: dict) -> dict:
     if "curves" in outcome:
         found["loss"] = outcome["curves"]["loss"][-1]
     return found
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, whose own size is that of the whole."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _floor(case: DataParallelCase, run: Run, experiment, ceilings: dict) -> dict[str, float]:

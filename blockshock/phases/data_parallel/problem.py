@@ -34,6 +34,8 @@ class Problem:
     def __init__(self, case: DataParallelCase, device: torch.device):
         self.case, self.device = case, device
         self.truth_dtype = torch.float64 if case.dtype == "fp32" else torch.float32
+        if case.compiled:
+            torch.compiler.reset()  # PyTorch keeps 8 compilations of a function, and then refuses
         self.rank = collectives.group_rank()
         self.model = Decoder(
             case.config,
@@ -81,35 +83,38 @@ class Problem:
 
         whole: of all ranks' sequences of the first step; else of this rank's.
         """
-        return self._truth("gradient", whole)
+        return self._truth(whole)[0]
 
-    def update(self, *, whole: bool) -> tuple[Tensor, float]:
-        """What STEPS true steps change, as one vector, and the yardstick's error."""
-        return self._truth("update", whole)
+    @property
+    def update(self) -> tuple[Tensor, float]:
+        """What STEPS true steps on all ranks' sequences change, and the yardstick's error."""
+        return self._truth(True)[1]
 
-    def _truth(self, what: str, whole: bool) -> tuple[Tensor, float]:
-        key = what, whole
-        if key not in self._truths:
-            compute = {"gradient": self._gradient, "update": self._update}[what]
-            truth = compute(self.truth_dtype, whole)
-            error = relative_error(compute(self.case.torch_dtype, whole), truth)
-            self._truths[key] = truth, error
-        return self._truths[key]
+    def _truth(self, whole: bool) -> list[tuple[Tensor, float]]:
+        if whole not in self._truths:
+            steps = STEPS if whole and self.case.phase != "gradients" else 0
+            true = self._trained(self.truth_dtype, whole, steps)
+            plain = self._trained(self.case.torch_dtype, whole, steps)
+            self._truths[whole] = [
+                (truth, relative_error(own, truth)) for truth, own in zip(true, plain, strict=True)
+            ]
+        return self._truths[whole]
 
-    def _gradient(self, dtype: torch.dtype, whole: bool) -> Tensor:
+    def _trained(self, dtype: torch.dtype, whole: bool, steps: int) -> list[Tensor]:
+        """The gradient at the first weights; then, where there are steps, what they change."""
         model = self._plain(dtype)
         self._backward(model, dtype, 0, whole)
-        return torch.cat([p.grad.flatten() for p in model.parameters()])
-
-    def _update(self, dtype: torch.dtype, whole: bool) -> Tensor:
-        model = self._plain(dtype)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        if not steps:
+            return [gradient]
         optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
-        for step in range(STEPS):
-            self._backward(model, dtype, step, whole)
+        for step in range(steps):
+            if step:
+                optimizer.zero_grad()
+                self._backward(model, dtype, step, whole)
             nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             optimizer.step()
-            optimizer.zero_grad()
-        return self.flat(model.state_dict()) - self.start
+        return [gradient, self.flat(model.state_dict()) - self.start]
 
     def _plain(self, dtype: torch.dtype) -> Decoder:
         """The decoder of a truth or yardstick: parameters in float32 at least."""

@@ -9,6 +9,8 @@ Every check compares two things with one process: the gradient, read off a step 
 tells it for sharded gradients as well; and, where a phase trains, what a few whole steps change.
 """
 
+import copy
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -18,7 +20,7 @@ from blockshock.measure.regions import region
 from blockshock.phases.data_parallel.case import DataParallelCase
 from blockshock.phases.data_parallel.problem import MAX_NORM, OPTIMIZER, STEPS, Problem
 from blockshock.phases.experiment import Experiment
-from blockshock.transformer import Decoder, compile_model
+from blockshock.transformer import compile_model
 
 # Relative errors that pass in fp32: of sums in another order; and of AdamW, whose first steps are
 # as long as lr however small the gradient, so rounding decides their sign where it is almost 0.
@@ -29,8 +31,7 @@ class Run:
     """A wrapped decoder, and the optimizer once a phase has made it."""
 
     def __init__(self, case: DataParallelCase, problem: Problem):
-        model = Decoder(case.config, checkpoint_blocks=case.checkpointed, device=problem.device)
-        model.load_state_dict(problem.model.state_dict())
+        model = copy.deepcopy(problem.model)
         if case.compiled:
             compile_model(model)
         self.case, self.problem = case, problem
@@ -111,9 +112,7 @@ def _gradients(case, run: Run, problem: Problem, *, trained: bool) -> Experiment
         run.backward()
 
     def check():
-        figures = {"gradient": _gradient(experiment, run)}
-        if trained:
-            figures["update"] = _update(experiment, run)
+        figures = _both(experiment, run) if trained else {"gradient": _gradient(experiment, run)}
         run.optimizer = None
         return figures
 
@@ -123,11 +122,19 @@ def _gradients(case, run: Run, problem: Problem, *, trained: bool) -> Experiment
 
 def _training(case, run: Run, problem: Problem) -> Experiment:
     def check():
-        return {"gradient": _gradient(experiment, run), "update": _update(experiment, run)}
+        return _both(experiment, run)
 
     size = sum(p.nbytes for p in problem.model.parameters())
     experiment = Experiment(run.train, check, "training", trained_bytes=size)
     return experiment
+
+
+def _both(experiment: Experiment, run: Run) -> dict[str, Figure]:
+    """Ranks that exchange nothing drift apart: their gradient alone is checked."""
+    figures = {"gradient": _gradient(experiment, run)}
+    if _whole(run):
+        figures["update"] = _update(experiment, run)
+    return figures
 
 
 def _gradient(experiment: Experiment, run: Run) -> Figure:
@@ -147,8 +154,9 @@ def _update(experiment: Experiment, run: Run) -> Figure:
     run.restart()
     for _ in range(STEPS):
         run.train()
-    truth, dense = run.problem.update(whole=_whole(run))
+    truth, dense = run.problem.update
     found = run.change()
+    run.restart()
     return _figure(experiment, "update", run, found, truth, dense, SAME_UPDATE)
 
 
