@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from tools.cases import Result, Results, grouped
 from tools.drawing import bars, series, style
-from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point
+from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point, merged
 from tools.drawing.looks import line_style, shaded
 from tools.drawing.series import Sketch, Words
 from tools.families.data_parallel.points import (
@@ -59,8 +59,8 @@ KINDS = {
         "throughput",
         "Tokens of all ranks a second. none exchanges nothing, and is what perfect scaling gives. "
         "Higher is better.",
-        Axis("tokens/s", lambda rate: f"{count(rate)} tokens/s", "bars"),
-        lambda result, here: result.rates.get("tokens_per_s"),
+        Axis("thousand tokens/s", lambda rate: f"{count(1e3 * rate)} tokens/s", "bars"),
+        lambda result, here: result.rates.get("tokens_per_s", 0) / 1e3 or None,
     ),
     "memory": Kind(
         "peak memory of a rank",
@@ -169,7 +169,7 @@ def losses(results: Results) -> list[Drawing]:
     if not groups:
         raise Absent("no losses of the first steps")
     return [
-        series.drawn(results, words, text, groups, list(map(_curves, sketches)))
+        series.drawn(results, words, text, groups, merged(list(map(_curves, sketches))))
         for text, sketches in groups.items()
     ]
 

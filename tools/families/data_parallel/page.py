@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from tools.case_table import case_table
 from tools.cases import Result, Results
-from tools.drawing.style import spread
 from tools.families.data_parallel.figures import FIGURES
 from tools.families.data_parallel.points import (
     NAMING,
@@ -68,7 +67,7 @@ COST = (
     number("loss", "loss", figure),
     number("epoch", "hours an epoch", figure),
 )
-MOST = 40
+LEFT_OUT = "flat"  # of the README where all are too many: one bucket, as bucketed has several
 
 
 def tables(results: Results) -> list[Table]:
@@ -101,16 +100,17 @@ def readme(results: Results) -> Written | None:
         f"A training step of a decoder of {model(case)}, {case.batch} sequences of {case.T} tokens "
         f"a rank. Scaling is against none, and speed against {PEER}."
     )
-    return Written(words, here[0].setting, _markdown(here[:README_ROWS], ()))
+    rows = here if len(here) <= README_ROWS else [r for r in here if r.case.method != LEFT_OUT]
+    return Written(words, here[0].setting, _markdown(rows[:README_ROWS], ()))
 
 
 def full(results: Results) -> list[Written]:
-    """A table of each phase and setting."""
+    """A table of each phase and setting; other sizes of buckets are in the report."""
     made = []
     for phase, words in PHASES.items():
         found = of_phase(results, phase)
         for setting in dict.fromkeys(r.setting for r in found):
-            group = spread([r for r in found if r.setting == setting], MOST)
+            group = [r for r in found if r.setting == setting and "bucket_mib" not in r.unusual]
             made.append(Written(f"Data parallel, {words}.", setting, _markdown(group, PLACE[:4])))
     return made
 
