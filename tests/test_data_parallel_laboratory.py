@@ -55,6 +55,29 @@ def test_every_method_passes_its_check_and_is_measured_beside_the_others(lab, ph
         assert {"forward", "backward", "sync", "total"} <= set(info["regions"])
 
 
+def test_bf16_is_held_to_what_bf16_costs_one_process(lab):
+    point = [
+        case("correctness", "overlapped", dtype="bf16"),
+        case("correctness", "fully_sharded", dtype="bf16", compute_dtype="bf16"),
+    ]
+    for one in point:
+        for figure in lab.result(one, point)[1]["errors"].values():
+            assert 1e-4 < figure["dense_relative"] < 0.5
+            assert figure["limit"] < 1.6
+
+
+def test_checkpointed_blocks_pass_the_same_check(lab):
+    point = [case("gradients", name, checkpointed=True) for name in ("overlapped", "fully_sharded")]
+    for one in point:
+        assert lab.result(one, point)[1]["errors"]["gradient"]["relative"] < 1e-5
+
+
+def test_a_timing_mode_that_its_steps_cannot_have_is_refused(ranks):
+    lab = Laboratory(ranks, Options(mode="graph", ceilings=CEILINGS))
+    with pytest.raises(CaseFailed, match="timing mode 'graph': data_parallel is timed in"):
+        lab.result(case(), [case()])
+
+
 def test_sharded_methods_hold_their_share_alone(lab):
     point = [case("training", method) for method in METHODS]
     memory = {one.method: lab.result(one, point)[1]["memory"] for one in point}

@@ -5,6 +5,7 @@ definition, in float32 products (float64 for fp32 cases); the yardstick is the s
 own dtype. A method that does not exchange gradients is held to its rank's part of the batch.
 """
 
+import copy
 import sysconfig
 from dataclasses import replace
 from functools import cached_property
@@ -46,7 +47,7 @@ class Problem:
         count = max(BATCHES, case.steps or 0)
         rows = count * case.ranks * case.batch
         self.tokens = read(case.text, rows * (case.T + 1)).view(count, -1, case.T + 1).to(device)
-        self._truths = {}
+        self._truths, self._yardsticks = {}, {}
 
     def warm_up(self) -> None:
         """Nothing: the check runs a step first."""
@@ -78,40 +79,41 @@ class Problem:
         """The parameters of a whole state_dict as one vector."""
         return torch.cat([state[name].flatten() for name in self.names])
 
-    def gradient(self, *, whole: bool) -> tuple[Tensor, float]:
+    def gradient(self, *, whole: bool, cast: bool) -> tuple[Tensor, float]:
         """The true gradient at the first weights as one vector, and the yardstick's error.
 
-        whole: of all ranks' sequences of the first step; else of this rank's.
+        whole: of all ranks' sequences of the first step; else of this rank's. cast: the yardstick
+        is of a model whose parameters, and so its residual stream, are bf16 in forward and
+        backward.
         """
-        return self._truth(whole)[0]
+        return self._compared(whole, cast)[0]
 
-    @property
-    def update(self) -> tuple[Tensor, float]:
+    def update(self, *, cast: bool) -> tuple[Tensor, float]:
         """What STEPS true steps on all ranks' sequences change, and the yardstick's error."""
-        return self._truth(True)[1]
+        return self._compared(True, cast)[1]
 
-    def _truth(self, whole: bool) -> list[tuple[Tensor, float]]:
-        if whole not in self._truths:
-            steps = STEPS if whole and self.case.phase != "gradients" else 0
-            true = self._trained(self.truth_dtype, whole, steps)
-            plain = self._trained(self.case.torch_dtype, whole, steps)
-            self._truths[whole] = [
-                (truth, relative_error(own, truth)) for truth, own in zip(true, plain, strict=True)
-            ]
-        return self._truths[whole]
+    def _compared(self, whole: bool, cast: bool) -> list[tuple[Tensor, float]]:
+        if (whole, cast) not in self._yardsticks:
+            if whole not in self._truths:
+                self._truths[whole] = self._trained(self.truth_dtype, whole)
+            plain = zip(
+                self._trained(self.case.torch_dtype, whole, cast), self._truths[whole], strict=True
+            )
+            self._yardsticks[whole, cast] = [relative_error(own, truth) for own, truth in plain]
+        return list(zip(self._truths[whole], self._yardsticks[whole, cast], strict=True))
 
-    def _trained(self, dtype: torch.dtype, whole: bool, steps: int) -> list[Tensor]:
-        """The gradient at the first weights; then, where there are steps, what they change."""
+    def _trained(self, dtype: torch.dtype, whole: bool, cast: bool = False) -> list[Tensor]:
+        """The gradient at the first weights; then, where the phase trains, what steps change."""
         model = self._plain(dtype)
-        self._backward(model, dtype, 0, whole)
+        self._backward(model, dtype, 0, whole, cast)
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
-        if not steps:
+        if not whole or self.case.phase == "gradients":
             return [gradient]
         optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
-        for step in range(steps):
+        for step in range(STEPS):
             if step:
                 optimizer.zero_grad()
-                self._backward(model, dtype, step, whole)
+                self._backward(model, dtype, step, whole, cast)
             nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
             optimizer.step()
         return [gradient, self.flat(model.state_dict()) - self.start]
@@ -122,12 +124,20 @@ class Problem:
         model.load_state_dict(self.model.state_dict())
         return model.to(torch.promote_types(dtype, torch.float32))
 
-    def _backward(self, model: Decoder, dtype: torch.dtype, step: int, whole: bool) -> None:
+    def _backward(
+        self, model: Decoder, dtype: torch.dtype, step: int, whole: bool, cast: bool
+    ) -> None:
         rows = self.tokens[step] if whole else self._rows(step)
+        used = copy.deepcopy(model).bfloat16() if cast else model
         for row in rows.split(1):
             with self.autocast(dtype):
-                loss = model(row[:, :-1], row[:, 1:])
+                loss = used(row[:, :-1], row[:, 1:])
             (loss / len(rows)).backward()
+            if cast:  # bf16 would lose what a sum over many sequences adds
+                for wide, narrow in zip(model.parameters(), used.parameters(), strict=True):
+                    own = narrow.grad.to(wide.dtype)
+                    wide.grad = own if wide.grad is None else wide.grad.add_(own)
+                used.zero_grad()
 
 
 def read(text: str, count: int) -> Tensor:

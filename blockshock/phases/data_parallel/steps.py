@@ -138,7 +138,7 @@ def _both(experiment: Experiment, run: Run) -> dict[str, Figure]:
 
 
 def _gradient(experiment: Experiment, run: Run) -> Figure:
-    truth, dense = run.problem.gradient(whole=_whole(run))
+    truth, dense = run.problem.gradient(whole=_whole(run), cast=_cast(run))
     # So long a step that the weights' own rounding hides nothing of it.
     rate = float(run.problem.start.norm() / truth.norm())
     optimizer = run.wrapper.optimizer(torch.optim.SGD, lr=rate)
@@ -154,7 +154,7 @@ def _update(experiment: Experiment, run: Run) -> Figure:
     run.restart()
     for _ in range(STEPS):
         run.train()
-    truth, dense = run.problem.update
+    truth, dense = run.problem.update(cast=_cast(run))
     found = run.change()
     run.restart()
     return _figure(experiment, "update", run, found, truth, dense, SAME_UPDATE)
@@ -170,3 +170,8 @@ def _figure(experiment, name, run: Run, found, truth, dense, enough) -> Figure:
 def _whole(run: Run) -> bool:
     """Whether the ranks exchange gradients."""
     return not run.wrapper.alone
+
+
+def _cast(run: Run) -> bool:
+    """Whether the parameters are bf16 while they are used."""
+    return run.case.compute_dtype is not None
