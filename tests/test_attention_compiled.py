@@ -58,6 +58,18 @@ def test_a_block_compiles_whole_into_the_same_bits(name, backend):
             torch.testing.assert_close(own, exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpus(1)
+@pytest.mark.parametrize("method", ["sdpa_flash", "sdpa_cudnn"])
+def test_a_kernel_of_pytorch_compiles_whole(method):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    block = Block(lambda *qkv: METHODS[method](*qkv, causal=True)).to(DEVICE, torch.bfloat16)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
+    for tokens in (40, 33):
+        x = torch.randn(2, tokens, 32, device=DEVICE, dtype=torch.bfloat16)
+        torch.testing.assert_close(compiled(x), block(x), rtol=0, atol=0)
+
+
 BUILT = {
     "band": lambda: patterns.band(7),
     "causal, shifted": lambda: patterns.causal(shift=3),
