@@ -209,6 +209,10 @@ def _functional(layer):
     torch.func.functional_call(layer, others, x).sum().backward()
 
 
+def _mapped(layer):
+    torch.func.vmap(layer)(torch.ones(B, K, device=device(), dtype=usual()[0]))
+
+
 def _parametrized(layer):
     nn.utils.parametrize.register_parametrization(layer, "weight", _Twice())
     layer(torch.ones(B, K, device=device(), dtype=usual()[0]))
@@ -224,6 +228,7 @@ REPLACED = {
     "functional_call": _functional,
     "another shape": lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(3, 3))),
     "parametrized": _parametrized,
+    "vmap": _mapped,
 }
 
 

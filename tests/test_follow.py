@@ -43,8 +43,8 @@ def test_a_cast_that_changes_nothing_moves_no_memory_that_a_graph_may_hold(ranks
 
 @pytest.mark.parametrize("kind", jobs.REPLACED)
 @pytest.mark.parametrize("method", ["block_shock", "masked_split", "dense_tp_row"])
-def test_a_weight_that_is_not_the_forwards_is_refused(ranks, method, kind):
-    said = {"another shape": r"\[3, 3\]", "parametrized": "parametrization"}
+def test_what_would_give_values_of_another_weight_is_refused(ranks, method, kind):
+    said = {"another shape": r"\[3, 3\]", "parametrized": "parametrization", "vmap": r"torch\.func"}
     for text in ranks.run(jobs.replaced, method, kind):
         assert re.search(said.get(kind, "than in the forward of this backward"), text)
 

@@ -102,8 +102,14 @@ class Layer(Protocol):
 def apply(layer: Layer, x: Tensor, ways: Ways) -> Tensor:
     """Y [B, N] of x [B, K], which has the products' dtype and device.
 
-    Raises RuntimeError where the layer's ranks are not there: a part alone gives a part of Y.
+    Raises RuntimeError where the layer's ranks are not there: a part alone gives a part of Y; and
+    inside a transform of `torch.func`, which has no rule for sums over ranks.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "a layer of several ranks cannot be transformed by torch.func (vmap, grad, jvp); give "
+            "it the whole batch, and use backward()"
+        )
     ranks = collectives.group_size(layer.group)
     if ranks != layer.ranks:
         raise RuntimeError(
