@@ -62,6 +62,12 @@ def test_the_clipped_norm_is_the_dense_models(ranks, method, options, order, for
 
 
 @EACH
+def test_norms_in_hooks_and_of_autograd_grad_are_the_dense_models(ranks, method, options):
+    for dense, own in ranks.run(jobs.normed_elsewhere, method, options):
+        assert own == pytest.approx(dense, rel=limit(ranks))
+
+
+@EACH
 def test_clipped_steps_are_the_dense_models_and_leave_no_rank_behind(ranks, method, options):
     for far, same in ranks.run(jobs.trained, method, options):
         assert max(far.values()) < limit(ranks), far
