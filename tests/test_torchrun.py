@@ -247,10 +247,8 @@ def test_a_rank_that_stands_still_is_seen_and_named(tmp_path):
             break
     code, out = finish(process)
     assert code != 0
-    out, said = (
-        seen + out,
-        r"still waiting: rank 0 at the start; rank 1 without a sign of life for \d s \(stopped\?",
-    )
+    out = seen + out
+    said = r"still waiting: rank 0 at the start; rank 1 without a sign of life for \d s \(stopped\?"
     assert re.search(said + r"\), last seen at: about to stop; 3 s, ends at 5 s", out), out
     assert re.search(cause, out), out
     assert "rank 0 of 2 did not answer" not in out
