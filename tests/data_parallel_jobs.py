@@ -347,8 +347,8 @@ def hard_graph(method, way):
     backwards = {"two backwards": 2, "retained": 2, "two in no_sync": 2}.get(way, 1)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     true = METHODS["none"](Twice(way if backwards == 1 else "twice").to(device()))
-    model = METHODS[method](copy.deepcopy(true.module), **({} if method == "naive" else
-                            SMALL.get(method, {})))  # fmt: skip
+    options = {} if method == "naive" else {"bucket_mib": 1e-5}  # a bucket a parameter
+    model = METHODS[method](copy.deepcopy(true.module), **options)
     for each in range(ranks):
         torch.manual_seed(each)
         (true(torch.randn(2, 3).to(device())) * backwards / ranks).backward()
@@ -387,7 +387,8 @@ def construction(method):
     )
     cls = METHODS[method]
     said["shape"] = refusal(cls, nn.Linear(3, 3 + rank).to(device()))
-    said["name"] = refusal(cls, nn.Sequential(nn.Identity(), nn.Linear(3, 3))[rank:].to(device()))
+    deeper = nn.Sequential(*[nn.Identity()] * rank, nn.Linear(3, 3))
+    said["name"] = refusal(cls, deeper.to(device()))
     said["dtype"] = refusal(cls, nn.Linear(3, 3).to(device(), torch.float64 if rank else None))
     frozen = nn.Linear(3, 3).to(device())
     frozen.weight.requires_grad_(rank == 0)
@@ -418,18 +419,18 @@ class Said(torch.optim.SGD):
 
 def state_of_shares():
     """Entries of the sharded state over those of the whole, and which classes are refused."""
-    model, (_, stepper) = wrap("sharded_optimizer"), truth("naive", "AdamW")
+    model = wrap("sharded_optimizer")
     cls, options = OPTIMIZERS["AdamW"]
     optimizer = model.optimizer(cls, GROUPS, **options)
     step(model, optimizer, own(batch(0)))
-    sizes = [sum(t.numel() for e in o.state.values() for t in e.values()) for o in (optimizer,)]
+    held = sum(t.numel() for entries in optimizer.state.values() for t in entries.values())
     whole = sum(2 * p.numel() for p in model.module.parameters() if p.requires_grad)
     said = {
         cls.__name__: refusal(model.optimizer, cls, lr=0.1)
         for cls in (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, Own, Said)
     }
     left = [p.grad is None for p in model.module.parameters()]
-    return sizes[0] / whole, said, all(left)
+    return held / whole, said, all(left)
 
 
 def version_counts():
