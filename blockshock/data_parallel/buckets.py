@@ -210,8 +210,7 @@ class Gradients:
                 raise RuntimeError(f"{name!r} was unfrozen after it was wrapped; wrap it again")
         for bucket in self.buckets:
             bucket.check()
-        if self._unused == "error":
-            self._check_used()
+        self._check_used()
         for bucket in self.buckets[self._sent :]:
             bucket.adopt()
         self._send(lambda bucket: True)
@@ -228,12 +227,12 @@ class Gradients:
 
     def _check_used(self) -> None:
         names = [bucket.names[i] for bucket in self.buckets for i in sorted(bucket.unused)]
-        if names and not self.begun:
+        if names and not self.begun:  # sent now, it would be paired with another rank's next step
             raise RuntimeError(
                 "finish_gradient_sync() without a backward since the last one; call it once after "
-                "the last backward of a step"
+                "the last backward of a step, on every rank"
             )
-        if names:
+        if names and self._unused == "error":
             shown = ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")
             raise RuntimeError(
                 f"no gradient for {len(names)} parameters: {shown}; freeze them before they are "
