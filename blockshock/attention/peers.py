@@ -185,7 +185,10 @@ def _sdpa(method, q, k, v, causal, pattern, scale) -> Tensor:
     with sdpa_kernel(backend):
         # A compiler cannot trace the question; where the kernel cannot run, PyTorch then raises a
         # RuntimeError when it compiles.
-        if torch.compiler.is_compiling() or can_run(cuda.SDPAParams(q, k, v, None, 0.0, bool(causal), grouped)):
+        known = torch.compiler.is_compiling() or can_run(
+            cuda.SDPAParams(q, k, v, None, 0.0, bool(causal), grouped)
+        )
+        if known:
             return run()
         reasons = _why_not(run)
     raise ValueError(
