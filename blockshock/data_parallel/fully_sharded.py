@@ -11,6 +11,7 @@ again under the tensors that autograd has saved, is used here too.
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from blockshock.data_parallel import buckets
 from blockshock.data_parallel.elementwise import check_elementwise
@@ -138,7 +139,11 @@ class FullySharded(Wrapper):
         `elementwise = True`; else ValueError.
         """
         check_elementwise(cls, self.method)
-        return super().optimizer(cls, groups, **defaults)
+        optimizer = super().optimizer(cls, groups, **defaults)
+        shares = list(self.trained().values())
+        # Not every fused step counts as a write by itself.
+        optimizer.register_step_post_hook(lambda *_: increment_version(shares))
+        return optimizer
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
