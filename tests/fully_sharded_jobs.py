@@ -167,9 +167,9 @@ def sharded(**options):
     return FullySharded(Model(frozen=False, **options).to(device()), **wraps)
 
 
-def accumulated():
+def accumulated(**options):
     """How far gradients of two batches are, in no_sync and in one graph; and what is refused."""
-    true, wrapper = Model(frozen=False).to(device()), sharded()
+    true, wrapper = Model(frozen=False).to(device()), sharded(**options)
     (loss(true, tokens(0)) + loss(true, tokens(1))).backward()
     wanted = {n: p.grad for n, p in true.named_parameters()}
     errors, refused = [], ""
@@ -195,9 +195,9 @@ def accumulated():
     return errors, refused, again
 
 
-def counted():
+def counted(**options):
     """(gathers, reductions) of steps, of one with gradients frozen out of it, and of evaluation."""
-    wrapper = sharded()
+    wrapper = sharded(**options)
 
     def step(train=True):
         with counting() as seen:

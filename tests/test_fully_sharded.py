@@ -44,8 +44,9 @@ def test_what_is_computed_again_in_backward_finds_whole_parameters(ranks, where,
         assert freed
 
 
-def test_gradients_of_several_backwards_and_forwards_add_up(ranks):
-    for errors, refused, again in ranks.run(jobs.accumulated):
+@pytest.mark.parametrize("reshard", [True, False])
+def test_gradients_of_several_backwards_and_forwards_add_up(ranks, reshard):
+    for errors, refused, again in ranks.run(jobs.accumulated, reshard_after_forward=reshard):
         assert max(errors) < CLOSE, errors
         assert "no_sync" in refused
         assert "without a backward" in again
@@ -60,6 +61,8 @@ def test_a_step_makes_no_more_collectives_than_units(ranks):
         assert first == (units + 3, units)
         assert second == third == (units + 2, units)
         assert evaluation == (units, 0)
+    for found in ranks.run(jobs.counted, reshard_after_forward=False):
+        assert found == [(units, units), (units, units), (units, 0), (units, units)]
 
 
 def test_a_rank_holds_its_share_of_bytes(some):

@@ -9,6 +9,8 @@ stage 3; PyTorch FSDP (arXiv:2304.11277), whose memory of gathered parameters, e
 again under the tensors that autograd has saved, is used here too.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
@@ -112,15 +114,18 @@ class FullySharded(Wrapper):
     def finish_gradient_sync(self) -> None:
         """After the last backward of a step, on every rank: the shares' gradients are the mean.
 
-        The current stream waits, and not the host. Raises RuntimeError inside `no_sync` and, unless
-        unused="zero", where a parameter had no gradient in any backward since the last call.
+        The current stream waits, and not the host. Raises RuntimeError inside `no_sync`, without a
+        backward since the last call and, unless unused="zero", where no backward since then gave a
+        parameter a gradient.
         """
         super().finish_gradient_sync()
         made = not self._schedule.finished
         used, trained = self._schedule.finish(), self.trained()
         missing = [name for name, p in trained.items() if p not in used]
+        if missing and not made:
+            raise RuntimeError(buckets.NO_BACKWARD)
         if missing and self._unused == "error":
-            raise RuntimeError(buckets.no_gradient(missing) if made else buckets.NO_BACKWARD)
+            raise RuntimeError(buckets.no_gradient(missing))
         for name in missing:
             if trained[name].grad is None:
                 trained[name].grad = torch.zeros_like(trained[name])
@@ -149,10 +154,10 @@ class FullySharded(Wrapper):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """As in `Wrapper`: the norm is that of the whole gradient, over the shares of all ranks."""
         shares = [p for p in self.trained().values() if p.grad is not None]
-        square = torch.zeros((), device=self._wire.device)
+        kind = reduce(torch.promote_types, (p.dtype for p in shares), torch.float32)
+        square = torch.zeros((), dtype=kind, device=self._wire.device)
         if shares:
-            wide = torch.promote_types(shares[0].dtype, torch.float32)
-            norms = torch._foreach_norm([p.grad for p in shares], 2, wide)
+            norms = torch._foreach_norm([p.grad for p in shares], 2, kind)
             square = torch.stack(norms).square().sum()
         norm = collectives.all_reduce(square, self.group).sqrt()
         nn.utils.clip_grads_with_norm_(shares, max_norm, norm)
