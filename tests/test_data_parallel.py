@@ -79,6 +79,8 @@ def test_what_would_be_wrong_is_refused(ranks, method):
             assert said.pop("cast") is None
         assert "without a backward" in said.pop("no backward")
         assert "without a backward" in said.pop("second call")
+        assert "without a backward" in said.pop("second call, zero")
+        assert said.pop("nothing to train") is None
         assert "call finish_gradient_sync() before step()" in said.pop("step before")
         assert "inside no_sync()" in said.pop("inside no_sync")
         assert "copy its .module" in said.pop("copied")

@@ -223,8 +223,7 @@ class Gradients:
                 raise RuntimeError(f"{name!r} was unfrozen after it was wrapped; wrap it again")
         for bucket in self.buckets:
             bucket.check()
-        if self._unused == "error":
-            self._check_used()
+        self._check_used()
         for bucket in self.buckets[self._sent :]:
             bucket.adopt()
         self._send(lambda bucket: True)
@@ -241,8 +240,10 @@ class Gradients:
 
     def _check_used(self) -> None:
         names = [bucket.names[i] for bucket in self.buckets for i in sorted(bucket.unused)]
-        if names:
-            raise RuntimeError(no_gradient(names) if self.begun else NO_BACKWARD)
+        if names and not self.begun:  # sent now, it would be paired with another rank's next step
+            raise RuntimeError(NO_BACKWARD)
+        if names and self._unused == "error":
+            raise RuntimeError(no_gradient(names))
 
 
 def cut(tensors: list[Tensor], most: float) -> list[list[Tensor]]:

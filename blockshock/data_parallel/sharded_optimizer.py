@@ -126,10 +126,10 @@ class ShardedOptimizer(Wrapper):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         pieces = [piece for piece in self.trained().values() if piece.grad is not None]
         own = get_total_norm([piece.grad for piece in pieces])
-        device = next(iter(self.module.parameters())).device
-        square = own.to(device, torch.promote_types(own.dtype, torch.float32)).square()
+        first = next(self.module.parameters())
+        square = own.to(first.device, torch.float64).square()  # ranks may have pieces of one dtype
         dist.all_reduce(square, group=self.group)
-        norm = square.sqrt()
+        norm = square.sqrt().to(torch.promote_types(first.dtype, torch.float32))
         clip_grads_with_norm_(pieces, max_norm, norm)
         return norm
 
