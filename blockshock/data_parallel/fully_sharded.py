@@ -62,7 +62,13 @@ class FullySharded(Wrapper):
         compute_dtype: torch.dtype | None = None,
         reshard_after_forward: bool = True,
     ):
-        super().__init__(module, group, unused=unused, compute_dtype=compute_dtype)
+        super().__init__(
+            module,
+            group,
+            unused=unused,
+            compute_dtype=compute_dtype,
+            reshard_after_forward=reshard_after_forward,
+        )
         self._unused = unused
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._wire = Wire(group, device)
