@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+import blockshock
 from blockshock.data_parallel import METHODS, replicated
 from blockshock.distributed.ranks import device
 from blockshock.measure.errors import relative_error
@@ -469,3 +470,31 @@ def gone():
     start = buffer.data_ptr()
     inside = range(start, start + buffer.nbytes)
     return all(p.grad.data_ptr() not in inside for p in part.parameters())
+
+
+def compiled(method):
+    """The error of the gradients where the whole wrapper is compiled."""
+    true, model = METHODS["none"](net(method)), wrap(method)
+    loss(true, batch(0)).backward()
+    loss(torch.compile(model, backend="aot_eager"), own(batch(0))).backward()
+    model.finish_gradient_sync()
+    return gradients_apart(model, true)
+
+
+def layouts():
+    """Whether gradients have a channels-last weight's strides; then what two wrappers say."""
+    conv = nn.Conv2d(4, 8, 3).to(device(), memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 8, 8).to(device(), memory_format=torch.channels_last)
+    model = METHODS["overlapped"](conv)
+    model(x).sum().backward()
+    model.finish_gradient_sync()
+    same = conv.weight.grad.stride() == conv.weight.stride()
+    second = METHODS["overlapped"](conv)
+    second(x).sum().backward()
+    return same, refusal(model.finish_gradient_sync), refusal(second.finish_gradient_sync)
+
+
+def parts_of_weights():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128)).to(device())
+    blockshock.convert(model, "dense_tp_row")
+    return refusal(METHODS["overlapped"], model)

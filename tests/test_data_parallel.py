@@ -168,3 +168,21 @@ def test_none_works_without_a_process_group_and_the_others_say_so():
         if name != "none":
             with pytest.raises(ValueError, match="needs a process group"):
                 cls(layer)
+
+
+@pytest.mark.parametrize("method", ["overlapped", "sharded_optimizer"])
+def test_a_compiled_wrapper_is_right(ranks, method):
+    for error in ranks.run(jobs.compiled, method):
+        assert error < LIMIT
+
+
+def test_gradients_keep_strides_and_a_second_wrapper_is_noticed(ranks):
+    for same, first, second in ranks.run(jobs.layouts):
+        assert same
+        assert "wrap a module once" in first
+        assert second is None
+
+
+def test_parts_of_weights_are_refused(ranks):
+    for text in ranks.run(jobs.parts_of_weights):
+        assert "'0.weight' is a PartWeight" in text
