@@ -305,17 +305,13 @@ def refused(method):
     said["name twice"] = refusal(model.optimizer, torch.optim.SGD, twice)
     model, _ = fresh()
     model.module.a.bias.requires_grad_(False)
-    model(data()).backward()
-    said["frozen"] = refusal(model.finish_gradient_sync)
+    said["frozen"] = refusal(backward_and_finish, model, data())
     part = Part().to(device())
     part.a.bias.requires_grad_(False)
     model = METHODS[method](part)
     part.a.bias.requires_grad_(True)
-    model(data()).backward()
-    said["unfrozen"] = refusal(model.finish_gradient_sync)
-    model, _ = fresh(sparse=True)
-    said["sparse"] = refusal(model(data()).backward)
-    said["sparse"] = said["sparse"] or refusal(model.finish_gradient_sync)
+    said["unfrozen"] = refusal(backward_and_finish, model, data())
+    said["sparse"] = refusal(lambda: backward_and_finish(fresh(sparse=True)[0], data()))
     model, _ = fresh()
     with model.no_sync():
         said["graph"] = refusal(model(data()).backward, create_graph=True)
@@ -323,9 +319,13 @@ def refused(method):
     model(data()).backward()
     model.finish_gradient_sync()
     model.module.double()
-    said["cast"] = refusal(model(data().double()).backward)
-    said["cast"] = said["cast"] or refusal(model.finish_gradient_sync)
+    said["cast"] = refusal(backward_and_finish, model, data().double())
     return said
+
+
+def backward_and_finish(model, x):
+    model(x).backward()
+    model.finish_gradient_sync()
 
 
 class Twice(nn.Module):
@@ -354,7 +354,7 @@ def hard_graph(method, way):
     backwards = {"two backwards": 2, "retained": 2, "two in no_sync": 2}.get(way, 1)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     true = METHODS["none"](Twice(way if backwards == 1 else "twice").to(device()))
-    options = {} if method == "naive" else {"bucket_mib": 1e-5}  # a bucket a parameter
+    options = {"bucket_mib": 1e-5} if method in SMALL else {}  # a bucket a parameter
     model = METHODS[method](copy.deepcopy(true.module), **options)
     for each in range(ranks):
         torch.manual_seed(each)
@@ -440,9 +440,9 @@ def state_of_shares():
     return held / whole, said, all(left)
 
 
-def version_counts():
+def version_counts(method):
     """Whether autograd sees that a parameter was stepped between forward and backward."""
-    model = wrap("sharded_optimizer")
+    model = wrap(method)
     sgd = model.optimizer(torch.optim.SGD, lr=0.1)
     step(model, sgd, own(batch(0)))
     value = loss(model, own(batch(0)))

@@ -6,6 +6,7 @@ is an `nn.Module`, a `wrapper.Wrapper`, that starts all ranks from rank 0's valu
 `finish_gradient_sync()` the gradients are the mean over the ranks.
 """
 
+from blockshock.data_parallel.fully_sharded import FullySharded
 from blockshock.data_parallel.peers import TorchDDP, TorchFSDP
 from blockshock.data_parallel.replicated import Bucketed, Flat, Naive, NoSync, Overlapped
 from blockshock.data_parallel.sharded_optimizer import ShardedOptimizer
@@ -19,6 +20,7 @@ _CLASSES = (
     Bucketed,
     Overlapped,
     ShardedOptimizer,
+    FullySharded,
     TorchDDP,
     TorchFSDP,
 )

@@ -60,6 +60,11 @@ class Wrapper(nn.Module):
         """None, or why it cannot run: value, rule, fix."""
         return None
 
+    @staticmethod
+    def refusal(module: nn.Module) -> str | None:
+        """None, or why this module cannot be wrapped: value, rule, fix."""
+        return None
+
     def forward(self, *args, **kwargs):
         """The module's."""
         return self.module(*args, **kwargs)
@@ -238,9 +243,9 @@ def _agree(wrapper: Wrapper, module: nn.Module, options: dict) -> None:
         lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
         facts[name] = f"{'no shape' if lazy else list(tensor.shape)} {kind}{trained}"
     devices = {tensor.device for _, tensor in tensors}
-    problem = _problem(wrapper, dict(tensors)) or wrapper.unsupported(
-        device_type=next((d.type for d in devices), "cpu"), ranks=wrapper.ranks, **options
-    )
+    place = {"device_type": next((d.type for d in devices), "cpu"), "ranks": wrapper.ranks}
+    problem = _problem(wrapper, dict(tensors)) or wrapper.refusal(module)
+    problem = problem or wrapper.unsupported(**place, **options)
     own = json.dumps([problem, facts])
     told = [own]
     if not wrapper.alone:

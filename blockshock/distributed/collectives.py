@@ -12,6 +12,7 @@ from blockshock.measure.regions import region
 
 # torch 2.13 renamed it and deprecates the old name; 2.10 to 2.12 have only the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def group_size(group=None) -> int:
@@ -60,6 +61,18 @@ def start_all_gather(part: Tensor, group=None) -> tuple[Tensor, dist.Work]:
     gathered = part.new_empty(ranks * part.shape[0], *part.shape[1:])
     work = _all_gather(gathered, part, group=group, async_op=True)
     return gathered.view(ranks, *part.shape), work
+
+
+def all_gather_into(full: Tensor, part: Tensor, group=None) -> None:
+    """Fills full [ranks * n] with the ranks' parts [n], which may be this rank's place in it."""
+    with region("allgather", bytes=full.nbytes):
+        _all_gather(full, part, group=group)
+
+
+def reduce_scatter_into(part: Tensor, partial: Tensor, group=None) -> None:
+    """Fills part [n] with this rank's place in the sum of the ranks' partials [ranks * n]."""
+    with region("reduce_scatter", bytes=partial.nbytes):
+        _reduce_scatter(part, partial, group=group)
 
 
 def fix_layout(tensor: Tensor) -> Tensor:
