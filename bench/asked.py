@@ -1,6 +1,7 @@
 """Which families a run asks, with how many ranks, and the cases of each of their phases.
 
-A family is asked where its bench file, bench_<family>.py, is among the paths that pytest is given.
+A family is asked where one of its bench files is among the paths that pytest is given:
+bench_<family>.py, or what its `benches` name.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from bench import sweep as sweeps
 from blockshock.phases.families import FAMILIES
 
 BENCH = Path(__file__).parent
+# The name of a bench file -> the family that it asks.
+BENCHES = {bench: name for name, one in FAMILIES.items() for bench in (name, *one.benches)}
 
 
 @dataclass
@@ -23,7 +26,12 @@ class Plan:
 def families(paths: list[str], folder: Path) -> list[str]:
     """The families whose bench files the paths name, or hold; relative paths begin in `folder`."""
     given = [(folder / path.partition("::")[0]).resolve() for path in paths]
-    return [name for name in FAMILIES if any(_holds(path, f"bench_{name}.py") for path in given)]
+    asked = {
+        name
+        for bench, name in BENCHES.items()
+        if any(_holds(path, f"bench_{bench}.py") for path in given)
+    }
+    return [name for name in FAMILIES if name in asked]
 
 
 def ranks(asked: list[str]) -> int:
@@ -70,7 +78,8 @@ def plan(asked: list[str], sweep: str, settings: list[str], device: str, ranks: 
 
 def family_of(path: Path) -> str:
     """The family that a bench file asks, by its name."""
-    return path.stem.removeprefix("bench_")
+    name = path.stem.removeprefix("bench_")
+    return BENCHES.get(name, name)
 
 
 def wrong_name(family: str, phase: str) -> str | None:

@@ -118,7 +118,7 @@ def test_the_library_needs_no_tools_and_the_tools_no_torch():
 def shared(*patterns):
     """The files that belong to no family."""
     files = [file for pattern in patterns for file in ROOT.glob(pattern)]
-    own = {f"bench_{name}.py" for name in FAMILIES}
+    own = {f"bench_{bench}.py" for name, f in FAMILIES.items() for bench in (name, *f.benches)}
     return [file for file in files if file.name not in (*own, "families.py")]
 
 

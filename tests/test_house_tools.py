@@ -21,7 +21,8 @@ def named(text):
     """The families and methods that a text names; a method that is an ordinary word, such as
     `reference`, only in quotes.
     """
-    methods = [method for family in FAMILIES.values() for method in family.naming.methods]
+    methods = {method for family in FAMILIES.values() for method in family.naming.methods}
+    methods -= {"none"}  # a word of matplotlib as well
     words = [*FAMILIES, *(method for method in methods if "_" in method)]
     words.sort(key=len, reverse=True)
     quoted = [f"(?<=[\"']){method}(?=[\"'])" for method in methods]

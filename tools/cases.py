@@ -90,6 +90,7 @@ class Result:
     regions: dict[str, Region] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     drift: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    curves: dict[str, tuple[float, ...]] = field(default_factory=dict)  # by name, a value a step
     memory: dict[str, float] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
     floor: dict[str, float] = field(default_factory=dict)

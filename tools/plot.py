@@ -1,12 +1,14 @@
-"""All plots of one or more benchmark JSON files, as PNG and SVG.
+"""All plots of one or more benchmark JSON files, as PNG and SVG, and loss curves of CSV files.
 
     python -m tools.plot FILE... [-o DIR] [--only NAME,NAME]
 
 A plot without data is not drawn, and the reason is printed. --only draws the named ones, as PNG.
+A FILE that ends in .csv is the log of a training run (tools.curves).
 """
 
 from pathlib import Path
 
+from tools import curves
 from tools.cases import CPU_CAVEAT
 from tools.drawing import render
 from tools.families import held
@@ -22,16 +24,17 @@ def main(argv: list[str]) -> int:
     )
     command.add_argument("--only", metavar="NAMES", help="these plots, by name, as PNG alone")
     options = command.parse_args(argv)
-    results = load_all(options.files)
+    files, runs = curves.split(options.files)
     folder = Path(options.out)
     if folder.exists() and not folder.is_dir():
         raise ToolError(f"{folder} is a file; -o names the folder that takes the plots")
-    for note in results.notes:
+    drawings, absent, results = [], {}, load_all(files) if files else None
+    for note in results.notes if results else ():
         print(f"note: {note}")
-    drawings, absent = [], {}
-    for family, own in held(results).values():
+    for family, own in held(results).values() if results else ():
         drawn, missing = draw_all(own, family)
         drawings, absent = drawings + drawn, absent | missing
+    drawings += [curves.curve(run) for run in runs]
     wanted = options.only.split(",") if options.only else [d.name for d in drawings]
     if unknown := set(wanted) - {drawing.name for drawing in drawings}:
         names = ", ".join(drawing.name for drawing in drawings)
@@ -44,7 +47,7 @@ def main(argv: list[str]) -> int:
         print(f"{folder / drawing.name}{suffixes}: {drawing.title}")
     for name, reason in absent.items():
         print(f"not drawn: {name}: {reason}")
-    if results.cpu:
+    if results and results.cpu:
         print(f"{CPU_CAVEAT}.")
     return 0
 

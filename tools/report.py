@@ -2,21 +2,24 @@
 
     python -m tools.report FILE... [-o report.html]
 
--o may name a folder, which then takes report.html. The page works on a phone, in light and in dark
-mode, and without JavaScript (which sorts and searches the tables, switches the lines of a chart on
-and off, and says the values of its points).
+A FILE that ends in .csv is the log of a training run, whose loss curve becomes a section
+(tools.curves). -o may name a folder, which then takes report.html. The page works on a phone, in
+light and in dark mode, and without JavaScript (which sorts and searches the tables, switches the
+lines of a chart on and off, and says the values of its points).
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
 
+from tools import curves
 from tools.cases import CPU_CAVEAT, Results
 from tools.drawing.page import chart
 from tools.families import held
 from tools.family import draw_all
-from tools.files import parser, run, save
+from tools.files import ToolError, parser, run, save
 from tools.judged import Verdict
 from tools.results import load_all
 from tools.verdict import judged
@@ -24,8 +27,8 @@ from tools.verdict import judged
 TEMPLATES = Path(__file__).parent / "templates"
 
 
-def page(results: Results, verdicts: list[Verdict]) -> str:
-    """The whole report as HTML."""
+def page(results: Results, verdicts: list[Verdict], runs: Sequence[str] = ()) -> str:
+    """The whole report as HTML. runs: CSV files of training runs."""
     families, checks, settings, absent = [], [], [], {}
     for name, (family, own) in held(results).items():
         drawings, missing = draw_all(own, family)
@@ -49,6 +52,9 @@ def page(results: Results, verdicts: list[Verdict]) -> str:
                 "plots": charts[1:],
             }
         )
+    if runs:
+        drawn = [chart(curves.curve(run), f"r{i}") for i, run in enumerate(runs)]
+        families.append(curves.section(drawn))
     loader = jinja2.FileSystemLoader(TEMPLATES, encoding="utf-8")
     environment = jinja2.Environment(
         loader=loader,
@@ -104,11 +110,14 @@ def main(argv: list[str]) -> int:
         "-o", "--out", default="report.html", metavar="FILE", help="default report.html"
     )
     options = command.parse_args(argv)
-    results = load_all(options.files)
+    files, runs = curves.split(options.files)
+    if not files:
+        raise ToolError("a report needs a benchmark JSON file; for a loss curve alone, tools.plot")
+    results = load_all(files)
     path = Path(options.out)
     if path.is_dir() or path.suffix.lower() not in (".html", ".htm"):
         path = path / "report.html"
-    save(path, page(results, judged(results)))
+    save(path, page(results, judged(results), runs))
     print(path)
     return 0
 

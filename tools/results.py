@@ -157,11 +157,8 @@ def _result(entry: Any, path: str | Path) -> Result:
             for tensor, values in _section(info, "errors", where).items()
             if isinstance(values, dict)
         },
-        drift={
-            label: tuple(float(value) for value in values)
-            for label, values in _section(info, "drift", where).items()
-            if isinstance(values, list) and all(_is_number(value) for value in values)
-        },
+        drift=_lists(_section(info, "drift", where)),
+        curves=_lists(_section(info, "curves", where)),
         memory=_finite_only(_section(info, "memory", where)),
         rates=_finite_only(_section(info, "rates", where)),
         floor=_finite_only(_section(info, "floor", where)),
@@ -219,6 +216,14 @@ def _region(values: Any, where: str) -> Region:
         if not _is_number(value):
             raise ToolError(f"{where}: a region has no {name}; see tools/SCHEMA.md")
     return Region(**times)
+
+
+def _lists(values: dict) -> dict[str, tuple[float, ...]]:
+    return {
+        label: tuple(float(value) for value in found)
+        for label, found in values.items()
+        if isinstance(found, list) and all(_is_number(value) for value in found)
+    }
 
 
 def _finite_only(values: dict) -> dict[str, float]:

@@ -36,7 +36,7 @@ MIN_ROUNDS = 10
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure. mode, l2: see `measure.clock`; mode None is the device's default.
+    """How to measure. mode, l2: see `measure.clock`; mode None is the family's usual one.
 
     rounds: at most so many samples; 0: cases are checked and not timed. seconds: about how long the
     rounds of one case may take, which lowers the rounds of slow steps, but not below 10
@@ -76,7 +76,11 @@ def measure_ceilings() -> dict:
 def measure_point(cases: list[Case], options: Options) -> list[dict]:
     """One outcome per case: `samples` and figures, or `refused` / `failed` with a reason."""
     device = rank_device()
-    mode = options.mode or ("graph" if device.type == "cuda" else "host")
+    timings = family(cases[0]).timings if device.type == "cuda" else ("host",)
+    mode = options.mode or timings[0]
+    if mode not in timings:
+        reason = f"timing mode {mode!r}: {cases[0].family} is timed in {', '.join(timings)}"
+        return [{"refused": f"{reason}; use --timing {timings[0]}"} for _ in cases]
     stopwatch = clock.Stopwatch(mode, device, _aligner(device), l2=options.l2)
     note(f"making the data of {cases[0].point_label}")
     try:

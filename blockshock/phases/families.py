@@ -2,10 +2,11 @@
 
 from blockshock.phases.attention import FAMILY as attention
 from blockshock.phases.case import Case
+from blockshock.phases.data_parallel import FAMILY as data_parallel
 from blockshock.phases.family import Family
 from blockshock.phases.linear import FAMILY as linear
 
-FAMILIES = {"linear": linear, "attention": attention}
+FAMILIES = {"linear": linear, "attention": attention, "data_parallel": data_parallel}
 
 
 def family(case: Case) -> Family:

@@ -24,6 +24,8 @@ class Family:
     check_all: raises ValueError or ImportError for cases whose data cannot be made. learn: is given
     (case, samples, extra_info) of all that was measured side by side, after each point, and what
     runs a function in all ranks. ranks: the only number of ranks it is measured with, or None.
+    timings: the modes of `measure.clock` that GPUs can be timed in, the usual one first. benches:
+    names of bench files, bench_<name>.py, that ask it beside that of its own name.
     """
 
     case: type[Case]
@@ -38,3 +40,5 @@ class Family:
     check_all: Callable[[list[Case]], None] = lambda cases: None
     learn: Callable[[list[tuple[Case, list[float], dict]], Callable], None] | None = None
     ranks: int | None = None
+    timings: tuple[str, ...] = ("graph", "events", "sync")
+    benches: tuple[str, ...] = ()

@@ -1,0 +1,26 @@
+"""The laboratory of data parallelism: case, axes, problem, steps, figures."""
+
+from blockshock.phases.data_parallel import axes, figures, steps
+from blockshock.phases.data_parallel.case import DataParallelCase
+from blockshock.phases.data_parallel.problem import Problem
+from blockshock.phases.family import Family
+
+FAMILY = Family(
+    case=DataParallelCase,
+    phases={
+        "correctness": steps.correctness,
+        "gradients": steps.gradients,
+        "training": steps.training,
+        "lm": steps.lm,
+    },
+    problem=Problem,
+    build=steps.Run,
+    figures=figures.figures,
+    rates=figures.rates,
+    expand=axes.expand,
+    changed=lambda run: run.wrapper.parameters(),
+    usuals=figures.usuals,
+    # Wrappers start collectives from hooks and count on the host: a replay would not.
+    timings=("events", "sync"),
+    benches=("lm",),
+)

@@ -1,0 +1,155 @@
+"""What the methods of one point share inside a rank: first weights, batches, and the truth.
+
+The truth is one process that has the whole batch, sequence by sequence, with attention by its
+definition, in float32 products (float64 for fp32 cases); the yardstick is the same in the case's
+own dtype. A method that does not exchange gradients is held to its rank's part of the batch.
+"""
+
+import sysconfig
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from blockshock.distributed import collectives
+from blockshock.measure.errors import relative_error
+from blockshock.phases.data_parallel.case import DataParallelCase
+from blockshock.sources import generator
+from blockshock.transformer import Decoder
+
+BATCHES = 8  # that are trained on in turn, where a case does not say more
+STEPS = 3  # that are compared with those of one process
+OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
+MAX_NORM = 1.0
+
+
+class Problem:
+    """tokens [batches, ranks · batch, T + 1] on this rank's device; the same on every rank.
+
+    model: the decoder with its first weights, to be copied.
+    """
+
+    def __init__(self, case: DataParallelCase, device: torch.device):
+        self.case, self.device = case, device
+        self.truth_dtype = torch.float64 if case.dtype == "fp32" else torch.float32
+        if case.compiled:
+            torch.compiler.reset()  # PyTorch keeps 8 compilations of a function, and then refuses
+        self.rank = collectives.group_rank()
+        self.model = Decoder(
+            case.config,
+            checkpoint_blocks=case.checkpointed,
+            generator=generator("cpu", "data_parallel", case.problem_seed),
+            device=device,
+        )
+        count = max(BATCHES, case.steps or 0)
+        rows = count * case.ranks * case.batch
+        self.tokens = read(case.text, rows * (case.T + 1)).view(count, -1, case.T + 1).to(device)
+        self._truths = {}
+
+    def warm_up(self) -> None:
+        """Nothing: the check runs a step first."""
+
+    def autocast(self, dtype: torch.dtype) -> torch.autocast:
+        """What the decoder runs in for products in `dtype`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    def own(self, step: int) -> tuple[Tensor, Tensor]:
+        """This rank's tokens and targets [batch, T] of a step."""
+        rows = self._rows(step)
+        return rows[:, :-1], rows[:, 1:]
+
+    def _rows(self, step: int) -> Tensor:
+        batch, rows = self.case.batch, self.tokens[step % len(self.tokens)]
+        return rows[self.rank * batch : (self.rank + 1) * batch]
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The parameters, a tied one once."""
+        return [name for name, _ in self.model.named_parameters()]
+
+    @cached_property
+    def start(self) -> Tensor:
+        """The first weights as one vector."""
+        return self.flat(self.model.state_dict())
+
+    def flat(self, state: dict[str, Tensor]) -> Tensor:
+        """The parameters of a whole state_dict as one vector."""
+        return torch.cat([state[name].flatten() for name in self.names])
+
+    def gradient(self, *, whole: bool) -> tuple[Tensor, float]:
+        """The true gradient at the first weights as one vector, and the yardstick's error.
+
+        whole: of all ranks' sequences of the first step; else of this rank's.
+        """
+        return self._truth(whole)[0]
+
+    @property
+    def update(self) -> tuple[Tensor, float]:
+        """What STEPS true steps on all ranks' sequences change, and the yardstick's error."""
+        return self._truth(True)[1]
+
+    def _truth(self, whole: bool) -> list[tuple[Tensor, float]]:
+        if whole not in self._truths:
+            steps = STEPS if whole and self.case.phase != "gradients" else 0
+            true = self._trained(self.truth_dtype, whole, steps)
+            plain = self._trained(self.case.torch_dtype, whole, steps)
+            self._truths[whole] = [
+                (truth, relative_error(own, truth)) for truth, own in zip(true, plain, strict=True)
+            ]
+        return self._truths[whole]
+
+    def _trained(self, dtype: torch.dtype, whole: bool, steps: int) -> list[Tensor]:
+        """The gradient at the first weights; then, where there are steps, what they change."""
+        model = self._plain(dtype)
+        self._backward(model, dtype, 0, whole)
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        if not steps:
+            return [gradient]
+        optimizer = torch.optim.AdamW(model.parameters(), **OPTIMIZER)
+        for step in range(steps):
+            if step:
+                optimizer.zero_grad()
+                self._backward(model, dtype, step, whole)
+            nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            optimizer.step()
+        return [gradient, self.flat(model.state_dict()) - self.start]
+
+    def _plain(self, dtype: torch.dtype) -> Decoder:
+        """The decoder of a truth or yardstick: parameters in float32 at least."""
+        model = Decoder(replace(self.case.config, attention="reference"), device=self.device)
+        model.load_state_dict(self.model.state_dict())
+        return model.to(torch.promote_types(dtype, torch.float32))
+
+    def _backward(self, model: Decoder, dtype: torch.dtype, step: int, whole: bool) -> None:
+        rows = self.tokens[step] if whole else self._rows(step)
+        for row in rows.split(1):
+            with self.autocast(dtype):
+                loss = model(row[:, :-1], row[:, 1:])
+            (loss / len(rows)).backward()
+
+
+def read(text: str, count: int) -> Tensor:
+    """The first `count` bytes of a text as tokens, int64; a short text begins again.
+
+    Raises:
+        ValueError: a file that cannot be read, or is empty.
+    """
+    if text == "python":
+        folder = Path(sysconfig.get_path("stdlib"))
+        files = sorted(folder.glob("*.py")) + sorted(folder.glob("*/*.py"))
+    else:
+        files = [Path(text)]
+    found = bytearray()
+    for file in files:
+        if len(found) >= count:
+            break
+        try:
+            found += file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"text {text!r} cannot be read: {error}") from None
+    if not found:
+        raise ValueError(f"text {text!r} is empty: name a file with text, or python")
+    found *= -(-count // len(found))
+    return torch.frombuffer(found, dtype=torch.uint8, count=count).long()
