@@ -1,0 +1,284 @@
+"""What every data-parallel method is: a wrapper around a module that all ranks hold alike.
+
+    rank r:  g_r = ∂L(x_r; w)/∂w        finish_gradient_sync():  w.grad = 1/R Σ_r g_r
+
+    for x, y in batches:
+        loss(model(x), y).backward()
+        model.finish_gradient_sync()
+        model.clip_grad_norm_(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+Several backwards make one step where all but the last are inside `model.no_sync()`.
+"""
+
+import json
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from blockshock.distributed import collectives
+from blockshock.distributed.agree import told_by_all
+
+_CHUNK = 1 << 26  # bytes of one broadcast, for which a copy is made
+
+
+class Wrapper(nn.Module):
+    """Base of the methods: starts all ranks from rank 0's parameters and buffers.
+
+    module: on one device, alike on all ranks of the group (None: the default group). Its parameters
+    and buffers become rank 0's; later the buffers are each rank's own. options: what else the
+    ranks must have in common.
+
+    Raises ValueError, on all ranks, where names, shapes, dtypes or requires_grad differ over them,
+    or one of them cannot be wrapped.
+    """
+
+    method: str
+    alone = False  # whether a rank has nothing to do with the others
+
+    def __init__(self, module: nn.Module, group=None, **options):
+        super().__init__()
+        self.group, self.sending = group, True
+        if not self.alone and not dist.is_initialized():
+            raise ValueError(
+                f"{self.method} needs a process group; call dist.init_process_group, or use 'none'"
+            )
+        self.ranks = 1 if self.alone else collectives.group_size(group)
+        self.rank = 0 if self.alone else collectives.group_rank(group)
+        _agree(self, module, options)
+        self.module = module
+        if self.ranks > 1:
+            _broadcast([*module.parameters(), *module.buffers()], group)
+
+    @staticmethod
+    def unsupported(*, device_type: str, ranks: int, **options) -> str | None:
+        """None, or why it cannot run: value, rule, fix."""
+        return None
+
+    def forward(self, *args, **kwargs):
+        """The module's."""
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self):
+        """Gradients stay local; those of the next backward outside are sent with them, as a sum."""
+        before, self.sending = self.sending, False
+        try:
+            yield
+        finally:
+            self.sending = before
+
+    def finish_gradient_sync(self) -> None:
+        """After the last backward of a step, on every rank: gradients are now the mean over ranks.
+
+        Where parameters are sharded, so are the gradients. Raises RuntimeError inside `no_sync`.
+        """
+        if not self.sending:
+            raise RuntimeError("finish_gradient_sync() inside no_sync(); call it after the block")
+
+    def trained(self) -> dict[str, Tensor]:
+        """By the module's name of a parameter: what this rank's optimizer steps of it.
+
+        Frozen parameters are left out, and so is what has no entry on this rank.
+        """
+        return {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def optimizer(self, cls, groups: list[dict] | None = None, **defaults) -> torch.optim.Optimizer:
+        """An optimizer of class `cls` over the parameters of the module that are not frozen.
+
+        groups: [{"names": [of the module's parameters], **options}, ...]; what they do not name
+        makes a last group, which has the defaults. Its `step` raises RuntimeError where gradients
+        were made that `finish_gradient_sync` has not seen.
+
+        Raises ValueError for a name that is unknown or in two groups.
+        """
+        local, made = self.trained(), []
+        for names, options in _by_name(self.module, groups or []):
+            made.append({"params": [local[n] for n in names if n in local], "names": names})
+            made[-1].update(options)
+        optimizer = cls(made, **defaults)
+        optimizer.register_step_pre_hook(lambda *_: self.check_finished())
+        return optimizer
+
+    def check_finished(self) -> None:
+        """Raises RuntimeError if gradients were made since the last `finish_gradient_sync`."""
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scales the gradients so that the norm of all of them is at most max_norm.
+
+        After `finish_gradient_sync`. Returns the norm before, float32 or wider, of the whole
+        gradient over all ranks.
+        """
+        return nn.utils.clip_grad_norm_(list(self.trained().values()), max_norm)
+
+    def full_state_dict(self, *, cpu: bool = False) -> dict[str, Tensor]:
+        """The module's whole state_dict, by its own names, on every rank. A collective.
+
+        cpu: copies in CPU memory; else tensors that may be the module's own.
+        """
+        state = self.module.state_dict()
+        return {name: self.whole(name, value, cpu=cpu) for name, value in state.items()}
+
+    def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Loads what `full_state_dict` of any method gave; the same on every rank."""
+        self.module.load_state_dict(state)
+
+    def full_optimizer_state(self, optimizer, *, cpu: bool = False) -> dict:
+        """{"groups": [{"names": [...], **options}], "state": {name: {key: value}}}. A collective.
+
+        Whole tensors by the parameters' names: no method and no number of ranks shows in it.
+        cpu: as in `full_state_dict`.
+        """
+        state = {}
+        for name, tensor in _steps(optimizer, self.trained()):
+            if tensor in optimizer.state:
+                entries = optimizer.state[tensor].items()
+                state[name] = {key: self.whole(name, value, cpu=cpu) for key, value in entries}
+        return {"groups": group_options(optimizer), "state": state}
+
+    def load_full_optimizer_state(self, optimizer, state: dict) -> None:
+        """Loads what `full_optimizer_state` of any method gave; the same on every rank.
+
+        The values are copied. Raises ValueError where its groups have other parameters.
+        """
+        own = [group["names"] for group in optimizer.param_groups]
+        saved = [group["names"] for group in state["groups"]]
+        if list(map(sorted, own)) != list(map(sorted, saved)):
+            raise ValueError(
+                f"the saved optimizer has groups of {list(map(len, saved))} parameters, this one "
+                f"of {list(map(len, own))}, or with other names; make it with the same groups"
+            )
+        places = enumerate(_steps(optimizer, self.trained()))
+        numbered = {
+            place: {key: self.share(name, value) for key, value in state["state"][name].items()}
+            for place, (name, _) in places
+            if name in state["state"]
+        }
+        start, groups = 0, []
+        for group, names, options in zip(optimizer.param_groups, own, state["groups"], strict=True):
+            stop = start + len(group["params"])
+            groups.append({**options, "names": names, "params": list(range(start, stop))})
+            start = stop
+        optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+
+    def whole(self, name: str, value, *, cpu: bool = False):
+        """A tensor of the state of parameter or buffer `name`, whole; anything else as it is."""
+        if isinstance(value, Tensor) and cpu:
+            return value.detach().to("cpu", copy=True)
+        return value
+
+    def share(self, name: str, value):
+        """A copy of what this rank holds of a whole tensor of the state of parameter `name`."""
+        return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def group_options(optimizer) -> list[dict]:
+    """The options of an optimizer's groups, without the tensors."""
+    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+
+
+def _steps(optimizer, local: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """(name, tensor) in the order in which an optimizer numbers its tensors."""
+    names = [name for group in optimizer.param_groups for name in group["names"]]
+    return [(name, local[name]) for name in names if name in local]
+
+
+def _by_name(module: nn.Module, groups: list[dict]) -> list[tuple[list[str], dict]]:
+    """(names of parameters that are not frozen, options) of each group and of the rest."""
+    every = dict(module.named_parameters(remove_duplicate=False))
+    first = {p: name for name, p in reversed(every.items())}  # a tied one has several names
+    found, seen = [], set()
+    for group in groups:
+        names = []
+        for name in group["names"]:
+            if name not in every:
+                raise ValueError(f"no parameter is named {name!r}; use names of named_parameters()")
+            names.append(first[every[name]])
+            if names[-1] in seen:
+                raise ValueError(f"parameter {name!r} is in two groups; name it once")
+            seen.add(names[-1])
+        found.append((names, {k: v for k, v in group.items() if k != "names"}))
+    rest = [name for name, _ in module.named_parameters() if name not in seen]
+    if any(every[name].requires_grad for name in rest):
+        found.append((rest, {}))
+    return [([n for n in names if every[n].requires_grad], options) for names, options in found]
+
+
+def _agree(wrapper: Wrapper, module: nn.Module, options: dict) -> None:
+    """Raises ValueError on all ranks where one cannot wrap its module, or they are not alike."""
+    facts = {"the method": wrapper.method, **{f"option {k}": str(v) for k, v in options.items()}}
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in tensors:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        trained = ", trained" if tensor.requires_grad else ""
+        lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+        facts[name] = f"{'no shape' if lazy else list(tensor.shape)} {kind}{trained}"
+    devices = {tensor.device for _, tensor in tensors}
+    problem = _problem(wrapper, dict(tensors)) or wrapper.unsupported(
+        device_type=next((d.type for d in devices), "cpu"), ranks=wrapper.ranks, **options
+    )
+    own = json.dumps([problem, facts])
+    told = [own]
+    if not wrapper.alone:
+        told = told_by_all(own, wrapper.group, about=wrapper.method)
+    _, first = json.loads(told[0])
+    for rank, (problem, facts) in enumerate(map(json.loads, told)):
+        if problem:
+            raise ValueError(f"{wrapper.method}, rank {rank}: {problem}")
+        for name in (*first, *facts):
+            one, other = first.get(name, "none"), facts.get(name, "none")
+            if one != other:
+                raise ValueError(
+                    f"the ranks differ in {name}: rank 0 has {one}, rank {rank} has {other}; "
+                    "make the same model on every rank"
+                )
+
+
+def _problem(wrapper: Wrapper, tensors: dict[str, Tensor]) -> str | None:
+    """Why no method can wrap a module with these tensors, or None."""
+    devices = {tensor.device for tensor in tensors.values()}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+        names = ", ".join(sorted(map(str, devices)))
+        return f"the module is on {names}; move it to the one device of this rank first"
+    for name, tensor in tensors.items():
+        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            return f"{name!r} has no shape yet; run a batch through the module first"
+        if not wrapper.alone and type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            return (
+                f"{name!r} is a {type(tensor).__name__}, of which other ranks may hold another "
+                "part; use DistributedDataParallel over the ranks that hold the same part"
+            )
+    return None
+
+
+@torch.no_grad()
+def _broadcast(tensors: list[Tensor], group) -> None:
+    """Gives all ranks rank 0's values; many tensors of one dtype travel as one."""
+    for part in cut(tensors, _CHUNK):
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in part])
+        if flat.numel():
+            dist.broadcast(flat.view(torch.uint8), group_src=0, group=group)
+        for tensor, values in zip(part, flat.split([t.numel() for t in part]), strict=True):
+            tensor.detach().copy_(values.view(tensor.shape))
+
+
+def cut(tensors: list[Tensor], most: float) -> list[list[Tensor]]:
+    """Tensors of one dtype each, in order, of at most so many bytes or a single one.
+
+    The parts come in the order of their last tensors, so those of two dtypes may interleave.
+    """
+    parts, order = [], {id(tensor): place for place, tensor in enumerate(tensors)}
+    by_dtype = sorted(tensors, key=lambda tensor: str(tensor.dtype))
+    for _, same in groupby(by_dtype, key=lambda tensor: tensor.dtype):
+        size = most
+        for tensor in same:
+            size += tensor.nbytes
+            if size > most:
+                parts.append([])
+                size = tensor.nbytes
+            parts[-1].append(tensor)
+    return sorted(parts, key=lambda part: order[id(part[-1])])
