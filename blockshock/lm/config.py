@@ -6,6 +6,7 @@ A file is a path, or the name of one in `blockshock/lm/configs`. It gives what d
 defaults below. A key is `section.name`, or `run` or `device`, which stand in no section.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -39,7 +40,9 @@ class Data:
     source: str = "python"
     folder: str = "runs/data"  # the tokenizer and the token files
     vocabulary: int = least(4096, 257)
-    validation: float = least(0.02, 0.0, 1.0)  # the share of the text; 0 only where there is a split
+    validation: float = least(
+        0.02, 0.0, 1.0
+    )  # the share of the text; 0 only where there is a split
     max_bytes: int = least(0, 0)  # of text; 0: all of it
 
 
@@ -82,6 +85,17 @@ class Train:
     evaluate_every: int = least(0, 0)  # steps; 0: only the last
     evaluate_batches: int = least(16, 1)  # of each rank
 
+    def __post_init__(self):
+        if self.min_lr > self.lr:
+            raise Refused(
+                f"train.min_lr = {self.min_lr:g} exceeds train.lr = {self.lr:g}; lower it"
+            )
+        if self.warmup >= self.steps:
+            raise Refused(
+                f"train.warmup = {self.warmup} leaves no step of train.steps = {self.steps} at the "
+                "full rate; lower the warm-up, or raise the steps"
+            )
+
 
 @dataclass(frozen=True)
 class Log:
@@ -98,7 +112,7 @@ class Sample:
     """The text that `sample` writes."""
 
     prompt: str = "def "
-    tokens: int = least(200, 1)
+    tokens: int = least(200, 1)  # at most: the model's context ends it
     temperature: float = least(0.8, 0.0)  # 0: the likeliest token each time
     top_k: int = least(50, 0)  # 0: all tokens
     seed: int = least(0, 0)
@@ -199,10 +213,8 @@ def _value(value: Any, hint: Any, rule: Any, key: str) -> Any:
         return None
     kind = get_args(hint)[0] if optional else hint
     if kind is float and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(TypeError, ValueError):
             value = float(value)  # YAML reads 3e-4, which has no dot, as a string
-        except (TypeError, ValueError):
-            pass
     if type(value) is not kind:
         also = " or null" if optional else ""
         raise Refused(f"{key} = {value!r}: it takes {kind.__name__}{also}, not {_named(value)}")

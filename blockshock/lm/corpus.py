@@ -82,8 +82,8 @@ def _files(data: Data, files: list[Path], largest: int | None) -> Corpus:
         sides[_is_validation(kept[leader], data.validation)].append(texts[digest])
     if not all(sides):
         raise Refused(
-            f"data.source = {data.source!r}: {len(kept)} files of text, {len(sides[1])} of them for "
-            "validation; each side needs at least one. Give more files, raise data.max_bytes, or "
+            f"data.source = {data.source!r}: {len(kept)} files of text, {len(sides[1])} of them "
+            "for validation; each side needs at least one. Give more files, raise data.max_bytes, or "
             "change data.validation"
         )
     about = f"{len(sides[0])} + {len(sides[1])} files"
@@ -103,8 +103,8 @@ def _one_file(data: Data, path: Path) -> Corpus:
     cut = text.rfind("\n", 0, int(len(text) * (1 - data.validation))) + 1
     if not 0 < cut < len(text):
         raise Refused(
-            f"data.source = {path}: no line ends where {data.validation:g} of the text would be cut "
-            "off for validation; give a longer file, or change data.validation"
+            f"data.source = {path}: no line ends where {data.validation:g} of the text would be "
+            "cut off for validation; give a longer file, or change data.validation"
         )
     return Corpus(lambda: iter([text[:cut]]), lambda: iter([text[cut:]]), "one file, cut in two")
 
@@ -153,4 +153,5 @@ def _digest(text: str) -> str:
 
 
 def _is_validation(digest: str, share: float) -> bool:
-    return int(digest[:15], 16) < share * 16**15
+    # The last digits: files are chosen by the first ones, where max_bytes limits them.
+    return int(digest[-15:], 16) < share * 16**15

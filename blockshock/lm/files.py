@@ -19,7 +19,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     Raises:
         Refused: the disk is full, or cannot be written. What was at `path` is still there.
     """
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as out:

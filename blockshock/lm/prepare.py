@@ -1,8 +1,8 @@
 """Text to tokens: trains the tokenizer on the training text and writes both token files.
 
-    <data.folder>/tokenizer.json  train.bin  train.json  validation.bin  validation.json
-    <data.folder>/prepared.json   the settings they were made with: written last, so that it says
-                                  that all is there
+<data.folder>/tokenizer.json  train.bin  train.json  validation.bin  validation.json
+<data.folder>/prepared.json   the settings they were made with: written last, so that it says
+                              that all is there
 """
 
 import dataclasses
@@ -62,7 +62,8 @@ def open_prepared(data: Data) -> Prepared:
     made = tokenizer.load(folder / "tokenizer.json")
     digest = tokenizer.digest(made)
     train, validation = (
-        TokenFile(folder / f"{name}.bin", data.vocabulary, digest) for name in ("train", "validation")
+        TokenFile(folder / f"{name}.bin", data.vocabulary, digest)
+        for name in ("train", "validation")
     )
     return Prepared(train, validation, made, digest)
 

@@ -17,15 +17,3 @@ def learning_rate(step: int, train: Train) -> float:
         return train.lr * step / train.warmup
     part = min(1.0, (step - train.warmup) / max(1, train.steps - train.warmup))
     return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * part)) / 2
-
-
-def check(train: Train) -> str | None:
-    """None, or why the schedule makes no sense."""
-    if train.min_lr > train.lr:
-        return f"train.min_lr = {train.min_lr:g} exceeds train.lr = {train.lr:g}; lower it"
-    if train.warmup >= train.steps:
-        return (
-            f"train.warmup = {train.warmup} leaves none of train.steps = {train.steps} at the full "
-            "rate; lower the warm-up or raise the steps"
-        )
-    return None

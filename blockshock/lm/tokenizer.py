@@ -17,9 +17,7 @@ def _library() -> Any:
     try:
         import tokenizers
     except ImportError as error:
-        raise Refused(
-            "the library tokenizers is missing; pip install 'blockshock[lm]'"
-        ) from error
+        raise Refused("the library tokenizers is missing; pip install 'blockshock[lm]'") from error
     return tokenizers
 
 
@@ -42,8 +40,8 @@ def train(texts: Iterable[str], vocabulary: int) -> Any:
     tokenizer.train_from_iterator(texts, trainer)
     if tokenizer.get_vocab_size() != vocabulary:
         raise Refused(
-            f"data.vocabulary = {vocabulary}: the text has only {tokenizer.get_vocab_size()} tokens; "
-            "lower it, or give more text"
+            f"data.vocabulary = {vocabulary}: the text has only {tokenizer.get_vocab_size()} "
+            "tokens; lower it, or give more text"
         )
     return tokenizer
 

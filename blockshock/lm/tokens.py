@@ -39,8 +39,10 @@ def write(path: Path, lists: Iterable[list[int]], *, vocabulary: int, about: dic
         for ids in lists:
             if not ids:
                 continue
-            if not (0 <= min(ids) and max(ids) < vocabulary):
-                raise Refused(f"{path}: a token outside 0 … {vocabulary - 1}: {min(ids)}, {max(ids)}")
+            if not (min(ids) >= 0 and max(ids) < vocabulary):
+                raise Refused(
+                    f"{path}: a token outside 0 … {vocabulary - 1}: {min(ids)}, {max(ids)}"
+                )
             count, largest = count + len(ids), max(largest, *ids)
             out.write(array.array(DTYPES[name][1], ids).tobytes())
     facts = {
@@ -79,17 +81,18 @@ class TokenFile:
         if size != count * array.array(letter).itemsize or self.facts["byteorder"] != sys.byteorder:
             raise Refused(
                 f"{path}: {size} bytes, {sys.byteorder}-endian, where its JSON says {count} of "
-                f"{self.facts['dtype']}, {self.facts['byteorder']}-endian; delete it and prepare again"
+                f"{self.facts['dtype']}, {self.facts['byteorder']}-endian; delete it and "
+                "prepare again"
             )
         if self.facts["largest"] >= vocabulary:
             raise Refused(
                 f"{path}: token {self.facts['largest']} is beyond the model's vocabulary of "
-                f"{vocabulary}; prepare again with data.vocabulary = {vocabulary}, or use its own model"
+                f"{vocabulary}; prepare again with data.vocabulary = {vocabulary}"
             )
         if tokenizer is not None and self.facts["tokenizer"] != tokenizer:
             raise Refused(
-                f"{path} was written with tokenizer {self.facts['tokenizer']}, and {tokenizer} lies "
-                "beside it; delete the folder and prepare again"
+                f"{path} was written with tokenizer {self.facts['tokenizer']}, and {tokenizer} "
+                "lies beside it; delete the folder and prepare again"
             )
         self.tokens = torch.from_file(str(path), shared=False, size=count, dtype=dtype)
 
@@ -134,7 +137,7 @@ class Batches:
     def _window(self, sequence: int) -> int:
         epoch, place = divmod(sequence, self.count)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(hash((self.seed, epoch)) % 2**63)
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
             self._order = torch.randperm(self.count, generator=generator)
             self._epoch = epoch
         return int(self._order[place])
@@ -144,7 +147,7 @@ def check_size(file: TokenFile, context: int, batch: int, ranks: int) -> None:
     """Raises Refused where a file is too short for one batch on each rank."""
     if file.windows(context) < batch * ranks:
         raise Refused(
-            f"{file.path}: {len(file.tokens)} tokens, and one batch of {batch} sequences of {context} "
-            f"on {ranks} ranks needs {batch * ranks * context + 1}; give more text (data.max_bytes, "
-            "data.validation), or lower train.batch or model.context"
+            f"{file.path}: {len(file.tokens)} tokens, and one batch of {batch} sequences of "
+            f"{context} on {ranks} ranks needs {batch * ranks * context + 1}; give more text "
+            "(data.max_bytes, data.validation), or lower train.batch or model.context"
         )
