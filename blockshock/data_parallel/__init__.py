@@ -6,9 +6,20 @@ is an `nn.Module`, a `wrapper.Wrapper`, that starts all ranks from rank 0's valu
 `finish_gradient_sync()` the gradients are the mean over the ranks.
 """
 
-from blockshock.data_parallel.replicated import NoSync
+from blockshock.data_parallel.peers import TorchDDP, TorchFSDP
+from blockshock.data_parallel.replicated import Bucketed, Flat, Naive, NoSync, Overlapped
+from blockshock.data_parallel.sharded_optimizer import ShardedOptimizer
 
 __all__ = ["METHODS"]
 
-_CLASSES = (NoSync,)
+_CLASSES = (
+    NoSync,
+    Naive,
+    Flat,
+    Bucketed,
+    Overlapped,
+    ShardedOptimizer,
+    TorchDDP,
+    TorchFSDP,
+)
 METHODS = {cls.method: cls for cls in _CLASSES}

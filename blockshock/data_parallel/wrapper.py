@@ -14,12 +14,12 @@ Several backwards make one step where all but the last are inside `model.no_sync
 
 import json
 from contextlib import contextmanager
-from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from blockshock.data_parallel.buckets import Gradients, cut
 from blockshock.distributed import collectives
 from blockshock.distributed.agree import told_by_all
 
@@ -39,6 +39,7 @@ class Wrapper(nn.Module):
 
     method: str
     alone = False  # whether a rank has nothing to do with the others
+    gradients: Gradients | None = None  # those that hooks follow
 
     def __init__(self, module: nn.Module, group=None, **options):
         super().__init__()
@@ -66,19 +67,34 @@ class Wrapper(nn.Module):
     @contextmanager
     def no_sync(self):
         """Gradients stay local; those of the next backward outside are sent with them, as a sum."""
-        before, self.sending = self.sending, False
+        before = self.sending
+        self._send(False)
         try:
             yield
         finally:
-            self.sending = before
+            self._send(before)
+
+    def _send(self, sending: bool) -> None:
+        self.sending = sending
+        if self.gradients is not None:
+            self.gradients.sending = sending
 
     def finish_gradient_sync(self) -> None:
         """After the last backward of a step, on every rank: gradients are now the mean over ranks.
 
-        Where parameters are sharded, so are the gradients. Raises RuntimeError inside `no_sync`.
+        Where the optimizer's state is sharded, so are the gradients. The current stream waits, and
+        not the host. Raises RuntimeError inside `no_sync`, and what `Gradients.finish` raises.
         """
         if not self.sending:
             raise RuntimeError("finish_gradient_sync() inside no_sync(); call it after the block")
+        if self.gradients is not None:
+            self.gradients.finish()
+
+    def __getstate__(self):
+        raise TypeError(
+            f"a {self.method} wrapper cannot be copied or pickled: its hooks stay with its own "
+            "parameters; copy its .module, or save full_state_dict()"
+        )
 
     def trained(self) -> dict[str, Tensor]:
         """By the module's name of a parameter: what this rank's optimizer steps of it.
@@ -106,6 +122,10 @@ class Wrapper(nn.Module):
 
     def check_finished(self) -> None:
         """Raises RuntimeError if gradients were made since the last `finish_gradient_sync`."""
+        if self.gradients is not None and self.gradients.begun:
+            raise RuntimeError(
+                "gradients were made and not sent; call finish_gradient_sync() before step()"
+            )
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales the gradients so that the norm of all of them is at most max_norm.
@@ -264,21 +284,3 @@ def _broadcast(tensors: list[Tensor], group) -> None:
             dist.broadcast(flat.view(torch.uint8), group_src=0, group=group)
         for tensor, values in zip(part, flat.split([t.numel() for t in part]), strict=True):
             tensor.detach().copy_(values.view(tensor.shape))
-
-
-def cut(tensors: list[Tensor], most: float) -> list[list[Tensor]]:
-    """Tensors of one dtype each, in order, of at most so many bytes or a single one.
-
-    The parts come in the order of their last tensors, so those of two dtypes may interleave.
-    """
-    parts, order = [], {id(tensor): place for place, tensor in enumerate(tensors)}
-    by_dtype = sorted(tensors, key=lambda tensor: str(tensor.dtype))
-    for _, same in groupby(by_dtype, key=lambda tensor: tensor.dtype):
-        size = most
-        for tensor in same:
-            size += tensor.nbytes
-            if size > most:
-                parts.append([])
-                size = tensor.nbytes
-            parts[-1].append(tensor)
-    return sorted(parts, key=lambda part: order[id(part[-1])])

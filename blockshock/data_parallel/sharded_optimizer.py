@@ -1,0 +1,202 @@
+"""ZeRO-1 (Rajbhandari et al., arXiv:1910.02054): each rank steps a share of every parameter bucket.
+
+    values, gradients [n] of a bucket, alike on all ranks;  share r = [r n/R, (r+1) n/R)
+    backward   each bucket's gradients are reduce-scattered once they are there: share r = the mean
+    step       w_r = step(w_r, g_r)  with the optimizer's state of share r alone
+    after it   values = all-gather of the w_r
+
+A rank's share of a bucket is cut where its parameters begin, so a piece belongs to one parameter
+and one group of the optimizer, whatever the groups are. A parameter has at most one piece on a
+rank. Parameters are views of their bucket's values: nothing is copied before or after a collective.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from blockshock.data_parallel import buckets
+from blockshock.data_parallel.buckets import MIB, Bucket, Gradients
+from blockshock.data_parallel.sends import own_share, start_gather, start_mean_of_share
+from blockshock.data_parallel.wrapper import Wrapper, group_options
+from blockshock.distributed import collectives
+
+ELEMENTWISE = {
+    "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop",
+    "SGD",
+}  # fmt: skip
+
+
+class Shares(Bucket):
+    """A bucket of gradients, and one like it of the parameters' values, cut for the ranks.
+
+    pieces: by name, what this rank steps: [entries], or a scalar where the parameter is one.
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter], group=None):
+        super().__init__(named, collectives.group_size(group))
+        self.values = torch.zeros_like(self.buffer)
+        self.bounds = {}  # by name: where its piece begins and ends in the buffer
+        length = len(own_share(self.buffer, group))
+        first = collectives.group_rank(group) * length
+        for name, parameter, begin in zip(self.names, self.parameters, self.offsets, strict=True):
+            start, stop = max(first, begin), min(first + length, begin + parameter.numel())
+            if start < stop:
+                self.bounds[name] = start, stop
+        self.places = self.views_of(self.values)
+        for parameter, place in zip(self.parameters, self.places, strict=True):
+            place.copy_(parameter.detach())
+            parameter.data = place
+        self._at = [place.data_ptr() for place in self.places]
+        self.pieces = {n: nn.Parameter(self.piece(n, self.values)) for n in self.bounds}
+        self._gradients = {n: self.piece(n, self.buffer) for n in self.bounds}
+
+    def piece(self, name: str, flat: Tensor) -> Tensor:
+        """This rank's piece of a parameter in a buffer like this bucket's."""
+        start, stop = self.bounds[name]
+        piece = flat[start:stop]
+        scalar = self.parameters[self.names.index(name)].dim() == 0
+        return piece.view(()) if scalar else piece
+
+    def check(self) -> None:
+        super().check()
+        for name, parameter, at in zip(self.names, self.parameters, self._at, strict=True):
+            if parameter.data_ptr() != at:
+                raise RuntimeError(
+                    f"{name!r} was moved or cast after it was wrapped; do so before, or wrap again"
+                )
+
+    def hand_over(self) -> None:
+        """Gives the pieces their gradients. The parameters' are this rank's no more: None."""
+        for name, piece in self.pieces.items():
+            piece.grad = self._gradients[name]
+        for parameter in self.parameters:
+            parameter.grad = None
+
+
+class ShardedOptimizer(Wrapper):
+    """Gradients as in `overlapped`, but each rank gets the mean of a share, and steps that share.
+
+    `optimizer(cls, ...)` takes the classes of torch.optim whose step is elementwise, and others
+    that say so: `elementwise = True`. Its `step` is a collective, so all ranks must make it or
+    none; a GradScaler, which decides on each rank, is not for it. `finish_gradient_sync` ends an
+    accumulation: the next backward begins from zero. module.parameters() have no .grad then.
+
+    module, group: as in `Wrapper`. bucket_mib, unused: as in `replicated`.
+    """
+
+    method = "sharded_optimizer"
+
+    def __init__(self, module, *, group=None, bucket_mib=25.0, unused="error"):
+        super().__init__(module, group, bucket_mib=bucket_mib, unused=unused)
+        self.gradients = Gradients(
+            module,
+            lambda bucket: start_mean_of_share(bucket.buffer, group),
+            lambda named: Shares(named, group),
+            most=bucket_mib * MIB,
+            unused=unused,
+            early=True,
+        )
+
+    @staticmethod
+    def unsupported(*, device_type, ranks, bucket_mib=25.0, unused="error"):
+        """None, or why it cannot run: value, rule, fix."""
+        return buckets.unsupported(bucket_mib, unused)
+
+    def finish_gradient_sync(self) -> None:
+        super().finish_gradient_sync()
+        for bucket in self.gradients.buckets:
+            bucket.hand_over()
+
+    def trained(self) -> dict[str, Tensor]:
+        """By name, this rank's pieces of the parameters, in the order of `named_parameters`."""
+        pieces = {n: p for bucket in self.gradients.buckets for n, p in bucket.pieces.items()}
+        return {n: pieces[n] for n, _ in self.module.named_parameters() if n in pieces}
+
+    def optimizer(self, cls, groups=None, **defaults):
+        elementwise = cls.__module__.startswith("torch.optim") and cls.__name__ in ELEMENTWISE
+        if not elementwise and not getattr(cls, "elementwise", False):
+            raise ValueError(
+                f"{cls.__name__}: a rank of sharded_optimizer steps pieces of parameters, and that "
+                "is right only where each entry is stepped by itself, which is not known of this "
+                "class (Adafactor, LBFGS and Muon see whole matrices); use one of "
+                f"{', '.join(sorted(ELEMENTWISE))}, or set elementwise = True on a class of your "
+                "own if it is so"
+            )
+        optimizer = super().optimizer(cls, groups, **defaults)
+        optimizer.register_step_post_hook(lambda *_: self._gather())
+        return optimizer
+
+    def _gather(self) -> None:
+        """After a step: all ranks' shares of the parameters."""
+        waits = [start_gather(bucket.values, self.group) for bucket in self.gradients.buckets]
+        for bucket, wait in zip(self.gradients.buckets, waits, strict=True):
+            wait()
+            for parameter in bucket.parameters:
+                torch.autograd.graph.increment_version(parameter)  # it was written by its pieces
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        pieces = [piece for piece in self.trained().values() if piece.grad is not None]
+        own = get_total_norm([piece.grad for piece in pieces])
+        device = next(iter(self.module.parameters())).device
+        square = own.to(device, torch.promote_types(own.dtype, torch.float32)).square()
+        dist.all_reduce(square, group=self.group)
+        norm = square.sqrt()
+        clip_grads_with_norm_(pieces, max_norm, norm)
+        return norm
+
+    def full_optimizer_state(self, optimizer, *, cpu: bool = False) -> dict:
+        own = {}  # by name and key: the dtype of what is cut like the parameter, or the value
+        for name, piece in self.trained().items():
+            entries = optimizer.state.get(piece, {})
+            if entries:
+                own[name] = {key: _described(value, piece) for key, value in entries.items()}
+        told = [None] * self.ranks
+        dist.all_gather_object(told, own, group=self.group)
+        known = {name: entries for each in told for name, entries in each.items()}
+        state = {n: dict(known[n]) for n, _ in self.module.named_parameters() if n in known}
+        for bucket in self.gradients.buckets:
+            for key, dtype in _kinds(bucket, known):
+                self._gather_state(bucket, key, dtype, optimizer, state, cpu)
+        return {"groups": group_options(optimizer), "state": state}
+
+    def _gather_state(self, bucket, key, dtype, optimizer, state, cpu) -> None:
+        """Puts one kind of state of a bucket's parameters, whole, into `state`."""
+        flat = torch.zeros_like(bucket.values, dtype=dtype)
+        for name, piece in bucket.pieces.items():
+            if state.get(name, {}).get(key) == dtype:
+                bucket.piece(name, flat).copy_(optimizer.state[piece][key])
+        start_gather(flat, self.group)()
+        for name, view in zip(bucket.names, bucket.views_of(flat), strict=True):
+            if state.get(name, {}).get(key) == dtype:
+                state[name][key] = self.whole(name, view, cpu=cpu) if cpu else view.clone()
+
+    def share(self, name: str, value):
+        """A copy of this rank's piece of a tensor like parameter `name`; anything else whole."""
+        bucket = next(each for each in self.gradients.buckets if name in each.names)
+        place = bucket.names.index(name)
+        parameter = bucket.parameters[place]
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            return super().share(name, value)
+        start, stop = (bound - bucket.offsets[place] for bound in bucket.bounds[name])
+        strided = torch.empty_like(parameter, dtype=value.dtype, device=value.device)
+        strided.detach().copy_(value)
+        flat = strided.detach().as_strided((parameter.numel(),), (1,))
+        return flat[start:stop].view(bucket.pieces[name].shape).clone()
+
+
+def _described(value, piece: Tensor):
+    if not isinstance(value, Tensor):
+        return value
+    return value.dtype if value.shape == piece.shape else value.detach().cpu()
+
+
+def _kinds(bucket: Bucket, known: dict) -> list[tuple[str, torch.dtype]]:
+    """The keys and dtypes of a bucket's state, in one order on all ranks."""
+    entries = {
+        (key, value)
+        for name in bucket.names
+        for key, value in known.get(name, {}).items()
+        if isinstance(value, torch.dtype)
+    }
+    return sorted(entries, key=str)
