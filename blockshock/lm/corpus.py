@@ -83,8 +83,8 @@ def _files(data: Data, files: list[Path], largest: int | None) -> Corpus:
     if not all(sides):
         raise Refused(
             f"data.source = {data.source!r}: {len(kept)} files of text, {len(sides[1])} of them "
-            "for validation; each side needs at least one. Give more files, raise data.max_bytes, or "
-            "change data.validation"
+            "for validation; each side needs at least one. Give more files, raise "
+            "data.max_bytes, or change data.validation"
         )
     about = f"{len(sides[0])} + {len(sides[1])} files"
     if skipped:

@@ -1,8 +1,8 @@
 """What a run shows and writes: a progress bar, a CSV, and TensorBoard or wandb where asked.
 
 `<run>/log.csv` has a row every `log.every` steps: `loss` and `tokens_per_s` are means over the
-steps since the row before, the others are of the row's step. `val_loss` stands where it was measured.
-tokens: read by all ranks. seconds: of training, over all parts of a resumed run. memory_mib: the
+steps since the row before, the others are of the row's step. `val_loss` stands where it was
+measured. tokens: read by all ranks. seconds: of training, over all parts of a resumed run. memory_mib: the
 most that one rank held: of GPU memory, or of the process on a CPU.
 
 MFU is 6 P + 12 depth width T FLOPs a token (`transformer.counts`) times tokens/s over the peak of
