@@ -2,8 +2,8 @@
 
 `<run>/log.csv` has a row every `log.every` steps: `loss` and `tokens_per_s` are means over the
 steps since the row before, the others are of the row's step. `val_loss` stands where it was
-measured. tokens: read by all ranks. seconds: of training, over all parts of a resumed run. memory_mib: the
-most that one rank held: of GPU memory, or of the process on a CPU.
+measured. tokens: read by all ranks. seconds: of training, over all parts of a resumed run.
+memory_mib: the most that rank 0 held: of GPU memory, or of the process on a CPU.
 
 MFU is 6 P + 12 depth width T FLOPs a token (`transformer.counts`) times tokens/s over the peak of
 all GPUs: `log.peak_tflops`, or the data sheet's dense bf16 rate. Elsewhere it is empty.
