@@ -14,7 +14,7 @@ from blockshock.lm import checkpoint
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "device": "cpu",
-    "data": {"vocabulary": 300, "validation": 0.2},
+    "data": {"vocabulary": 280, "validation": 0.2},
     "model": {"context": 16, "width": 16, "depth": 1, "heads": 2},
     "train": {"steps": 12, "batch": 2, "accumulate": 2, "warmup": 2, "lr": 0.01, "min_lr": 0.001},
     "log": {"every": 1},

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, killed at random steps and resumed; one process and two ranks."""
+"""Runs killed at random steps and resumed, one process and two ranks; a signal to one rank."""
 
 import os
 import random
@@ -7,12 +7,23 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from blockshock.lm.__main__ import main
 from tests import lm_runs
 from tests.lm_runs import assert_same_run, finish, start, write
 
-STEPS = 400
+STEPS = 200
 OPTIONS = {"train__steps": STEPS, "train__checkpoint_every": 7, "train__evaluate_batches": 2}
+
+
+@pytest.fixture
+def one_thread():
+    """As in the processes that are started: sums have the same order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def logged(folder):
@@ -38,23 +49,36 @@ def children(process):
     return [int(word) for word in text.split()]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_killed_at_random_steps_ends_with_the_same_bits(tmp_path, ranks):
+def kill(config, folder, first, ranks=1, more=()):
+    """Runs the command and kills a rank of it at a random step from `first` on."""
+    step = first + random.randrange(STEPS // 4)
+    process = start("train", "--config", config, *more, ranks=ranks)
+    reach(process, folder, step)
+    os.kill(random.choice(children(process)) if ranks > 1 else process.pid, signal.SIGKILL)
+    code, out = finish(process)
+    assert code != 0, f"killed at step {step}: {out}"
+
+
+def test_a_run_killed_at_random_steps_ends_with_the_same_bits(tmp_path, one_thread):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    code, out = finish(start("--config", write(whole, **OPTIONS), ranks=ranks))
+    assert main(["--config", str(write(whole, **OPTIONS))]) == 0
+    config = write(killed, **OPTIONS)
+    assert main(["prepare", "--config", str(config)]) == 0
+    kill(config, killed, 8)
+    kill(config, killed, STEPS // 2, more=["--resume"])
+    assert main(["train", "--config", str(config), "--resume"]) == 0
+    assert_same_run(killed, whole)
+
+
+def test_two_ranks_of_which_one_is_killed_end_with_the_same_bits(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, out = finish(start("--config", write(whole, **OPTIONS), ranks=2))
     assert code == 0, out
-    draw = random.Random()
-    config, more = write(killed, **OPTIONS), ()
-    for low in (8, STEPS // 3):
-        step = draw.randrange(low, low + STEPS // 4)
-        process = start("--config", config, *more, ranks=ranks)
-        reach(process, killed, step)
-        victim = draw.choice(children(process)) if ranks > 1 else process.pid
-        os.kill(victim, signal.SIGKILL)
-        code, out = finish(process)
-        assert code != 0, f"killed at step {step}: {out}"
-        more = ("--resume",)
-    code, out = finish(start("--config", config, "--resume", ranks=ranks))
+    assert "2 ranks (overlapped)" in out
+    config = write(killed, **OPTIONS)
+    assert main(["prepare", "--config", str(config)]) == 0
+    kill(config, killed, STEPS // 3, ranks=2)
+    code, out = finish(start("train", "--config", config, "--resume", ranks=2))
     assert code == 0, out
     assert_same_run(killed, whole)
 
