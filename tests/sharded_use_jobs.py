@@ -98,6 +98,8 @@ def refused():
     said["frozen"] = refusal(wrapper, batch)
     share.requires_grad_(True)
     said["none"] = refusal(wrapper, batch)
+    second = FullySharded(Branches().to(device()))
+    said["wrapped twice"] = wraps(second.module)
     norm = wrapper.module.blocks[0].norm
     norm.bias = nn.Parameter(norm.bias.detach())
     said["replaced"] = refusal(wrapper, batch)

@@ -170,7 +170,7 @@ def test_none_works_without_a_process_group_and_the_others_say_so():
                 cls(layer)
 
 
-@pytest.mark.parametrize("method", ["overlapped", "sharded_optimizer"])
+@pytest.mark.parametrize("method", ["overlapped", "sharded_optimizer", "fully_sharded"])
 def test_a_compiled_wrapper_is_right(ranks, method):
     for error in ranks.run(jobs.compiled, method):
         assert error < LIMIT

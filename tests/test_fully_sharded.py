@@ -114,6 +114,7 @@ def test_what_cannot_be_right_is_refused(ranks):
         assert "call backward()" in said["grad"]
         assert "'head.bias' was frozen" in said["frozen"]
         assert not said["none"]
+        assert "wrap a module once" in said["wrapped twice"]
         assert "a parameter 'bias' was replaced" in said["replaced"]
         assert "was moved or cast" in said["cast"]
 

@@ -102,6 +102,8 @@ class FullySharded(Wrapper):
     def refusal(module: nn.Module) -> str | None:
         """Why a module cannot be sharded, or None."""
         for name, part in module.named_modules():
+            if Schedule.runs(part):
+                return f"module {name!r} is sharded already; wrap a module once"
             if isinstance(part, nn.RNNBase):
                 return (
                     f"module {name!r}, of class {type(part).__name__}, has a list of its weights; "

@@ -43,6 +43,12 @@ class Schedule:
             unit.module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
             unit.module.register_forward_hook(leave, always_call=True, with_kwargs=True)
 
+    @staticmethod
+    def runs(module: nn.Module) -> bool:
+        """Whether a module is a unit of some schedule."""
+        hooks = (getattr(hook, "func", None) for hook in module._forward_pre_hooks.values())
+        return any(isinstance(getattr(hook, "__self__", None), Schedule) for hook in hooks)
+
     def finish(self) -> set[nn.Parameter]:
         """The computation waits for the last reduction. Returns the parameters with gradients."""
         self._wire.settle()
