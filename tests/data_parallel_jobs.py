@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
+import blockshock
 from blockshock.data_parallel import METHODS, replicated
 from blockshock.distributed.ranks import device
 from blockshock.measure.errors import relative_error
@@ -291,6 +292,12 @@ def refused(method):
         said["inside no_sync"] = refusal(model.finish_gradient_sync)
     model.finish_gradient_sync()
     said["second call"] = refusal(model.finish_gradient_sync)
+    zero = METHODS[method](Part().to(device()), unused="zero")
+    zero(data()).backward()
+    zero.finish_gradient_sync()
+    said["second call, zero"] = refusal(zero.finish_gradient_sync)
+    frozen = METHODS[method](nn.Linear(2, 2).to(device()).requires_grad_(False))
+    said["nothing to train"] = refusal(frozen.finish_gradient_sync)
     said["right"] = refusal(sgd.step)
     said["copied"] = refusal(copy.deepcopy, model)
     said["unknown name"] = refusal(model.optimizer, torch.optim.SGD, [{"names": ["c"]}])
@@ -298,17 +305,13 @@ def refused(method):
     said["name twice"] = refusal(model.optimizer, torch.optim.SGD, twice)
     model, _ = fresh()
     model.module.a.bias.requires_grad_(False)
-    model(data()).backward()
-    said["frozen"] = refusal(model.finish_gradient_sync)
+    said["frozen"] = refusal(backward_and_finish, model, data())
     part = Part().to(device())
     part.a.bias.requires_grad_(False)
     model = METHODS[method](part)
     part.a.bias.requires_grad_(True)
-    model(data()).backward()
-    said["unfrozen"] = refusal(model.finish_gradient_sync)
-    model, _ = fresh(sparse=True)
-    said["sparse"] = refusal(model(data()).backward)
-    said["sparse"] = said["sparse"] or refusal(model.finish_gradient_sync)
+    said["unfrozen"] = refusal(backward_and_finish, model, data())
+    said["sparse"] = refusal(lambda: backward_and_finish(fresh(sparse=True)[0], data()))
     model, _ = fresh()
     with model.no_sync():
         said["graph"] = refusal(model(data()).backward, create_graph=True)
@@ -316,9 +319,13 @@ def refused(method):
     model(data()).backward()
     model.finish_gradient_sync()
     model.module.double()
-    said["cast"] = refusal(model(data().double()).backward)
-    said["cast"] = said["cast"] or refusal(model.finish_gradient_sync)
+    said["cast"] = refusal(backward_and_finish, model, data().double())
     return said
+
+
+def backward_and_finish(model, x):
+    model(x).backward()
+    model.finish_gradient_sync()
 
 
 class Twice(nn.Module):
@@ -347,8 +354,8 @@ def hard_graph(method, way):
     backwards = {"two backwards": 2, "retained": 2, "two in no_sync": 2}.get(way, 1)
     rank, ranks = dist.get_rank(), dist.get_world_size()
     true = METHODS["none"](Twice(way if backwards == 1 else "twice").to(device()))
-    model = METHODS[method](copy.deepcopy(true.module), **({} if method == "naive" else
-                            SMALL.get(method, {})))  # fmt: skip
+    options = {"bucket_mib": 1e-5} if method in SMALL else {}  # a bucket a parameter
+    model = METHODS[method](copy.deepcopy(true.module), **options)
     for each in range(ranks):
         torch.manual_seed(each)
         (true(torch.randn(2, 3).to(device())) * backwards / ranks).backward()
@@ -387,7 +394,8 @@ def construction(method):
     )
     cls = METHODS[method]
     said["shape"] = refusal(cls, nn.Linear(3, 3 + rank).to(device()))
-    said["name"] = refusal(cls, nn.Sequential(nn.Identity(), nn.Linear(3, 3))[rank:].to(device()))
+    deeper = nn.Sequential(*[nn.Identity()] * rank, nn.Linear(3, 3))
+    said["name"] = refusal(cls, deeper.to(device()))
     said["dtype"] = refusal(cls, nn.Linear(3, 3).to(device(), torch.float64 if rank else None))
     frozen = nn.Linear(3, 3).to(device())
     frozen.weight.requires_grad_(rank == 0)
@@ -418,23 +426,23 @@ class Said(torch.optim.SGD):
 
 def state_of_shares():
     """Entries of the sharded state over those of the whole, and which classes are refused."""
-    model, (_, stepper) = wrap("sharded_optimizer"), truth("naive", "AdamW")
+    model = wrap("sharded_optimizer")
     cls, options = OPTIMIZERS["AdamW"]
     optimizer = model.optimizer(cls, GROUPS, **options)
     step(model, optimizer, own(batch(0)))
-    sizes = [sum(t.numel() for e in o.state.values() for t in e.values()) for o in (optimizer,)]
+    held = sum(t.numel() for entries in optimizer.state.values() for t in entries.values())
     whole = sum(2 * p.numel() for p in model.module.parameters() if p.requires_grad)
     said = {
         cls.__name__: refusal(model.optimizer, cls, lr=0.1)
         for cls in (torch.optim.Adafactor, torch.optim.LBFGS, torch.optim.Muon, Own, Said)
     }
     left = [p.grad is None for p in model.module.parameters()]
-    return sizes[0] / whole, said, all(left)
+    return held / whole, said, all(left)
 
 
-def version_counts():
+def version_counts(method):
     """Whether autograd sees that a parameter was stepped between forward and backward."""
-    model = wrap("sharded_optimizer")
+    model = wrap(method)
     sgd = model.optimizer(torch.optim.SGD, lr=0.1)
     step(model, sgd, own(batch(0)))
     value = loss(model, own(batch(0)))
@@ -462,3 +470,31 @@ def gone():
     start = buffer.data_ptr()
     inside = range(start, start + buffer.nbytes)
     return all(p.grad.data_ptr() not in inside for p in part.parameters())
+
+
+def compiled(method):
+    """The error of the gradients where the whole wrapper is compiled."""
+    true, model = METHODS["none"](net(method)), wrap(method)
+    loss(true, batch(0)).backward()
+    loss(torch.compile(model, backend="aot_eager"), own(batch(0))).backward()
+    model.finish_gradient_sync()
+    return gradients_apart(model, true)
+
+
+def layouts():
+    """Whether gradients have a channels-last weight's strides; then what two wrappers say."""
+    conv = nn.Conv2d(4, 8, 3).to(device(), memory_format=torch.channels_last)
+    x = torch.randn(2, 4, 8, 8).to(device(), memory_format=torch.channels_last)
+    model = METHODS["overlapped"](conv)
+    model(x).sum().backward()
+    model.finish_gradient_sync()
+    same = conv.weight.grad.stride() == conv.weight.stride()
+    second = METHODS["overlapped"](conv)
+    second(x).sum().backward()
+    return same, refusal(model.finish_gradient_sync), refusal(second.finish_gradient_sync)
+
+
+def parts_of_weights():
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128)).to(device())
+    blockshock.convert(model, "dense_tp_row")
+    return refusal(METHODS["overlapped"], model)

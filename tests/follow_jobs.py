@@ -189,3 +189,82 @@ def cast_with_gradients():
         for a, b in zip(*pair, strict=True)
     ]
     return [t.dtype for pair in after for t in pair], same, model(x.half()).dtype
+
+
+class _Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def _backward_after(change, layer):
+    x = torch.ones(B, K, device=device(), dtype=usual()[0], requires_grad=True)
+    y = layer(x)
+    change(layer)
+    y.sum().backward()
+
+
+def _functional(layer):
+    x = torch.ones(B, K, device=device(), dtype=usual()[0], requires_grad=True)
+    others = {name: p.detach() * 2 for name, p in layer.named_parameters()}
+    torch.func.functional_call(layer, others, x).sum().backward()
+
+
+def _mapped(layer):
+    torch.func.vmap(layer)(torch.ones(B, K, device=device(), dtype=usual()[0]))
+
+
+def _parametrized(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", _Twice())
+    layer(torch.ones(B, K, device=device(), dtype=usual()[0]))
+
+
+REPLACED = {
+    "a new weight": lambda layer: _backward_after(
+        lambda own: setattr(own, "weight", nn.Parameter(own.weight.detach() * 2)), layer
+    ),
+    "an assigned state": lambda layer: _backward_after(
+        lambda own: own.load_state_dict(copy.deepcopy(own.state_dict()), assign=True), layer
+    ),
+    "functional_call": _functional,
+    "another shape": lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones(3, 3))),
+    "parametrized": _parametrized,
+    "vmap": _mapped,
+}
+
+
+def replaced(method, kind):
+    """What is said where the weight of a layer's forward is not the one of its backward."""
+    layer = METHODS[method].from_dense(torch.ones(N, K, device=device(), dtype=usual()[0]))
+    try:
+        REPLACED[kind](layer)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def moved_nowhere(options):
+    """Whether all of the layer's memory is where it was after casts that change nothing."""
+    (layer,) = model = built(**options)
+
+    def places():
+        packed = layer.packed
+        forms = [packed, packed.transposed] if packed.has_transpose else [packed]
+        return [
+            layer.weight.data_ptr(),
+            *(t.data_ptr() for f in forms for t in (f.values, f.codes)),
+        ]
+
+    before = places()
+    model.to(device()).to(usual()[0])
+    return places() == before
+
+
+def loaded_by_swapping(method):
+    """The type of the weight after a load that swaps tensors."""
+    layer = METHODS[method].from_dense(torch.ones(N, K, device=device(), dtype=usual()[0]))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        layer.load_state_dict(layer.state_dict())
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    return type(layer.weight)

@@ -37,6 +37,17 @@ def shared_ranks(pool, monkeypatch):
     monkeypatch.setattr("conftest.open_ranks", lambda size, device, **_: nullcontext(pool))
 
 
+@pytest.fixture
+def made_up(monkeypatch):
+    """Times are made up at once: for tests of what becomes of the results."""
+
+    def result(self, case, neighbours):
+        return [1e-3] * 5, {"schema": session.SCHEMA, "id": case.id}
+
+    monkeypatch.setattr(session.Laboratory, "ceilings", lambda self: {})
+    monkeypatch.setattr(session.Laboratory, "result", result)
+
+
 def results(path):
     saved = json.loads(Path(path).read_text())
     return saved, {b["name"]: b for b in saved["benchmarks"]}
@@ -165,7 +176,7 @@ def test_every_shipped_sweep_can_be_collected(bench, sweep):
 
 
 @pytest.fixture
-def interrupted(bench, shared_ranks, tmp_path, monkeypatch):
+def interrupted(bench, made_up, tmp_path, monkeypatch):
     """Runs six cases and presses Ctrl-C at one of them."""
     original, asked = session.Laboratory.result, []
 
@@ -249,6 +260,7 @@ def test_a_second_interrupt_while_the_ranks_end_loses_nothing(bench, tmp_path, m
     assert files(tmp_path) == ["r.json"]
 
 
+@pytest.mark.usefixtures("shared_ranks")
 @pytest.mark.parametrize(
     ("args", "why"),
     [
@@ -288,7 +300,7 @@ def test_a_missing_gpu_fails_where_one_is_required(bench):
     out.stdout.fnmatch_lines(["FAILED *bench_linear.py::bench_forward[[]dense_single*"])
 
 
-@pytest.mark.usefixtures("shared_ranks")
+@pytest.mark.usefixtures("made_up")
 def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, tmp_path):
     target = tmp_path / "results" / "r.json"
     target.parent.mkdir()
@@ -306,7 +318,7 @@ def test_a_disk_that_is_full_loses_no_earlier_result_and_leaves_no_rest(bench, t
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.usefixtures("shared_ranks")
+@pytest.mark.usefixtures("made_up")
 def test_what_the_disk_of_results_does_not_take_is_kept_elsewhere(bench, tmp_path, monkeypatch):
     write = Path.write_bytes
 

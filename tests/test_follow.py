@@ -1,6 +1,7 @@
 """What a parameter holds is what is multiplied, whatever was done to the layer before."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -33,6 +34,24 @@ def test_a_cast_rounds_neither_a_wide_master_nor_its_gradients(ranks):
         assert set(dtypes) == {torch.float32}  # CUDA's grouped steps read a gradient as a weight
         assert all(same)
         assert output == torch.float16
+
+
+@pytest.mark.parametrize("options", LAYERS[4:], ids=lambda o: "-".join(o.values()))
+def test_a_cast_that_changes_nothing_moves_no_memory_that_a_graph_may_hold(ranks, options):
+    assert all(ranks.run(jobs.moved_nowhere, options))
+
+
+@pytest.mark.parametrize("kind", jobs.REPLACED)
+@pytest.mark.parametrize("method", ["block_shock", "masked_split", "dense_tp_row"])
+def test_what_would_give_values_of_another_weight_is_refused(ranks, method, kind):
+    said = {"another shape": r"\[3, 3\]", "parametrized": "parametrization", "vmap": r"torch\.func"}
+    for text in ranks.run(jobs.replaced, method, kind):
+        assert re.search(said.get(kind, "than in the forward of this backward"), text)
+
+
+@pytest.mark.parametrize("method", ["block_shock", "dense_tp_column"])
+def test_a_weight_is_a_part_after_a_load_that_swaps_tensors(ranks, method):
+    assert set(ranks.run(jobs.loaded_by_swapping, method)) == {PartWeight}
 
 
 PRODUCTS = [

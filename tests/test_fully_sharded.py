@@ -10,6 +10,7 @@ from blockshock.data_parallel.shards import Flat, Wire
 from blockshock.data_parallel.units import units_of
 from blockshock.distributed import Ranks
 from tests import fully_sharded_jobs as jobs
+from tests import sharded_use_jobs as uses
 
 # float32, summed in another order; a GPU's products of another size are other kernels too.
 CLOSE = 1e-4 if torch.cuda.is_available() else 3e-6
@@ -44,10 +45,12 @@ def test_what_is_computed_again_in_backward_finds_whole_parameters(ranks, where,
         assert freed
 
 
-def test_gradients_of_several_backwards_and_forwards_add_up(ranks):
-    for errors, refused in ranks.run(jobs.accumulated):
+@pytest.mark.parametrize("reshard", [True, False])
+def test_gradients_of_several_backwards_and_forwards_add_up(ranks, reshard):
+    for errors, refused, again in ranks.run(jobs.accumulated, reshard_after_forward=reshard):
         assert max(errors) < CLOSE, errors
         assert "no_sync" in refused
+        assert "without a backward" in again
 
 
 def test_a_step_makes_no_more_collectives_than_units(ranks):
@@ -59,6 +62,8 @@ def test_a_step_makes_no_more_collectives_than_units(ranks):
         assert first == (units + 3, units)
         assert second == third == (units + 2, units)
         assert evaluation == (units, 0)
+    for found in ranks.run(jobs.counted, reshard_after_forward=False):
+        assert found == [(units, units), (units, units), (units, 0), (units, units)]
 
 
 def test_a_rank_holds_its_share_of_bytes(some):
@@ -72,14 +77,14 @@ def test_a_rank_holds_its_share_of_bytes(some):
 
 
 def test_a_forward_that_raises_leaves_a_model_that_trains(ranks):
-    for error, freed, shares in ranks.run(jobs.after_an_error):
+    for error, freed, shares in ranks.run(uses.after_an_error):
         assert error < CLOSE
         assert all(freed)
         assert shares
 
 
 def test_unused_parameters_are_an_error_or_zero(ranks):
-    for (first, second, both), zero, without in ranks.run(jobs.unused):
+    for (first, second, both), zero, without in ranks.run(uses.unused):
         missing = ["list.2.bias", "list.2.weight", "two.bias", "two.weight"]
         assert all(repr(name) in first for name in missing)
         assert "'one.weight'" not in first
@@ -91,26 +96,27 @@ def test_unused_parameters_are_an_error_or_zero(ranks):
 
 
 def test_gradients_of_inputs_alone_leave_the_parameters_without(ranks):
-    for error, none in ranks.run(jobs.of_inputs):
+    for error, none in ranks.run(uses.of_inputs):
         assert error < CLOSE
         assert none
 
 
 def test_what_cannot_be_right_is_refused(ranks):
-    for said in ranks.run(jobs.refused):
-        assert "'error' or 'zero'" in said["unused"]
+    for said in ranks.run(uses.refused):
+        assert "unused = 'no'" in said["unused"]
         assert "use torch.bfloat16" in said["compute_dtype"]
         assert "LSTM" in said["lstm"]
         assert "sparse=False" in said["sparse"]
         assert "the shape [1]" in said["scalar"]
-        assert "elementwise" in said["lbfgs"]
+        assert "stepped by itself" in said["lbfgs"]
         assert "'head.bias' has shape [21], the model's has [37]" in said["shape"]
         assert "finish_gradient_sync()" in said["step"]
         assert "call backward()" in said["grad"]
-        assert "'head.bias'" in said["frozen"]
+        assert "'head.bias' was frozen" in said["frozen"]
         assert not said["none"]
+        assert "wrap a module once" in said["wrapped twice"]
         assert "a parameter 'bias' was replaced" in said["replaced"]
-        assert "before it is wrapped" in said["cast"]
+        assert "was moved or cast" in said["cast"]
 
 
 @pytest.mark.parametrize("to", ["none", "fully_sharded"])
@@ -137,15 +143,15 @@ def test_bfloat16_under_float32_masters_is_as_near_as_torchs(ranks):
 
 @pytest.mark.parametrize("how", ["blocks", "blocks before", "whole"])
 def test_a_compiled_model_has_the_gradients_and_compiles_once(ranks, how):
-    for error, graphs in ranks.run(jobs.compiled, how, timeout=300):
+    for error, graphs in ranks.run(uses.compiled, how, timeout=300):
         assert error < CLOSE
         assert graphs[0] > 0
         assert graphs[0] == graphs[-1], graphs
 
 
-@pytest.mark.parametrize("kind", jobs.STACKS)
+@pytest.mark.parametrize("kind", uses.STACKS)
 def test_blocks_used_in_other_ways_have_the_gradients_and_are_freed(ranks, kind):
-    for errors, freed in ranks.run(jobs.stacked, kind):
+    for errors, freed in ranks.run(uses.stacked, kind):
         assert max(errors) < CLOSE, errors
         assert all(freed)
 
@@ -156,7 +162,7 @@ def test_outputs_without_gradients_are_those_of_the_parameters_at_that_time(rank
 
 
 def test_the_countof_a_group_share_a_module_without_blocks(four):
-    assert max(four.run(jobs.in_a_group)) < CLOSE
+    assert max(four.run(uses.in_a_group)) < CLOSE
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -205,13 +211,13 @@ def test_units_are_the_blocks_and_the_root_with_what_is_tied():
 
 @pytest.mark.gpus(2)
 def test_gradients_are_right_whoever_is_late(ranks):
-    for errors in ranks.run(jobs.delayed):
+    for errors in ranks.run(uses.delayed):
         assert max(errors) < CLOSE, errors
 
 
 @pytest.mark.gpus(2)
 def test_the_peak_of_memory_is_fully_shards_and_does_not_grow(ranks):
-    for peaks in ranks.run(jobs.peaks):
+    for peaks in ranks.run(uses.peaks):
         own, torchs = peaks["own"], peaks["torch"]
         assert own[1] == own[2] == own[3]
         assert own[3] <= 1.01 * torchs[3], peaks

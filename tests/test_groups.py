@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -184,3 +185,19 @@ def test_groups_that_come_and_go_do_not_use_up_memory(ranks, kept_alive):
     for held, used in ranks.run(jobs.groups_that_come_and_go, 8, kept_alive, timeout=300):
         assert max(held) == held[0]  # as much as the first group has
         assert used[-1] - used[1] < held[0] / 2  # of the device, in bytes
+
+
+def test_buffers_of_a_group_that_ends_inside_a_capture_are_freed_after_it(monkeypatch):
+    class Buffer:
+        """Stands for a mailbox."""
+
+    buffer = Buffer()
+    freed = weakref.ref(buffer)
+    held = symmetric._Held(made={Buffer: [buffer]})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    del buffer, held
+    gc.collect()
+    assert freed() is not None
+    symmetric._to_free.clear()  # as the next buffers' maker does
+    assert freed() is None

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,7 @@ watch.BEAT_SECONDS, watch.SILENT_SECONDS, waiting.FIRST_SECONDS = 0.5, 2.0, 3.0
 def stop_on(rank):
     if dist.get_rank() == rank:
         note("about to stop")
+        print("stops:", os.getpid(), flush=True)
         time.sleep(1.5)
         os.kill(os.getpid(), signal.SIGSTOP)
     dist.barrier()
@@ -236,11 +238,18 @@ def test_a_rank_that_raises_ends_a_job_that_waits_for_it(tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_stands_still_is_seen_and_named(tmp_path):
-    code, out = finish(launch(tmp_path, STOPPED))
+    cause = r"rank 1 without a sign of life for \d s .*, in stop_on; the limit is 5 s"
+    process, seen = launch(tmp_path, STOPPED), ""
+    for line in process.stdout:
+        seen += line
+        if re.search(cause, line):  # killed here: the launcher gives a stopped rank 30 s to end
+            os.kill(int(re.search(r"stops: (\d+)", seen)[1]), signal.SIGKILL)
+            break
+    code, out = finish(process)
     assert code != 0
+    out = seen + out
     said = r"still waiting: rank 0 at the start; rank 1 without a sign of life for \d s \(stopped\?"
     assert re.search(said + r"\), last seen at: about to stop; 3 s, ends at 5 s", out), out
-    cause = r"rank 1 without a sign of life for \d s .*, in stop_on; the limit is 5 s"
     assert re.search(cause, out), out
     assert "rank 0 of 2 did not answer" not in out
 

@@ -22,6 +22,18 @@ LAYERS = [
 EACH = pytest.mark.parametrize(
     ("method", "options"), LAYERS, ids=["-".join([m, *o.values()]) for m, o in LAYERS]
 )
+# Wrappers ask whether a parameter is a part, which parts are alike, and their dtypes: a layer for
+# each answer, and both ways of splitting.
+WRAPPED = pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("block_shock", {"mask": "tile", "master": "float32"}),
+        ("block_shock", {"mask": "magnitude", "master": "dense"}),
+        ("masked_split", {"mask": "tile_magnitude"}),
+        ("dense_tp_column", {}),
+    ],
+    ids=str,
+)
 # What PyTorch's optimizers are to a part of a weight.
 EXACT = {
     "ASGD": {}, "Adadelta": {}, "Adagrad": {}, "Adam": {"weight_decay": 0.1}, "AdamW": {},
@@ -49,16 +61,30 @@ def four(ranks):
             yield pool
 
 
+# Every layer with the usual norm; the other orders, which know no layers, with two of them.
 @pytest.mark.parametrize(
-    ("order", "foreach"),
-    [(2.0, None), (2.0, True), (1.0, False), (float("inf"), True), (3.0, None)],
+    ("method", "options", "order", "foreach"),
+    [
+        *[(*layer, 2.0, None) for layer in LAYERS],
+        *[
+            (*layer, *how)
+            for layer in (LAYERS[2], LAYERS[-1])
+            for how in [(2.0, True), (1.0, False), (float("inf"), True), (3.0, None)]
+        ],
+    ],
+    ids=str,
 )
-@EACH
 def test_the_clipped_norm_is_the_dense_models(ranks, method, options, order, foreach):
     for (dense, own), error, same in ranks.run(jobs.clipped, method, options, order, foreach):
         assert own == pytest.approx(dense, rel=limit(ranks))
         assert error < limit(ranks)
         assert same
+
+
+@EACH
+def test_norms_in_hooks_and_of_autograd_grad_are_the_dense_models(ranks, method, options):
+    for dense, own in ranks.run(jobs.normed_elsewhere, method, options):
+        assert own == pytest.approx(dense, rel=limit(ranks))
 
 
 @EACH
@@ -143,7 +169,7 @@ def test_ddp_over_a_layers_ranks_leaves_the_parts_alone(ranks, method, options, 
         assert max(far.values()) < limit(ranks), far
 
 
-@EACH
+@WRAPPED
 def test_ddp_that_was_not_told_is_refused_before_it_sends_anything(ranks, method, options):
     for text, untouched, after, ignored in ranks.run(wrapped.not_asked_to_ignore, method, options):
         assert "blockshock.ignore_in_ddp(model)" in text
@@ -152,13 +178,13 @@ def test_ddp_that_was_not_told_is_refused_before_it_sends_anything(ranks, method
         assert ignored == []
 
 
-@EACH
+@WRAPPED
 def test_ddp_beside_the_layers_ranks_averages_the_parts(four, method, options):
     for far in four.run(wrapped.in_two_dimensions, method, options):
         assert max(far.values()) < limit(four), far
 
 
-@EACH
+@WRAPPED
 def test_ddp_over_other_ranks_is_refused(four, method, options):
     for said in four.run(wrapped.wrong_in_two_dimensions, method, options):
         right = {name for name, text in said.items() if text is None}
@@ -170,7 +196,7 @@ def test_ddp_over_other_ranks_is_refused(four, method, options):
             assert "another part" in said[name]
 
 
-@EACH
+@WRAPPED
 def test_fully_shard_is_refused_a_part_and_trains_the_rest(ranks, method, options):
     for text, far in ranks.run(wrapped.fully_sharded, method, options):
         assert "ignored_params" in text
@@ -178,14 +204,14 @@ def test_fully_shard_is_refused_a_part_and_trains_the_rest(ranks, method, option
 
 
 @pytest.mark.parametrize("use_orig_params", [False, True])
-@EACH
+@WRAPPED
 def test_fully_sharded_data_parallel_is_refused_a_part(ranks, method, options, use_orig_params):
     for text in ranks.run(wrapped.sharded_flat, method, options, use_orig_params):
         mixed = "float32" in options.values() and ranks.device == "cuda"  # its dtypes come first
         assert ("uniform dtype" if mixed else "ignored_states") in text
 
 
-@EACH
+@WRAPPED
 def test_fully_shard_over_replicas_is_refused(four, method, options):
     for text, ignored in four.run(wrapped.sharded_over_replicas, method, options):
         assert "over ranks that hold the same part use DistributedDataParallel" in text

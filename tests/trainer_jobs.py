@@ -112,6 +112,21 @@ def clipped(method, options, order, foreach):
     return [float(norm) for norm in norms], max(errors), all(same)
 
 
+def normed_elsewhere(method, options):
+    """Norms, dense and converted, of the gradients of `autograd.grad` and in a weight's hook."""
+    norms = []
+    for model in pair(method, options):
+        x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1))
+        loss = model(x.to(device(), dtype())).square().mean()
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        seen = [float(get_total_norm(grads))]
+        for layer in (model[1], model[4]):
+            layer.weight.register_hook(lambda dw, seen=seen: seen.append(float(dw.norm())))
+        loss.backward()
+        norms.append(seen)
+    return norms
+
+
 def trained(method, options, steps=10):
     """After clipped steps: errors by parameter, and whether replicated ones have the same bits."""
     models = pair(method, options)

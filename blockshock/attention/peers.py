@@ -183,7 +183,12 @@ def _sdpa(method, q, k, v, causal, pattern, scale) -> Tensor:
         enable_gqa=grouped,
     )
     with sdpa_kernel(backend):
-        if can_run(cuda.SDPAParams(q, k, v, None, 0.0, bool(causal), grouped)):
+        # A compiler cannot trace the question; where the kernel cannot run, PyTorch then raises a
+        # RuntimeError when it compiles.
+        known = torch.compiler.is_compiling() or can_run(
+            cuda.SDPAParams(q, k, v, None, 0.0, bool(causal), grouped)
+        )
+        if known:
             return run()
         reasons = _why_not(run)
     raise ValueError(
@@ -276,7 +281,7 @@ def _cudnn_unsupported(
 ) -> str | None:
     # From cuDNN 9.22 some GPUs take more (PyTorch's sdp_utils.cpp); if this one does not, PyTorch
     # refuses when it is called.
-    most = 256 if (torch.backends.cudnn.version() or 0) > 92200 else 128
+    most = 256 if _cudnn_version() > 92200 else 128
     reason = _top_left("sdpa_cudnn", causal, shape)
     reason = reason or _sdpa_unsupported("sdpa_cudnn", most, shape, dtype, device_type, pattern)
     if reason is None and shape.D % 8:
@@ -284,6 +289,11 @@ def _cudnn_unsupported(
     if reason is None and shape.Tk == 1:
         return "Tk = 1: sdpa_cudnn needs at least 2 keys; use sdpa_flash"
     return reason
+
+
+@torch.compiler.assume_constant_result
+def _cudnn_version() -> int:
+    return torch.backends.cudnn.version() or 0
 
 
 def _flex_unsupported(shape, *, dtype, device_type, causal, pattern, scale, backward) -> str | None:

@@ -19,6 +19,10 @@ from torch import Tensor, nn
 MIB = 1 << 20
 ALIGN = 16  # bytes: where a parameter begins in a buffer, so that kernels read whole vectors
 UNUSED = ("error", "zero")
+NO_BACKWARD = (
+    "finish_gradient_sync() without a backward since the last one; call it once after the last "
+    "backward of a step"
+)
 
 
 def unsupported(bucket_mib: float = 25.0, unused: str = "error") -> str | None:
@@ -28,6 +32,15 @@ def unsupported(bucket_mib: float = 25.0, unused: str = "error") -> str | None:
     if unused not in UNUSED:
         return f"unused = {unused!r}: use one of {', '.join(UNUSED)}"
     return None
+
+
+def no_gradient(names: list[str]) -> str:
+    """What the error says where unused parameters are one."""
+    shown = ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")
+    return (
+        f"no gradient for {len(names)} parameters: {shown}; freeze them before they are wrapped, "
+        'or give unused="zero", which averages zeros'
+    )
 
 
 class Loose:
@@ -210,8 +223,7 @@ class Gradients:
                 raise RuntimeError(f"{name!r} was unfrozen after it was wrapped; wrap it again")
         for bucket in self.buckets:
             bucket.check()
-        if self._unused == "error":
-            self._check_used()
+        self._check_used()
         for bucket in self.buckets[self._sent :]:
             bucket.adopt()
         self._send(lambda bucket: True)
@@ -228,17 +240,10 @@ class Gradients:
 
     def _check_used(self) -> None:
         names = [bucket.names[i] for bucket in self.buckets for i in sorted(bucket.unused)]
-        if names and not self.begun:
-            raise RuntimeError(
-                "finish_gradient_sync() without a backward since the last one; call it once after "
-                "the last backward of a step"
-            )
-        if names:
-            shown = ", ".join(map(repr, names[:8])) + (", …" if len(names) > 8 else "")
-            raise RuntimeError(
-                f"no gradient for {len(names)} parameters: {shown}; freeze them before they are "
-                'wrapped, or give unused="zero", which averages zeros'
-            )
+        if names and not self.begun:  # sent now, it would be paired with another rank's next step
+            raise RuntimeError(NO_BACKWARD)
+        if names and self._unused == "error":
+            raise RuntimeError(no_gradient(names))
 
 
 def cut(tensors: list[Tensor], most: float) -> list[list[Tensor]]:

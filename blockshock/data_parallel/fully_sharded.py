@@ -9,17 +9,19 @@ stage 3; PyTorch FSDP (arXiv:2304.11277), whose memory of gathered parameters, e
 again under the tensors that autograd has saved, is used here too.
 """
 
+from functools import reduce
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
+from blockshock.data_parallel import buckets
+from blockshock.data_parallel.elementwise import check_elementwise
 from blockshock.data_parallel.schedule import Schedule
 from blockshock.data_parallel.shards import Flat, Wire
 from blockshock.data_parallel.units import units_of
 from blockshock.data_parallel.wrapper import Wrapper
 from blockshock.distributed import collectives
-
-# Their steps need more of a parameter than one entry at a time, so they are wrong for a share.
-_NOT_ELEMENTWISE = ("Adafactor", "LBFGS", "Muon")
 
 
 class FullySharded(Wrapper):
@@ -60,7 +62,13 @@ class FullySharded(Wrapper):
         compute_dtype: torch.dtype | None = None,
         reshard_after_forward: bool = True,
     ):
-        super().__init__(module, group, unused=unused, compute_dtype=compute_dtype)
+        super().__init__(
+            module,
+            group,
+            unused=unused,
+            compute_dtype=compute_dtype,
+            reshard_after_forward=reshard_after_forward,
+        )
         self._unused = unused
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._wire = Wire(group, device)
@@ -81,21 +89,21 @@ class FullySharded(Wrapper):
         reshard_after_forward: bool = True,
     ) -> str | None:
         """None, or why it cannot run: value, rule, fix."""
-        if unused not in ("error", "zero"):
-            return f"unused={unused!r}: 'error' or 'zero'"
         if compute_dtype is not None and not compute_dtype.is_floating_point:
-            return f"compute_dtype={compute_dtype}: a floating-point dtype, or None"
+            return f"compute_dtype = {compute_dtype}: use a floating dtype, such as torch.bfloat16"
         if compute_dtype == torch.float16:
             return (
-                "compute_dtype=torch.float16 needs a loss scale that all ranks skip steps by; "
-                "use torch.bfloat16"
+                "compute_dtype = torch.float16: its loss scale would be each rank's own; use "
+                "torch.bfloat16, which needs none"
             )
-        return None
+        return buckets.unsupported(unused=unused)
 
     @staticmethod
     def refusal(module: nn.Module) -> str | None:
         """Why a module cannot be sharded, or None."""
         for name, part in module.named_modules():
+            if Schedule.runs(part):
+                return f"module {name!r} is sharded already; wrap a module once"
             if isinstance(part, nn.RNNBase):
                 return (
                     f"module {name!r}, of class {type(part).__name__}, has a list of its weights; "
@@ -114,20 +122,18 @@ class FullySharded(Wrapper):
     def finish_gradient_sync(self) -> None:
         """After the last backward of a step, on every rank: the shares' gradients are the mean.
 
-        Without a backward since the last call it does nothing. Raises RuntimeError for parameters
-        that none of the backwards used, unless unused="zero", and inside `no_sync`.
+        The current stream waits, and not the host. Raises RuntimeError inside `no_sync`, without a
+        backward since the last call and, unless unused="zero", where no backward since then gave a
+        parameter a gradient.
         """
         super().finish_gradient_sync()
         made = not self._schedule.finished
         used, trained = self._schedule.finish(), self.trained()
-        if not made:
-            return
         missing = [name for name, p in trained.items() if p not in used]
+        if missing and not made:
+            raise RuntimeError(buckets.NO_BACKWARD)
         if missing and self._unused == "error":
-            raise RuntimeError(
-                f"no backward gave a gradient to {', '.join(map(repr, missing))}; use them in the "
-                "loss, freeze them before wrapping, or pass unused='zero'"
-            )
+            raise RuntimeError(buckets.no_gradient(missing))
         for name in missing:
             if trained[name].grad is None:
                 trained[name].grad = torch.zeros_like(trained[name])
@@ -135,29 +141,31 @@ class FullySharded(Wrapper):
     def check_finished(self) -> None:
         """Raises RuntimeError if gradients were made since the last `finish_gradient_sync`."""
         if not self._schedule.finished:
-            raise RuntimeError("call finish_gradient_sync() after the last backward of a step")
+            raise RuntimeError(
+                "gradients were made and not sent; call finish_gradient_sync() before step()"
+            )
 
     def optimizer(self, cls, groups: list[dict] | None = None, **defaults) -> torch.optim.Optimizer:
-        """As in `Wrapper`; its tensors are the shares.
+        """As in `Wrapper`, over the shares.
 
-        Raises ValueError also for a class whose step is not elementwise.
+        cls: a class of torch.optim whose step is elementwise, or another that says so:
+        `elementwise = True`; else ValueError.
         """
-        for one in cls.__mro__:
-            if one.__name__ in _NOT_ELEMENTWISE and one.__module__.startswith("torch.optim"):
-                raise ValueError(
-                    f"{one.__name__} needs whole parameters, and a rank has shares of them; use an "
-                    "elementwise optimizer, such as AdamW, or a method that shards nothing"
-                )
-        return super().optimizer(cls, groups, **defaults)
+        check_elementwise(cls, self.method)
+        optimizer = super().optimizer(cls, groups, **defaults)
+        shares = list(self.trained().values())
+        # Not every fused step counts as a write by itself.
+        optimizer.register_step_post_hook(lambda *_: increment_version(shares))
+        return optimizer
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """As in `Wrapper`: the norm is that of the whole gradient, over the shares of all ranks."""
         shares = [p for p in self.trained().values() if p.grad is not None]
-        square = torch.zeros((), device=self._wire.device)
+        kind = reduce(torch.promote_types, (p.dtype for p in shares), torch.float32)
+        square = torch.zeros((), dtype=kind, device=self._wire.device)
         if shares:
-            wide = torch.promote_types(shares[0].dtype, torch.float32)
-            norms = torch._foreach_norm([p.grad for p in shares], 2, wide)
+            norms = torch._foreach_norm([p.grad for p in shares], 2, kind)
             square = torch.stack(norms).square().sum()
         norm = collectives.all_reduce(square, self.group).sqrt()
         nn.utils.clip_grads_with_norm_(shares, max_norm, norm)

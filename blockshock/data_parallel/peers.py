@@ -5,6 +5,7 @@ torch_fsdp   parameters, gradients and optimizer state are sharded (Zhao et al.,
              arXiv:2304.11277): each module of the longest ModuleList, then the rest
 """
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,6 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from blockshock.data_parallel import buckets
 from blockshock.data_parallel.wrapper import Wrapper
+
+# torch 2.13 deprecates the one for the other; before it only the one was there.
+_NAMES = signature(DistributedDataParallel).parameters
+_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers"
 
 
 class TorchDDP(Wrapper):
@@ -38,7 +43,7 @@ class TorchDDP(Wrapper):
             process_group=group,
             bucket_cap_mb=bucket_mib,
             gradient_as_bucket_view=True,
-            broadcast_buffers=False,
+            **{_BUFFERS: False},
         )
         self._ddp = [ddp]  # in a list: as a submodule it would name each parameter twice
 

@@ -43,6 +43,12 @@ class Schedule:
             unit.module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
             unit.module.register_forward_hook(leave, always_call=True, with_kwargs=True)
 
+    @staticmethod
+    def runs(module: nn.Module) -> bool:
+        """Whether a module is a unit of some schedule."""
+        hooks = (getattr(hook, "func", None) for hook in module._forward_pre_hooks.values())
+        return any(isinstance(getattr(hook, "__self__", None), Schedule) for hook in hooks)
+
     def finish(self) -> set[nn.Parameter]:
         """The computation waits for the last reduction. Returns the parameters with gradients."""
         self._wire.settle()
@@ -68,7 +74,7 @@ class Schedule:
         inputs = [i for i, leaf in enumerate(leaves) if _has_gradient(leaf)]
         trained = []
         if torch.is_grad_enabled() and (inputs or unit.trained):
-            call.has_graph = True
+            call.has_graph, call.versions = True, unit.versions()
             given = (leaves[i] for i in inputs)
             entered = _Enter.apply(self, call, len(inputs), *given, *unit.trained)
             for place, i in enumerate(inputs):
@@ -106,6 +112,8 @@ class Schedule:
         if call.in_backward:
             return
         unit, call.in_backward = call.unit, True
+        if call not in unit.calls:  # what was freed comes from the shares again
+            unit.check_versions(call.versions)
         unit.enter(call)
         call.full = unit.detached()
         unit.show(call.full)
@@ -159,6 +167,11 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *gradients: Tensor | None):
+        if any(map(_has_gradient, gradients)):
+            raise RuntimeError(
+                "a gradient has a graph of its own, and gradients of shares have none; call "
+                "backward without create_graph"
+            )
         given, found = gradients[: ctx.inputs], gradients[ctx.inputs :]
         shares = [node for node, _ in ctx.next_functions[ctx.inputs :]]
         ctx.schedule.leave_backward(ctx.call, found, any(map(_runs, shares)))

@@ -17,14 +17,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from blockshock.data_parallel import buckets
 from blockshock.data_parallel.buckets import MIB, Bucket, Gradients
+from blockshock.data_parallel.elementwise import check_elementwise
 from blockshock.data_parallel.sends import own_share, start_gather, start_mean_of_share
 from blockshock.data_parallel.wrapper import Wrapper, group_options
 from blockshock.distributed import collectives
-
-ELEMENTWISE = {
-    "ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop",
-    "SGD",
-}  # fmt: skip
 
 
 class Shares(Bucket):
@@ -114,15 +110,7 @@ class ShardedOptimizer(Wrapper):
         return {n: pieces[n] for n, _ in self.module.named_parameters() if n in pieces}
 
     def optimizer(self, cls, groups=None, **defaults):
-        elementwise = cls.__module__.startswith("torch.optim") and cls.__name__ in ELEMENTWISE
-        if not elementwise and not getattr(cls, "elementwise", False):
-            raise ValueError(
-                f"{cls.__name__}: a rank of sharded_optimizer steps pieces of parameters, and that "
-                "is right only where each entry is stepped by itself, which is not known of this "
-                "class (Adafactor, LBFGS and Muon see whole matrices); use one of "
-                f"{', '.join(sorted(ELEMENTWISE))}, or set elementwise = True on a class of your "
-                "own if it is so"
-            )
+        check_elementwise(cls, self.method)
         optimizer = super().optimizer(cls, groups, **defaults)
         optimizer.register_step_post_hook(lambda *_: self._gather())
         return optimizer
@@ -138,10 +126,10 @@ class ShardedOptimizer(Wrapper):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         pieces = [piece for piece in self.trained().values() if piece.grad is not None]
         own = get_total_norm([piece.grad for piece in pieces])
-        device = next(iter(self.module.parameters())).device
-        square = own.to(device, torch.promote_types(own.dtype, torch.float32)).square()
+        first = next(self.module.parameters())
+        square = own.to(first.device, torch.float64).square()  # ranks may have pieces of one dtype
         dist.all_reduce(square, group=self.group)
-        norm = square.sqrt()
+        norm = square.sqrt().to(torch.promote_types(first.dtype, torch.float32))
         clip_grads_with_norm_(pieces, max_norm, norm)
         return norm
 

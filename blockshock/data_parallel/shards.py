@@ -118,14 +118,11 @@ class Flat:
         for name, p, place in zip(self.names, self.params, self._place, strict=True):
             if p.data_ptr() != place:
                 raise RuntimeError(
-                    f"parameter {name!r} has other memory than its share of the buffer; move or "
-                    "cast the module before it is wrapped, and load with load_full_state_dict"
+                    f"{name!r} was moved or cast after it was wrapped; do so before, or wrap again"
                 )
             if p.requires_grad != self.trained:
-                raise RuntimeError(
-                    f"requires_grad of parameter {name!r} is {p.requires_grad} and was "
-                    f"{self.trained} when it was sharded; freeze before wrapping"
-                )
+                change = "unfrozen" if p.requires_grad else "frozen"
+                raise RuntimeError(f"{name!r} was {change} after it was wrapped; wrap it again")
 
     @property
     def gathered(self) -> bool:

@@ -20,10 +20,14 @@ from blockshock.data_parallel.shards import Flat, Wire
 
 @dataclass(eq=False)
 class Call:
-    """One forward pass of a unit. full: whole parameters that its backward may show to modules."""
+    """One forward pass of a unit.
+
+    versions: of its shares, as autograd counts writes. full: what its backward shows to modules.
+    """
 
     unit: Unit
     has_graph: bool = False
+    versions: list[int] | None = None
     in_backward: bool = False
     full: list[Tensor] | None = None
 
@@ -125,7 +129,21 @@ class Unit:
             found = place.get(name)  # a plain tensor is a whole one, left by an error
             if found is None or (isinstance(found, nn.Parameter) and found is not self.params[i]):
                 raise RuntimeError(
-                    f"a parameter {name!r} was replaced after it was sharded; wrap the module again"
+                    f"a parameter {name!r} was replaced after it was wrapped; wrap the module again"
+                )
+
+    def versions(self) -> list[int]:
+        """How often autograd has seen each share written."""
+        return [p._version for p in self.params]
+
+    def check_versions(self, before: list[int]) -> None:
+        """Raises RuntimeError where a share was written since these versions."""
+        names = [name for flat in self.flats for name in flat.names]
+        for name, one, other in zip(names, before, self.versions(), strict=True):
+            if one != other:
+                raise RuntimeError(
+                    f"{name!r} was modified by an inplace operation between a forward and its "
+                    "backward, which needs the old values; step after the backward"
                 )
 
     def trained_views(self) -> list[Tensor]:

@@ -135,8 +135,8 @@ class Wrapper(nn.Module):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales the gradients so that the norm of all of them is at most max_norm.
 
-        After `finish_gradient_sync`. Returns the norm before, float32 or wider, of the whole
-        gradient over all ranks.
+        After `finish_gradient_sync`. Returns the 2-norm before, a scalar, of the whole gradient
+        over all ranks.
         """
         return nn.utils.clip_grad_norm_(list(self.trained().values()), max_norm)
 

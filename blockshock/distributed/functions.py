@@ -94,13 +94,22 @@ class Layer(Protocol):
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:
         """From dy [B, N] and the local input: in the form of the weight; autograd casts."""
 
+    def as_part(self, gradient: Tensor) -> Tensor:
+        """The gradient of the weight, as hooks and `torch.autograd.grad` get it."""
+
 
 @torch.compiler.disable  # kernels, streams and collectives of its own: a break in a compiled graph
 def apply(layer: Layer, x: Tensor, ways: Ways) -> Tensor:
     """Y [B, N] of x [B, K], which has the products' dtype and device.
 
-    Raises RuntimeError where the layer's ranks are not there: a part alone gives a part of Y.
+    Raises RuntimeError where the layer's ranks are not there: a part alone gives a part of Y; and
+    inside a transform of `torch.func`, which has no rule for sums over ranks.
     """
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "a layer of several ranks cannot be transformed by torch.func (vmap, grad, jvp); give "
+            "it the whole batch, and use backward()"
+        )
     ranks = collectives.group_size(layer.group)
     if ranks != layer.ranks:
         raise RuntimeError(
@@ -148,7 +157,7 @@ class _Apply(torch.autograd.Function):
         local, pending = begin_forward(layer, x, ways.forward(layer, x))
         # Saving the weight makes autograd refuse a backward after the weight was overwritten.
         ctx.save_for_backward(local if weight.requires_grad else None, weight)
-        ctx.layer, ctx.ways = layer, ways
+        ctx.layer, ctx.ways, ctx.weight = layer, ways, weight
         return pending.wait()
 
     @staticmethod
@@ -162,6 +171,12 @@ class _Apply(torch.autograd.Function):
         _start_cuda(dy)  # before tensors are unpacked: a checkpoint then runs the forward here
         local, _ = ctx.saved_tensors
         layer, (need_x, need_weight, need_bias, *_) = ctx.layer, ctx.needs_input_grad
+        if layer.weight is not ctx.weight:  # the layer multiplies by the one that it has
+            raise RuntimeError(
+                "the layer's weight is another tensor than in the forward of this backward; run "
+                "the backward before it is replaced (by load_state_dict(assign=True), or at the "
+                "end of functional_call)"
+            )
         local, pending = local if need_weight else None, None
         if layer.check is not None:
             layer.check.look("dY", dy, layer)
@@ -172,7 +187,7 @@ class _Apply(torch.autograd.Function):
             pending = begin_backward(layer, dy, way, hide=need_weight)
         try:
             if need_weight:
-                dw = layer.weight_gradient(dy, local)
+                dw = layer.as_part(layer.weight_gradient(dy, local))
             db = dy.sum(0, dtype=layer.bias.dtype) if need_bias else None
         finally:  # whatever happens: other streams use memory that this one would take back
             if pending is not None:

@@ -36,7 +36,14 @@ class _Held:
     made: dict[type, list] = field(default_factory=dict)
     why_not: list[str | None] = field(default_factory=list)  # the answer, once it is known
 
+    def __del__(self):
+        """Inside a capture no memory can be freed: it stays until the next buffers are made."""
+        on_gpu = self.made and torch.cuda.is_available()
+        if on_gpu and torch.cuda.is_current_stream_capturing():
+            _to_free.append(self.made)
 
+
+_to_free: list[dict] = []
 _held = groups.ByGroup(_Held)
 
 
@@ -104,6 +111,7 @@ class Shared:
                 f"{nbytes} bytes yet; run this shape once before the capture"
             )
         _held.drop_destroyed()
+        _to_free.clear()
         # PyTorch would set multicast up beside the buffer; nothing here uses it.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         device, group = torch.device("cuda", torch.cuda.current_device()), groups.itself(group)

@@ -107,7 +107,8 @@ class PackedSplit(Split):
                     parameter.data = values.to(parameter.device)
                     if name in grads:  # of the same dtype: grouped steps do not ask
                         parameter.grad.data = grads[name].to(parameter.device)
-            self._rebuild(dtype)
+            if self._apart or dtype != self.packed.values.dtype:  # else graphs may hold its memory
+                self._rebuild(dtype)
         return self
 
     def _another(self, state) -> str | None:

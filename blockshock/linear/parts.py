@@ -116,7 +116,15 @@ def row_cost(layer, batch: int, width: int, like: Tensor | None = None) -> Cost:
 
 
 def apply(layer, x: Tensor, like: Tensor | None = None) -> Tensor:
-    """Y [..., N] of x [..., K], by the fastest way (`ways`); like: as in `row_cost`."""
+    """Y [..., N] of x [..., K], by the fastest way (`ways`); like: as in `row_cost`.
+
+    Raises RuntimeError for a layer whose weight is computed, of one rank's part.
+    """
+    if "weight" not in layer._parameters:
+        raise RuntimeError(
+            "the weight of this layer is computed by a parametrization, which sees one rank's part "
+            "alone; remove it, and parametrize before `convert`, which leaves such layers"
+        )
     flat = flatten(x, layer.input.columns, layer.weight if like is None else like)
     y = functions.apply(layer, flat, ways)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from blockshock.distributed import agree, collectives
-from blockshock.linear.part import PartWeight, check_bias
+from blockshock.linear.part import PartGradient, PartWeight, check_bias
 
 
 class Split(nn.Module):
@@ -40,9 +40,15 @@ class Split(nn.Module):
         """Whatever becomes the weight is a `PartWeight` of the layer's group.
 
         Raises TypeError for what fully_shard puts there, and for a bias that it averages over ranks
-        over which it cannot average the weight.
+        over which it cannot average the weight; ValueError for a weight of another shape.
         """
         if name == "weight":
+            own = self._parameters.get("weight")
+            if own is not None and getattr(value, "shape", own.shape) != own.shape:
+                raise ValueError(
+                    f"a weight {list(value.shape)} for a layer whose part is {list(own.shape)}; "
+                    "tie or replace weights before `convert`, which leaves shared layers"
+                )
             value = PartWeight.of(value, self.group)
         elif name == "bias":
             check_bias(value, self.group)
@@ -93,6 +99,10 @@ class Split(nn.Module):
     def prepare_gradients(self) -> None:
         """Called before the products of a backward: nothing to do."""
 
+    def as_part(self, gradient: Tensor) -> PartGradient:
+        """A gradient of the weight, which knows that it is a part's."""
+        return PartGradient.of(gradient, self.group)
+
     def part_of(self) -> dict[str, str | int]:
         """What the weight is a part of. Only a state that says the same can be loaded."""
         return {"method": self.method, "rank": self.rank, "ranks": self.ranks}
@@ -124,6 +134,7 @@ class Split(nn.Module):
             super()._load_from_state_dict(
                 state, prefix, metadata, strict, missing, unexpected, errors
             )
+        self.weight = self.weight  # as in `_apply`
 
     def _refused(self, state: Tensor | None) -> str | None:
         """Why the ranks' states are not those of this layer, alike on all ranks, or None."""

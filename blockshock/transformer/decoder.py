@@ -62,7 +62,7 @@ class Block(nn.Module):
         """What `forward` returns; `compile_model` compiles it, and so no hooks of the module."""
         config = self.config
         heads, kv_heads = config.heads, config.kv_heads
-        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, config.head_width))
+        qkv = self.qkv(_normed(self.attention_norm, x)).unflatten(-1, (-1, config.head_width))
         q, k, v = qkv.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
         q, k = rotate(q, rope), rotate(k, rope)
         causal = True
@@ -75,7 +75,7 @@ class Block(nn.Module):
         attend = METHODS[config.attention_on(x.device.type)]
         mixed = attend(q, k, v, causal=causal, pattern=config.pattern)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        gate, up = self.gate_up(_normed(self.mlp_norm, x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
@@ -100,7 +100,7 @@ class Head(nn.Module):
         its gradient is written, from the logits in the dtype of the product. Eager PyTorch holds
         them twice, and their gradient: 12 · B · T · vocabulary bytes more.
         """
-        logits = self.linear(self.norm(x))
+        logits = self.linear(_normed(self.norm, x))
         if targets is None:
             return logits
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -155,7 +155,7 @@ class Decoder(nn.Module):
             ValueError: another dtype or shape, or a sequence beyond the context.
         """
         self._check(tokens, targets)
-        x, rope = self.embedding(tokens), self._rope(0, tokens.shape[1])
+        x, rope = self._embed(tokens), self._rope(0, tokens.shape[1])
         for block in self.blocks:
             x = block(x, rope)
         return self.head(x, targets)
@@ -195,7 +195,7 @@ class Decoder(nn.Module):
         cached = self.config.pattern is None
         caches, start = None, 0
         for _ in range(n):
-            x = self.embedding(tokens[:, start:])
+            x = self._embed(tokens[:, start:])
             if cached and caches is None:
                 caches = [self._cache(B, T + n - 1) for _ in self.blocks]
             rope = self._rope(start, tokens.shape[1])
@@ -222,6 +222,11 @@ class Decoder(nn.Module):
                 f"targets {str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}: int64 "
                 f"{list(tokens.shape)} like the tokens is needed"
             )
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream's beginning, in the products' dtype: autocast leaves it float32."""
+        x, kind = self.embedding(tokens), tokens.device.type
+        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
     def _rope(self, start: int, stop: int) -> Rope:
         """Made at each call: a buffer would be rounded by `.to(bfloat16)`."""
@@ -274,6 +279,11 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
     first, second = x.to(cos.dtype).chunk(2, dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return turned.to(x.dtype)
+
+
+def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """In the weight's dtype: PyTorch has no fused norm of bf16 by a float32 weight."""
+    return norm(x.to(norm.weight.dtype))
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:

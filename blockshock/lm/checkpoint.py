@@ -1,0 +1,91 @@
+"""A checkpoint is one file, `<run>/checkpoint.pt`: always the last one that was written whole.
+
+    format     FORMAT
+    step       steps done;  position: sequences read by all ranks;  seconds: of training
+    model      the whole state_dict of the module, float32
+    optimizer  the whole state by the parameters' names: no method and no number of ranks shows
+    rng        of each rank: {"cpu", "cuda"}
+    config     all settings;  tokenizer: the digest of its own
+
+The learning rate is a function of the step, and the data of the position, so nothing else is state.
+Loading it with `weights_only`, a checkpoint from a stranger runs no code.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockshock.lm.config import Refused
+from blockshock.lm.files import written_whole
+from blockshock.lm.ranks import Ranks
+
+FORMAT = 1
+NAME = "checkpoint.pt"
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes `state` in place of what is there. Raises Refused on a full disk; the old stays."""
+    with written_whole(path) as out:
+        torch.save({"format": FORMAT, **state}, out)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint, on the CPU. path: the file, or the folder of its run.
+
+    Raises:
+        Refused: none there, no checkpoint of this program, or one of another format.
+    """
+    file = path / NAME if path.is_dir() else path
+    if not file.is_file():
+        raise Refused(f"{file}: no checkpoint there; train first, or name the run's folder")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        found = state["format"]
+    except Exception as error:  # of a torn file the unpickler raises anything
+        raise Refused(f"{file}: no checkpoint of blockshock.lm ({str(error)[:200]})") from error
+    if found != FORMAT:
+        raise Refused(f"{file}: format {found}, and this version reads {FORMAT}; train anew")
+    return state
+
+
+def fits(state: dict[str, Any], model: dict[str, Any], vocabulary: int, digest: str) -> None:
+    """Compares a checkpoint with the model and the tokenizer that are asked for.
+
+    model: the section of the config. Raises Refused where they differ.
+    """
+    saved = {**state["config"]["model"], "vocabulary": state["config"]["data"]["vocabulary"]}
+    wanted = {**model, "vocabulary": vocabulary}
+    free = {"attention", "linear"}  # other ways to compute the same
+    other = [
+        f"{key} = {saved.get(key)}, here {wanted[key]}"
+        for key in wanted
+        if key not in free and saved.get(key) != wanted[key]
+    ]
+    if other:
+        raise Refused(
+            f"the checkpoint is of another model: {'; '.join(other)}. Set these as they were, or "
+            "begin a new run"
+        )
+    if state["tokenizer"] != digest:
+        raise Refused(
+            f"the checkpoint was trained with tokenizer {state['tokenizer']}, and data.folder "
+            f"holds {digest}: its tokens mean something else. Use the folder that it was trained on"
+        )
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor | None]:
+    """Of this rank's generators."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_rng(states: list[dict], ranks: Ranks) -> bool:
+    """Sets this rank's generators; False, and nothing is set, where the run had other ranks."""
+    if len(states) != ranks.size:
+        return False
+    mine = states[ranks.rank]
+    torch.set_rng_state(mine["cpu"])
+    if mine["cuda"] is not None and ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(mine["cuda"], ranks.device)
+    return True

@@ -1,0 +1,295 @@
+"""The training loop: AdamW on the mean gradient of all ranks, under a cosine schedule.
+
+    step s:  for each of `accumulate` batches: loss / accumulate, backward (sent with the last one)
+             gradients = mean over ranks; clip; AdamW at learning_rate(s)
+
+The host waits for the device only where a row is logged, a loss is measured or a checkpoint is
+written. There a loss or a norm that is not finite ends the run, before anything is overwritten.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blockshock.data_parallel import METHODS
+from blockshock.lm import checkpoint
+from blockshock.lm import config as settings
+from blockshock.lm.config import Config, Refused
+from blockshock.lm.log import Log, memory_mib, peak_flops
+from blockshock.lm.model import autocast, decoder_config, make, mean_loss, to_device
+from blockshock.lm.prepare import Prepared
+from blockshock.lm.ranks import Ranks, Stop
+from blockshock.lm.schedule import learning_rate
+from blockshock.lm.tokens import Batches
+from blockshock.transformer import counts
+
+
+def train(
+    config: Config,
+    data: Prepared,
+    ranks: Ranks,
+    tell: Callable[[str], None],
+    *,
+    resume: bool = False,
+    init_from: str | None = None,
+    skip_data: int = 0,
+) -> bool:
+    """Trains to the last step, or until a signal; returns whether all steps are done.
+
+    resume: goes on from the run's checkpoint, with the same bits as if it had never ended. That
+    needs the same settings, ranks and libraries; settings that changed are told. init_from: begins
+    at step 0 with the weights of a checkpoint (a file or a run's folder). skip_data: leaves out so
+    many sequences of the data from where it stands.
+
+    Raises:
+        Refused: a checkpoint that is there without `resume`, is missing or does not fit; too little
+            data; a loss that is not finite; a full disk.
+    """
+    folder = Path(config.run)
+    state = _starting_state(config, data, resume, init_from)
+    if resume and state["step"] >= config.train.steps:
+        tell(f"trained already: {state['step']} steps")
+        return True
+    run = Run(config, data, ranks)
+    if resume:
+        for line in run.restore(state):
+            tell(line)
+    elif state:
+        run.model.load_full_state_dict(state["model"])
+    run.position += skip_data
+    tell(run.about())
+    if ranks.first:
+        settings.save(config, folder / "config.yaml")
+        run.log = Log(config, run.step)
+    try:
+        with Stop(ranks) as stop:
+            done = run.loop(stop)
+    finally:
+        if run.log:
+            run.log.close()
+    if not done:
+        tell(
+            f"stopped after step {run.step} of {config.train.steps}, checkpoint in {folder}; the "
+            "same command with --resume goes on"
+        )
+    return done
+
+
+class Run:
+    """One training run on one rank: the model, its optimizer, and how far it is."""
+
+    def __init__(self, config: Config, data: Prepared, ranks: Ranks):
+        self.config, self.data, self.ranks = config, data, ranks
+        self.step, self.position, self.seconds = 0, 0, 0.0
+        self.log: Log | None = None
+        options = config.train
+        self.batches = Batches(
+            data.train,
+            context=config.model.context,
+            batch=options.batch,
+            seed=options.seed,
+            rank=ranks.rank,
+            ranks=ranks.size,
+        )
+        torch.manual_seed(options.seed + ranks.rank)
+        self.model = _wrapped(config, ranks)
+        self.optimizer = self.model.optimizer(
+            torch.optim.AdamW,
+            [{"names": _vectors(self.model.module), "weight_decay": 0.0}],
+            lr=options.lr,
+            betas=(options.beta1, options.beta2),
+            weight_decay=options.weight_decay,
+            fused=ranks.device.type == "cuda",
+        )
+        self.counts = counts(decoder_config(config))
+        self.peak = peak_flops(config, ranks.device)
+        self.norm = torch.zeros(())
+        self._begin_window()
+
+    def about(self) -> str:
+        """A line: the model, the ranks, the tokens of a step."""
+        t, sizes = self.config.train, self.counts
+        tokens = self.config.model.context * t.batch * t.accumulate * self.ranks.size
+        return (
+            f"{sizes.parameters / 1e6:.1f} M parameters, {self.ranks.size} ranks "
+            f"({self.model.method}) on {self.ranks.device.type}, {tokens} tokens a step, step "
+            f"{self.step} of {t.steps}"
+        )
+
+    def loop(self, stop: Stop) -> bool:
+        """Steps until the last one (True) or a signal (False); both leave a checkpoint."""
+        options = self.config.train
+        while self.step < options.steps:
+            stop.ask()
+            self._take_step()
+            last, stopping = self.step == options.steps, stop.decided()
+            saving = last or stopping or _due(self.step, options.checkpoint_every)
+            evaluating = last or _due(self.step, options.evaluate_every)
+            if saving or evaluating or _due(self.step, self.config.log.every):
+                self._report(evaluating)
+                if saving:
+                    self._save()
+                self._begin_window()
+            if stopping:
+                break
+        return self.step == options.steps
+
+    def restore(self, state: dict[str, Any]) -> list[str]:
+        """Goes on from a checkpoint; returns lines on what is not as it was."""
+        self.model.load_full_state_dict(state["model"])
+        self.model.load_full_optimizer_state(self.optimizer, state["optimizer"])
+        self.step, self.position = state["step"], state["position"]
+        self.seconds = state["seconds"]
+        changed = _changes(state["config"], settings.to_dict(self.config))
+        lines = [f"changed since the checkpoint: {change}" for change in changed]
+        if not checkpoint.restore_rng(state["rng"], self.ranks):
+            lines.append(
+                f"the checkpoint is of {len(state['rng'])} ranks, this run has {self.ranks.size}: "
+                "tokens of a step and random numbers differ from those of an uninterrupted run"
+            )
+        return lines
+
+    def _take_step(self) -> None:
+        options, model = self.config.train, self.model
+        rate = learning_rate(self.step + 1, options)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for turn in range(options.accumulate):
+            x, y = (to_device(t, self.ranks.device) for t in self.batches.at(self.position))
+            self.position += options.batch * self.ranks.size
+            last = turn == options.accumulate - 1
+            with nullcontext() if last else model.no_sync():
+                with autocast(self.config, self.ranks.device):
+                    loss = model(x, y) / options.accumulate
+                loss.backward()
+            self.losses += loss.detach()
+        model.finish_gradient_sync()
+        self.norm = model.clip_grad_norm_(options.clip or math.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.steps += 1
+
+    def _report(self, evaluating: bool) -> None:
+        """Waits for the device, checks the loss, writes a row."""
+        # Each rank has the same norm, so its mean is the norm.
+        loss, norm = self.ranks.mean(torch.stack([self.losses / self.steps, self.norm.float()]))
+        seconds = time.perf_counter() - self.began
+        self.seconds += seconds
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Refused(
+                f"step {self.step}: loss = {loss}, norm of the gradient = {norm}: the run "
+                "diverged. A checkpoint that was written before is kept; lower train.lr, or raise "
+                "train.warmup, and begin anew or --resume from it"
+            )
+        options, context = self.config.train, self.config.model.context
+        tokens = options.batch * options.accumulate * self.ranks.size * context * self.steps
+        rate = tokens / seconds
+        value = None
+        if evaluating:
+            batches = options.evaluate_batches
+            found = mean_loss(self.model, self.data.validation, self.config, self.ranks, batches)
+            value = found["loss"]
+        if self.log:
+            mfu = None
+            if self.peak:
+                mfu = rate * self.counts.flops_per_token / (self.peak * self.ranks.size)
+            self.log.row(
+                step=self.step,
+                tokens=self.position * context,
+                loss=loss,
+                val_loss=value,
+                lr=learning_rate(self.step, options),
+                grad_norm=norm,
+                tokens_per_s=rate,
+                mfu=mfu,
+                seconds=self.seconds,
+                memory_mib=memory_mib(self.ranks.device),
+            )
+
+    def _begin_window(self) -> None:
+        """The steps whose mean the next row tells begin here."""
+        self.losses = torch.zeros((), device=self.ranks.device)
+        self.steps, self.began = 0, time.perf_counter()
+
+    def _save(self) -> None:
+        """Rank 0 writes; where it cannot, every rank raises."""
+        state = {
+            "step": self.step,
+            "position": self.position,
+            "seconds": self.seconds,
+            "model": self.model.full_state_dict(cpu=True),
+            "optimizer": self.model.full_optimizer_state(self.optimizer, cpu=True),
+            "rng": self.ranks.gather(checkpoint.rng_state(self.ranks.device)),
+            "config": settings.to_dict(self.config),
+            "tokenizer": self.data.digest,
+        }
+        problem = None
+        if self.ranks.first:
+            try:
+                checkpoint.save(Path(self.config.run) / checkpoint.NAME, state)
+            except Refused as error:
+                problem = str(error)
+        problem = self.ranks.gather(problem)[0]
+        if problem:
+            raise Refused(problem)
+
+
+def _starting_state(
+    config: Config, data: Prepared, resume: bool, init_from: str | None
+) -> dict[str, Any] | None:
+    file = Path(config.run) / checkpoint.NAME
+    if resume and init_from:
+        raise Refused("--resume and --init-from: a run goes on, or begins with other weights")
+    if not resume and file.exists():
+        raise Refused(
+            f"{file} is there: --resume goes on from it; for a new run choose another folder "
+            "(--set run=FOLDER), or delete this one"
+        )
+    if not (resume or init_from):
+        return None
+    state = checkpoint.load(file if resume else Path(init_from))
+    checkpoint.fits(state, settings.to_dict(config)["model"], config.data.vocabulary, data.digest)
+    return state
+
+
+def _wrapped(config: Config, ranks: Ranks) -> Any:
+    """The model in its data-parallel method; without a process group that is `none`."""
+    name = config.train.data_parallel
+    if name not in METHODS:
+        raise Refused(f"train.data_parallel = {name!r}: use one of {', '.join(METHODS)}")
+    if ranks.size > 1 and name == "none":
+        raise Refused(f"train.data_parallel = none: {ranks.size} ranks would train apart; name one")
+    if ranks.size == 1:
+        return METHODS["none"](make(config, ranks.device))
+    options = {}
+    if config.train.bucket_mib is not None:
+        options["bucket_mib"] = config.train.bucket_mib
+    try:
+        return METHODS[name](make(config, ranks.device), **options)
+    except (TypeError, ValueError) as error:
+        raise Refused(f"train.data_parallel = {name}, {options}: {error}") from error
+
+
+def _vectors(model: torch.nn.Module) -> list[str]:
+    """Parameters without weight decay: the norms' scales."""
+    return [name for name, p in model.named_parameters() if p.dim() < 2]
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _changes(before: dict[str, Any], after: dict[str, Any], place: str = "") -> list[str]:
+    found = []
+    for key, value in after.items():
+        if isinstance(value, dict):
+            found += _changes(before.get(key, {}), value, f"{place}{key}.")
+        elif before.get(key) != value:
+            found.append(f"{place}{key} = {value}, was {before.get(key)}")
+    return found
