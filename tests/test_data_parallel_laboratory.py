@@ -8,6 +8,7 @@ import torch
 
 from bench import asked
 from blockshock.data_parallel import METHODS
+from blockshock.measure import datasheet
 from blockshock.phases import axes
 from blockshock.phases.data_parallel import FAMILY, figures
 from blockshock.phases.data_parallel.axes import expand
@@ -217,6 +218,14 @@ def floors():
         experiment = steps.training(one, run, problem)
         found[method] = figures.figures(one, run, problem, experiment, CEILINGS)["floor"]
     return found
+
+
+def test_the_rate_of_the_data_sheet_is_that_of_a_known_gpu_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert datasheet.bf16_flops(torch.device("cuda", 0)) == 989.4e12
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H2000")
+    assert datasheet.bf16_flops(torch.device("cuda", 0)) is None
+    assert datasheet.bf16_flops(torch.device("cpu")) is None
 
 
 @pytest.mark.slow

@@ -20,26 +20,19 @@ from tqdm import tqdm
 from blockshock.lm import config as settings
 from blockshock.lm.config import Config, Refused
 from blockshock.lm.files import written_whole
+from blockshock.measure import datasheet
 
 COLUMNS = [
     *("step", "tokens", "loss", "val_loss", "lr", "grad_norm"),
     *("tokens_per_s", "mfu", "seconds", "memory_mib"),
 ]
-# NVIDIA's data sheets: dense bf16 TFLOP/s by the name that torch gives.
-PEAKS = {
-    "NVIDIA H100 80GB HBM3": 989.4,
-    "NVIDIA H200": 989.4,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-}
 
 
 def peak_flops(config: Config, device: torch.device) -> float | None:
     """FLOP/s of one device that MFU is a share of, or None where nobody said."""
     if config.log.peak_tflops:
         return config.log.peak_tflops * 1e12
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return PEAKS[name] * 1e12 if name in PEAKS else None
+    return datasheet.bf16_flops(device)
 
 
 def memory_mib(device: torch.device) -> float:

@@ -11,14 +11,12 @@ floor = the larger of arithmetic and of the optimizer's traffic, and of one all-
 
 import torch
 
+from blockshock.measure.datasheet import bf16_flops
 from blockshock.measure.floor import OPTIMIZER_PASSES, all_reduce_wire
 from blockshock.phases.data_parallel.case import USUAL_MIB, DataParallelCase, taken
 from blockshock.phases.data_parallel.problem import Problem
 from blockshock.phases.data_parallel.steps import Run
 from blockshock.transformer import counts
-
-# Dense bf16 FLOP/s of NVIDIA's data sheets, for the SXM boards.
-DATASHEET = {"H100": 989e12, "H200": 989e12}
 
 
 def figures(case: DataParallelCase, run: Run, problem: Problem, experiment, ceilings) -> dict:
@@ -40,7 +38,7 @@ def figures(case: DataParallelCase, run: Run, problem: Problem, experiment, ceil
             "flops_per_token": count.flops_per_token,
             "flops_per_token_causal": count.flops_per_token_causal,
             "matrix_flops": ceilings and ceilings["matrix_flops"][case.dtype],
-            "datasheet_flops": _datasheet(case, problem.device),
+            "datasheet_flops": bf16_flops(problem.device) if case.dtype == "bf16" else None,
         },
     }
 
@@ -76,13 +74,6 @@ def _floor(case: DataParallelCase, run: Run, experiment, ceilings: dict) -> dict
         "wire": wire / ceilings["link_bytes_per_s"] if wire else 0.0,
     }
     return {"seconds": max(terms.values()), **terms}
-
-
-def _datasheet(case: DataParallelCase, device: torch.device) -> float | None:
-    if device.type != "cuda" or case.dtype != "bf16":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for board, flops in DATASHEET.items() if board in name), None)
 
 
 def usuals(case: DataParallelCase) -> dict:
