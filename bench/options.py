@@ -42,7 +42,11 @@ def add(parser) -> None:
     add("--require-gpu", action="store_true", help="what is skipped for want of a GPU fails")
     add("--results", metavar="FILE", help="write the benchmark JSON here, whole or not at all")
     add("--rounds", type=int, default=30, help="at most so many samples a case (default 30)")
-    add("--timing", choices=MODES, help="default: graph on GPUs, host on the CPU")
+    add(
+        "--timing",
+        choices=MODES,
+        help="default: graph on GPUs, or events where steps cannot be captured; host on the CPU",
+    )
     add("--l2", choices=CACHES, default="warm", help="what a sample finds in the L2 (GPUs)")
     add(
         "--deadline",
