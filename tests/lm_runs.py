@@ -6,10 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
 from blockshock.lm import checkpoint
+
+for library in ("tokenizers", "tqdm"):
+    pytest.importorskip(library, reason="the extra lm is not installed")
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {

@@ -70,6 +70,7 @@ def test_a_run_killed_at_random_steps_ends_with_the_same_bits(tmp_path, one_thre
     assert_same_run(killed, whole)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_which_one_is_killed_end_with_the_same_bits(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     code, out = finish(start("--config", write(whole, **OPTIONS), ranks=2))

@@ -15,6 +15,8 @@ from blockshock.lm.corpus import open_corpus
 from blockshock.lm.prepare import open_prepared, prepare
 from blockshock.lm.tokens import Batches, TokenFile
 
+pytest.importorskip("tokenizers", reason="the extra lm is not installed")
+
 
 def written(seed, lines=40):
     """A text of lines that no other seed has."""

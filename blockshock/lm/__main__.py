@@ -37,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     except Refused as error:
         print(f"blockshock.lm:{rank} {error}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:  # training ends by itself; the rest is made again
+        print(f"blockshock.lm:{rank} interrupted", file=sys.stderr, flush=True)
+        return 130
     if dist.is_initialized():
         dist.destroy_process_group()
     return 0

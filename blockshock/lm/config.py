@@ -166,10 +166,9 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def save(config: Config, path: Path) -> None:
-    """Writes all settings, defaults included; `load(path)` reads them again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+def dump(config: Config) -> str:
+    """All settings as YAML, defaults included; `load` reads them again."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False)
 
 
 def _read(name: str) -> dict[str, Any]:

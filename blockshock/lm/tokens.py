@@ -113,7 +113,7 @@ class TokenFile:
                 f"{self.path}: token {largest} is beyond the vocabulary of {self.vocabulary}; the "
                 "file was changed after it was written. Delete its folder and prepare again"
             )
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # copied to a GPU as one piece
 
 
 class Batches:

@@ -20,6 +20,7 @@ from blockshock.data_parallel import METHODS
 from blockshock.lm import checkpoint
 from blockshock.lm import config as settings
 from blockshock.lm.config import Config, Refused
+from blockshock.lm.files import written_whole
 from blockshock.lm.log import Log, memory_mib, peak_flops
 from blockshock.lm.model import autocast, decoder_config, make, mean_loss, to_device
 from blockshock.lm.prepare import Prepared
@@ -64,7 +65,8 @@ def train(
     run.position += skip_data
     tell(run.about())
     if ranks.first:
-        settings.save(config, folder / "config.yaml")
+        with written_whole(folder / "config.yaml") as out:
+            out.write(settings.dump(config).encode())
         run.log = Log(config, run.step)
     try:
         with Stop(ranks) as stop:
