@@ -120,8 +120,9 @@ class Problem:
 
     def _plain(self, dtype: torch.dtype) -> Decoder:
         """The decoder of a truth or yardstick: parameters in float32 at least."""
-        model = Decoder(replace(self.case.config, attention="reference"), device=self.device)
-        model.load_state_dict(self.model.state_dict())
+        with torch.device("meta"):  # no random weights, which take seconds
+            model = Decoder(replace(self.case.config, attention="reference"))
+        model.to_empty(device=self.device).load_state_dict(self.model.state_dict())
         return model.to(torch.promote_types(dtype, torch.float32))
 
     def _backward(
