@@ -120,9 +120,9 @@ class Problem:
 
     def _plain(self, dtype: torch.dtype) -> Decoder:
         """The decoder of a truth or yardstick: parameters in float32 at least."""
-        with torch.device("meta"):  # no random weights, which take seconds
-            model = Decoder(replace(self.case.config, attention="reference"))
-        model.to_empty(device=self.device).load_state_dict(self.model.state_dict())
+        model = copy.deepcopy(self.model)  # a new one would draw weights, for seconds
+        for part in (model, *model.blocks):
+            part.config = replace(self.case.config, attention="reference")
         return model.to(torch.promote_types(dtype, torch.float32))
 
     def _backward(
