@@ -50,7 +50,7 @@ def test_what_is_saved_reads_as_the_same_config(tmp_path):
         ("train.autocast=fp8", "train.autocast = 'fp8': use one of none, bf16"),
         ("train.steps=null", "train.steps = None: it takes int, not null"),
         ("model.kv_heads=two", "model.kv_heads = 'two': it takes int or null, not str"),
-        ("train.warmup=300", "train.warmup = 300 leaves no step of train.steps = 300"),
+        ("train.warmup=200", "train.warmup = 200 leaves no step of train.steps = 200"),
         ("train.min_lr=1", "train.min_lr = 1 exceeds train.lr = 0.002"),
         ("train=3", "train = 3: it is a section; give train.KEY = value"),
         ("run.folder=x", "--set run.folder=x: run is no section"),
