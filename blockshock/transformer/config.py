@@ -87,7 +87,7 @@ class DecoderConfig:
         if self.attention is not None:
             return self.attention
         choices = ATTENTION.get(device_type, ATTENTION["other"])
-        return choices[self.pattern is not None]
+        return choices[0] if self.pattern is None else choices[1]
 
 
 def _attention_refused(config: DecoderConfig) -> str | None:
