@@ -1,7 +1,7 @@
 """What the ranks do in the tests of layers in CUDA graphs; the tests judge the answers."""
 
 import copy
-import time
+import gc
 
 import torch
 
@@ -78,12 +78,12 @@ def graphed(method, options):
     eager, net = pair(method, options)
     start, (x, dy) = start_of(eager), inputs()
     sample = x.clone().requires_grad_()
-    net(sample).backward(dy)  # decides ways, by NCCL among others
-    net.zero_grad()
-    sample.grad = None
-    torch.cuda.synchronize()
-    time.sleep(0.5)  # see limits.md: until NCCL's watchdog has nothing left to query
-    fast = torch.cuda.make_graphed_callables(copy.deepcopy(net), (sample,))
+    gc.collect()
+    gc.disable()  # it would end the capture where it destroyed an earlier graph
+    try:
+        fast = torch.cuda.make_graphed_callables(copy.deepcopy(net), (sample,))
+    finally:
+        gc.enable()
     grads = {}
     for role, model in (("eager", eager), ("own", fast)):
         adam = optimizer_of(model)
