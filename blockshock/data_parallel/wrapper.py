@@ -14,16 +14,19 @@ Several backwards make one step where all but the last are inside `model.no_sync
 
 import json
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from blockshock.data_parallel.buckets import Gradients, cut
 from blockshock.distributed import collectives
 from blockshock.distributed.agree import told_by_all
 
 _CHUNK = 1 << 26  # bytes of one broadcast, for which a copy is made
+_wrappers: WeakSet["Wrapper"] = WeakSet()  # whose parameters optimizers may step
 
 
 class Wrapper(nn.Module):
@@ -54,6 +57,9 @@ class Wrapper(nn.Module):
         self.module = module
         if self.ranks > 1:
             _broadcast([*module.parameters(), *module.buffers()], group)
+        # By id: a method may put other parameters in the place of these, which then must go.
+        self.stepped = {id(p) for p in module.parameters() if p.requires_grad}
+        _wrappers.add(self)
 
     @staticmethod
     def unsupported(*, device_type: str, ranks: int, **options) -> str | None:
@@ -112,8 +118,7 @@ class Wrapper(nn.Module):
         """An optimizer of class `cls` over the parameters of the module that are not frozen.
 
         groups: [{"names": [of the module's parameters], **options}, ...]; what they do not name
-        makes a last group, which has the defaults. Its `step` raises RuntimeError where gradients
-        were made that `finish_gradient_sync` has not seen.
+        makes a last group, which has the defaults. Its `step` raises what `check_step` does.
 
         Raises ValueError for a name that is unknown or in two groups.
         """
@@ -121,13 +126,19 @@ class Wrapper(nn.Module):
         for names, options in _by_name(self.module, groups or []):
             made.append({"params": [local[n] for n in names if n in local], "names": names})
             made[-1].update(options)
-        optimizer = cls(made, **defaults)
-        optimizer.register_step_pre_hook(lambda *_: self.check_finished())
-        return optimizer
+        return cls(made, **defaults)
 
-    def check_finished(self) -> None:
-        """Raises RuntimeError if gradients were made since the last `finish_gradient_sync`."""
-        if self.gradients is not None and self.gradients.begun:
+    @property
+    def begun(self) -> bool:
+        """Whether gradients were made since the last `finish_gradient_sync`."""
+        return self.gradients is not None and self.gradients.begun
+
+    def check_step(self, optimizer: Optimizer) -> None:
+        """Before a step of any optimizer over its parameters, made by `optimizer` or directly.
+
+        Raises RuntimeError if gradients were made since the last `finish_gradient_sync`.
+        """
+        if self.begun:
             raise RuntimeError(
                 "gradients were made and not sent; call finish_gradient_sync() before step()"
             )
@@ -199,6 +210,13 @@ class Wrapper(nn.Module):
     def share(self, name: str, value):
         """A copy of what this rank holds of a whole tensor of the state of parameter `name`."""
         return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _check_step(optimizer: Optimizer, args, kwargs) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for wrapper in _wrappers:
+        if not stepped.isdisjoint(wrapper.stepped):
+            wrapper.check_step(optimizer)
 
 
 def group_options(optimizer) -> list[dict]:
@@ -289,3 +307,7 @@ def _broadcast(tensors: list[Tensor], group) -> None:
             dist.broadcast(flat.view(torch.uint8), group_src=0, group=group)
         for tensor, values in zip(part, flat.split([t.numel() for t in part]), strict=True):
             tensor.detach().copy_(values.view(tensor.shape))
+
+
+# An optimizer that a trainer makes by itself is checked as well.
+register_optimizer_step_pre_hook(_check_step)
