@@ -20,8 +20,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from blockshock.data_parallel import buckets
 from blockshock.data_parallel.buckets import MIB, Bucket, Gradients
 from blockshock.data_parallel.elementwise import PieceGradient, check_elementwise
+from blockshock.data_parallel.groups import group_options
 from blockshock.data_parallel.sends import own_share, start_gather, start_mean_of_share
-from blockshock.data_parallel.wrapper import Wrapper, group_options
+from blockshock.data_parallel.wrapper import Wrapper
 from blockshock.distributed import collectives
 
 _PIECES = (
