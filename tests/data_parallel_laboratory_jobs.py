@@ -21,7 +21,7 @@ def wrong(kind):
 
     def faulty():
         finish()
-        for parameter in run.wrapper.parameters():
+        for parameter in run.wrapper.module.parameters():
             if kind == "sum, no mean":
                 parameter.grad.mul_(one.ranks)
             if kind == "a tensor is lost" and parameter.dim() == 1:

@@ -185,6 +185,7 @@ def test_a_curve_alone_is_plotted_and_no_report(log, tmp_path):
         ("step,loss\n1,\n", "has no loss in any row"),
         ("step,loss\n1,nan\n", "has loss = 'nan', which is no finite number"),
         ("step,loss\none,2\n", "has step = 'one', which is no finite number"),
+        ("step,loss,mfu\n1,2,no\n", "has mfu = 'no', which is no finite number"),
     ],
 )
 def test_a_file_that_is_no_log_is_one_line(tmp_path, text, message):

@@ -10,6 +10,7 @@ REGIONS = {
     "backward": "backward",
     "allreduce": "all-reduce",
     "allgather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
     "layout_fix": "layout fix",
     "compress": "compress",
     "optimizer": "optimizer",

@@ -53,7 +53,7 @@ def curve(path: str) -> Drawing:
     name = _name(Path(path))
     axis = Axis("loss", "{:.4f}".format, "log")
     panel = Panel("", tuple(lines), "step", axis)
-    return Drawing(f"loss_{name}", f"Loss of {name}", _ended(rows[-1]), CAPTION, (panel,))
+    return Drawing(f"loss_{name}", f"Loss of {name}", _ended(rows[-1], path), CAPTION, (panel,))
 
 
 def section(charts: list[dict]) -> dict:
@@ -90,7 +90,7 @@ def _name(path: Path) -> str:
     return path.absolute().parent.name if path.stem in ("log", "losses", "loss") else path.stem
 
 
-def _ended(row: dict) -> str:
+def _ended(row: dict, path: str) -> str:
     """How far the run came, as far as its last row says."""
     known = {
         "tokens": lambda value: f"{count(value)} tokens",
@@ -98,4 +98,5 @@ def _ended(row: dict) -> str:
         "tokens_per_s": lambda value: f"{count(value)} tokens/s at the end",
         "mfu": lambda value: f"MFU {percent(value)}",
     }
-    return " · ".join(write(float(row[name])) for name, write in known.items() if row.get(name))
+    found = (write(_number(row, name, path)) for name, write in known.items() if row.get(name))
+    return " · ".join(found)

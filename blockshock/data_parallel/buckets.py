@@ -210,6 +210,8 @@ class Gradients:
         for stream in bucket.streams:
             torch.cuda.current_stream(bucket.device).wait_stream(stream)
         bucket.adopt()
+        for stream in bucket.streams:  # to which the memory of what was copied goes back
+            stream.wait_stream(torch.cuda.current_stream(bucket.device))
         if self._early:
             self._send(lambda bucket: not bucket.missing)
 

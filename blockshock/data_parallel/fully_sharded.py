@@ -22,6 +22,7 @@ from blockshock.data_parallel.shards import Flat, Wire
 from blockshock.data_parallel.units import units_of
 from blockshock.data_parallel.wrapper import Wrapper
 from blockshock.distributed import collectives
+from blockshock.linear.part import PartGradient
 
 
 class FullySharded(Wrapper):
@@ -45,7 +46,8 @@ class FullySharded(Wrapper):
         returns anything but tensors and plain values in tuples, lists and dicts.
 
     Inside `no_sync` each backward is reduced all the same: no rank ever holds a whole gradient.
-    The inf check of a `GradScaler` sees this rank's share alone; use bfloat16, which needs none.
+    Gradients know that they are shares: a norm of them, in `torch.nn.utils.clip_grad_norm_` for
+    example, and the inf check of a `GradScaler` are those of the whole gradient, on every rank.
 
     Raises ValueError as `Wrapper` does; RuntimeError in forward where a parameter was moved, cast,
     frozen or unfrozen after it was sharded.
@@ -136,14 +138,13 @@ class FullySharded(Wrapper):
             raise RuntimeError(buckets.no_gradient(missing))
         for name in missing:
             if trained[name].grad is None:
-                trained[name].grad = torch.zeros_like(trained[name])
+                zeros = torch.zeros_like(trained[name]).detach()
+                trained[name].grad = PartGradient.of(zeros, self.group)
 
-    def check_finished(self) -> None:
-        """Raises RuntimeError if gradients were made since the last `finish_gradient_sync`."""
-        if not self._schedule.finished:
-            raise RuntimeError(
-                "gradients were made and not sent; call finish_gradient_sync() before step()"
-            )
+    @property
+    def begun(self) -> bool:
+        """Whether gradients were made since the last `finish_gradient_sync`."""
+        return not self._schedule.finished
 
     def optimizer(self, cls, groups: list[dict] | None = None, **defaults) -> torch.optim.Optimizer:
         """As in `Wrapper`, over the shares.
@@ -152,11 +153,14 @@ class FullySharded(Wrapper):
         `elementwise = True`; else ValueError.
         """
         check_elementwise(cls, self.method)
-        optimizer = super().optimizer(cls, groups, **defaults)
-        shares = list(self.trained().values())
+        return super().optimizer(cls, groups, **defaults)
+
+    def check_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """As in `Wrapper`; ValueError for a class that `optimizer` would not take."""
+        check_elementwise(type(optimizer), self.method)
+        super().check_step(optimizer)
         # Not every fused step counts as a write by itself.
-        optimizer.register_step_post_hook(lambda *_: increment_version(shares))
-        return optimizer
+        increment_version(list(self.trained().values()))
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -165,7 +169,8 @@ class FullySharded(Wrapper):
         kind = reduce(torch.promote_types, (p.dtype for p in shares), torch.float32)
         square = torch.zeros((), dtype=kind, device=self._wire.device)
         if shares:
-            norms = torch._foreach_norm([p.grad for p in shares], 2, kind)
+            with torch._C.DisableTorchFunctionSubclass():  # of this rank's shares, in one launch
+                norms = torch._foreach_norm([p.grad for p in shares], 2, kind)
             square = torch.stack(norms).square().sum()
         norm = collectives.all_reduce(square, self.group).sqrt()
         nn.utils.clip_grads_with_norm_(shares, max_norm, norm)

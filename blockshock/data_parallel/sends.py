@@ -8,10 +8,6 @@ from torch import Tensor
 from blockshock.distributed import collectives
 from blockshock.measure.regions import region
 
-# torch 2.13 renamed them and deprecates the old names; 2.10 to 2.12 have only the old ones.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
 
 def start_mean(tensor: Tensor, group=None) -> Callable[[], None]:
     """Begins tensor = the mean of the ranks' tensors, in place and the same bits on every rank.
@@ -29,13 +25,14 @@ def start_mean_of_share(tensor: Tensor, group=None) -> Callable[[], None]:
     The rest of the tensor has no meaning afterwards.
     """
     op, share = _op(tensor, group), own_share(tensor, group)
-    work = _reduce_scatter(share, tensor, op=op, group=group, async_op=True)
+    work = collectives.reduce_scatter_tensor(share, tensor, op=op, group=group, async_op=True)
     return _finish("reduce_scatter", work, op, share, tensor.nbytes, group)
 
 
 def start_gather(tensor: Tensor, group=None) -> Callable[[], None]:
     """Begins to fill a flat tensor with the ranks' shares, each from its rank, in place."""
-    work = _all_gather(tensor, own_share(tensor, group), group=group, async_op=True)
+    own = own_share(tensor, group)
+    work = collectives.all_gather_tensor(tensor, own, group=group, async_op=True)
 
     def finish():
         with region("allgather", bytes=tensor.nbytes):

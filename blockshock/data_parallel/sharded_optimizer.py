@@ -10,6 +10,8 @@ and one group of the optimizer, whatever the groups are. A parameter has at most
 rank. Parameters are views of their bucket's values: nothing is copied before or after a collective.
 """
 
+from weakref import WeakSet
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -17,10 +19,16 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from blockshock.data_parallel import buckets
 from blockshock.data_parallel.buckets import MIB, Bucket, Gradients
-from blockshock.data_parallel.elementwise import check_elementwise
+from blockshock.data_parallel.elementwise import PieceGradient, check_elementwise
+from blockshock.data_parallel.groups import group_options
 from blockshock.data_parallel.sends import own_share, start_gather, start_mean_of_share
-from blockshock.data_parallel.wrapper import Wrapper, group_options
+from blockshock.data_parallel.wrapper import Wrapper
 from blockshock.distributed import collectives
+
+_PIECES = (
+    "each rank steps pieces of the parameters, and the parameters have no .grad; use the wrapper's "
+    "optimizer(cls, ...) and clip_grad_norm_(max_norm)"
+)
 
 
 class Shares(Bucket):
@@ -45,7 +53,8 @@ class Shares(Bucket):
             parameter.data = place
         self._at = [place.data_ptr() for place in self.places]
         self.pieces = {n: nn.Parameter(self.piece(n, self.values)) for n in self.bounds}
-        self._gradients = {n: self.piece(n, self.buffer) for n in self.bounds}
+        gradients = {n: self.piece(n, self.buffer) for n in self.bounds}
+        self._gradients = {n: g.as_subclass(PieceGradient) for n, g in gradients.items()}
 
     def piece(self, name: str, flat: Tensor) -> Tensor:
         """This rank's piece of a parameter in a buffer like this bucket's."""
@@ -75,8 +84,9 @@ class ShardedOptimizer(Wrapper):
 
     `optimizer(cls, ...)` takes the classes of torch.optim whose step is elementwise, and others
     that say so: `elementwise = True`. Its `step` is a collective, so all ranks must make it or
-    none; a GradScaler, which decides on each rank, is not for it. `finish_gradient_sync` ends an
-    accumulation: the next backward begins from zero. module.parameters() have no .grad then.
+    none: a GradScaler, which decides on each rank, is refused, and so are an optimizer that was
+    made directly, and a norm of a piece's gradient. `finish_gradient_sync` ends an accumulation:
+    the next backward begins from zero. module.parameters() have no .grad then.
 
     module, group: as in `Wrapper`. bucket_mib, unused: as in `replicated`.
     """
@@ -93,6 +103,8 @@ class ShardedOptimizer(Wrapper):
             unused=unused,
             early=True,
         )
+        self.stepped |= {id(piece) for piece in self.trained().values()}
+        self._made = WeakSet()  # optimizers whose step ends with a gather
 
     @staticmethod
     def unsupported(*, device_type, ranks, bucket_mib=25.0, unused="error"):
@@ -113,7 +125,27 @@ class ShardedOptimizer(Wrapper):
         check_elementwise(cls, self.method)
         optimizer = super().optimizer(cls, groups, **defaults)
         optimizer.register_step_post_hook(lambda *_: self._gather())
+        self._made.add(optimizer)
         return optimizer
+
+    def check_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """As in `Wrapper`; RuntimeError for an optimizer that `optimizer` has not made."""
+        if optimizer not in self._made:
+            raise RuntimeError(
+                f"a {type(optimizer).__name__} that was made directly cannot step what is wrapped "
+                f"by {self.method}: {_PIECES}"
+            )
+        super().check_step(optimizer)
+
+    def parameters(self, recurse: bool = True):
+        """Raises RuntimeError: what trainers ask them for would find no gradients."""
+        raise RuntimeError(
+            f"parameters() of a {self.method} wrapper: {_PIECES}; for the values alone, call "
+            "module.parameters()"
+        )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.module.zero_grad(set_to_none)
 
     def _gather(self) -> None:
         """After a step: all ranks' shares of the parameters."""
@@ -125,7 +157,8 @@ class ShardedOptimizer(Wrapper):
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         pieces = [piece for piece in self.trained().values() if piece.grad is not None]
-        own = get_total_norm([piece.grad for piece in pieces])
+        with torch._C.DisableTorchFunctionSubclass():
+            own = get_total_norm([piece.grad for piece in pieces])
         first = next(self.module.parameters())
         square = own.to(first.device, torch.float64).square()  # ranks may have pieces of one dtype
         dist.all_reduce(square, group=self.group)

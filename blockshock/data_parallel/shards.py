@@ -14,12 +14,14 @@ computation, and is held until an event says that the other stream is done with 
 """
 
 from contextlib import contextmanager
+from functools import partial
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from blockshock.distributed import collectives
+from blockshock.linear.part import PartGradient
 
 _ALIGN = 64  # entries; a parameter starts at 128 bytes or a multiple, as products like it
 
@@ -84,6 +86,8 @@ class Flat:
                 self.share[self.pieces[i]] = self.cut(i, p)
                 p.grad = None  # it has the whole parameter's shape
                 p.data = self.share[self.pieces[i]]
+                if self.trained:
+                    p.register_hook(partial(_check_unread, self.names[i]))
             full = torch.empty(wire.ranks * self.n, dtype=dtype, device=wire.device)
             self._full, self._bytes = full, full.nbytes
             # Aliases with version counters of their own: gathering again is no change of what
@@ -183,13 +187,22 @@ class Flat:
         wire.hold(partial, part, mean)
         for p, piece in zip(self.params, pieces, strict=True):
             if p.grad is None:
-                p.grad = piece
+                p.grad = PartGradient.of(piece, wire.group)
 
     def _views(self, full: Tensor) -> list[Tensor]:
         return [
             full[start : start + size].view(shape)
             for (start, size), shape in zip(self._spans, self.shapes, strict=True)
         ]
+
+
+def _check_unread(name: str, gradient: Tensor | None) -> None:
+    """Raises RuntimeError where autograd itself has a gradient for a share; units give it None."""
+    if gradient is not None:
+        raise RuntimeError(
+            f"a loss uses {name!r} outside of its module's forward, where it is this rank's share; "
+            "use it in a forward, or the optimizer's weight_decay for a penalty on its square"
+        )
 
 
 def _round_up(size: int, step: int) -> int:

@@ -14,16 +14,20 @@ Several backwards make one step where all but the last are inside `model.no_sync
 
 import json
 from contextlib import contextmanager
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from blockshock.data_parallel.buckets import Gradients, cut
+from blockshock.data_parallel.buckets import Gradients
+from blockshock.data_parallel.groups import by_name, group_options, steps_of
+from blockshock.data_parallel.start import broadcast, problem_of
 from blockshock.distributed import collectives
 from blockshock.distributed.agree import told_by_all
 
-_CHUNK = 1 << 26  # bytes of one broadcast, for which a copy is made
+_wrappers: WeakSet["Wrapper"] = WeakSet()  # whose parameters optimizers may step
 
 
 class Wrapper(nn.Module):
@@ -53,7 +57,10 @@ class Wrapper(nn.Module):
         _agree(self, module, options)
         self.module = module
         if self.ranks > 1:
-            _broadcast([*module.parameters(), *module.buffers()], group)
+            broadcast([*module.parameters(), *module.buffers()], group)
+        # By id: a method may put other parameters in the place of these, which then must go.
+        self.stepped = {id(p) for p in module.parameters() if p.requires_grad}
+        _wrappers.add(self)
 
     @staticmethod
     def unsupported(*, device_type: str, ranks: int, **options) -> str | None:
@@ -112,22 +119,27 @@ class Wrapper(nn.Module):
         """An optimizer of class `cls` over the parameters of the module that are not frozen.
 
         groups: [{"names": [of the module's parameters], **options}, ...]; what they do not name
-        makes a last group, which has the defaults. Its `step` raises RuntimeError where gradients
-        were made that `finish_gradient_sync` has not seen.
+        makes a last group, which has the defaults. Its `step` raises what `check_step` does.
 
         Raises ValueError for a name that is unknown or in two groups.
         """
         local, made = self.trained(), []
-        for names, options in _by_name(self.module, groups or []):
+        for names, options in by_name(self.module, groups or []):
             made.append({"params": [local[n] for n in names if n in local], "names": names})
             made[-1].update(options)
-        optimizer = cls(made, **defaults)
-        optimizer.register_step_pre_hook(lambda *_: self.check_finished())
-        return optimizer
+        return cls(made, **defaults)
 
-    def check_finished(self) -> None:
-        """Raises RuntimeError if gradients were made since the last `finish_gradient_sync`."""
-        if self.gradients is not None and self.gradients.begun:
+    @property
+    def begun(self) -> bool:
+        """Whether gradients were made since the last `finish_gradient_sync`."""
+        return self.gradients is not None and self.gradients.begun
+
+    def check_step(self, optimizer: Optimizer) -> None:
+        """Before a step of any optimizer over its parameters, made by `optimizer` or directly.
+
+        Raises RuntimeError if gradients were made since the last `finish_gradient_sync`.
+        """
+        if self.begun:
             raise RuntimeError(
                 "gradients were made and not sent; call finish_gradient_sync() before step()"
             )
@@ -159,7 +171,7 @@ class Wrapper(nn.Module):
         cpu: as in `full_state_dict`.
         """
         state = {}
-        for name, tensor in _steps(optimizer, self.trained()):
+        for name, tensor in steps_of(optimizer, self.trained()):
             if tensor in optimizer.state:
                 entries = optimizer.state[tensor].items()
                 state[name] = {key: self.whole(name, value, cpu=cpu) for key, value in entries}
@@ -177,7 +189,7 @@ class Wrapper(nn.Module):
                 f"the saved optimizer has groups of {list(map(len, saved))} parameters, this one "
                 f"of {list(map(len, own))}, or with other names; make it with the same groups"
             )
-        places = enumerate(_steps(optimizer, self.trained()))
+        places = enumerate(steps_of(optimizer, self.trained()))
         numbered = {
             place: {key: self.share(name, value) for key, value in state["state"][name].items()}
             for place, (name, _) in places
@@ -201,36 +213,11 @@ class Wrapper(nn.Module):
         return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def group_options(optimizer) -> list[dict]:
-    """The options of an optimizer's groups, without the tensors."""
-    return [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-
-
-def _steps(optimizer, local: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
-    """(name, tensor) in the order in which an optimizer numbers its tensors."""
-    names = [name for group in optimizer.param_groups for name in group["names"]]
-    return [(name, local[name]) for name in names if name in local]
-
-
-def _by_name(module: nn.Module, groups: list[dict]) -> list[tuple[list[str], dict]]:
-    """(names of parameters that are not frozen, options) of each group and of the rest."""
-    every = dict(module.named_parameters(remove_duplicate=False))
-    first = {p: name for name, p in reversed(every.items())}  # a tied one has several names
-    found, seen = [], set()
-    for group in groups:
-        names = []
-        for name in group["names"]:
-            if name not in every:
-                raise ValueError(f"no parameter is named {name!r}; use names of named_parameters()")
-            names.append(first[every[name]])
-            if names[-1] in seen:
-                raise ValueError(f"parameter {name!r} is in two groups; name it once")
-            seen.add(names[-1])
-        found.append((names, {k: v for k, v in group.items() if k != "names"}))
-    rest = [name for name, _ in module.named_parameters() if name not in seen]
-    if any(every[name].requires_grad for name in rest):
-        found.append((rest, {}))
-    return [([n for n in names if every[n].requires_grad], options) for names, options in found]
+def _check_step(optimizer: Optimizer, args, kwargs) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for wrapper in _wrappers:
+        if not stepped.isdisjoint(wrapper.stepped):
+            wrapper.check_step(optimizer)
 
 
 def _agree(wrapper: Wrapper, module: nn.Module, options: dict) -> None:
@@ -244,7 +231,7 @@ def _agree(wrapper: Wrapper, module: nn.Module, options: dict) -> None:
         facts[name] = f"{'no shape' if lazy else list(tensor.shape)} {kind}{trained}"
     devices = {tensor.device for _, tensor in tensors}
     place = {"device_type": next((d.type for d in devices), "cpu"), "ranks": wrapper.ranks}
-    problem = _problem(wrapper, dict(tensors)) or wrapper.refusal(module)
+    problem = problem_of(dict(tensors), alone=wrapper.alone) or wrapper.refusal(module)
     problem = problem or wrapper.unsupported(**place, **options)
     own = json.dumps([problem, facts])
     told = [own]
@@ -263,29 +250,5 @@ def _agree(wrapper: Wrapper, module: nn.Module, options: dict) -> None:
                 )
 
 
-def _problem(wrapper: Wrapper, tensors: dict[str, Tensor]) -> str | None:
-    """Why no method can wrap a module with these tensors, or None."""
-    devices = {tensor.device for tensor in tensors.values()}
-    if len(devices) > 1 or any(device.type == "meta" for device in devices):
-        names = ", ".join(sorted(map(str, devices)))
-        return f"the module is on {names}; move it to the one device of this rank first"
-    for name, tensor in tensors.items():
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-            return f"{name!r} has no shape yet; run a batch through the module first"
-        if not wrapper.alone and type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-            return (
-                f"{name!r} is a {type(tensor).__name__}, of which other ranks may hold another "
-                "part; use DistributedDataParallel over the ranks that hold the same part"
-            )
-    return None
-
-
-@torch.no_grad()
-def _broadcast(tensors: list[Tensor], group) -> None:
-    """Gives all ranks rank 0's values; many tensors of one dtype travel as one."""
-    for part in cut(tensors, _CHUNK):
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in part])
-        if flat.numel():
-            dist.broadcast(flat.view(torch.uint8), group_src=0, group=group)
-        for tensor, values in zip(part, flat.split([t.numel() for t in part]), strict=True):
-            tensor.detach().copy_(values.view(tensor.shape))
+# An optimizer that a trainer makes by itself is checked as well.
+register_optimizer_step_pre_hook(_check_step)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from blockshock.measure.regions import region
 
-# torch 2.13 renamed it and deprecates the old name; 2.10 to 2.12 have only the old one.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# torch 2.13 renamed them and deprecates the old names; 2.10 to 2.12 have only the old ones.
+all_gather_tensor = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_tensor = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def group_size(group=None) -> int:
@@ -51,7 +51,7 @@ def all_gather(part: Tensor, group=None) -> Tensor:
     part = fix_layout(part)
     gathered = part.new_empty(ranks * part.shape[0], *part.shape[1:])
     with region("allgather", bytes=gathered.nbytes):
-        _all_gather(gathered, part, group=group)
+        all_gather_tensor(gathered, part, group=group)
     return gathered.view(ranks, *part.shape)
 
 
@@ -59,20 +59,20 @@ def start_all_gather(part: Tensor, group=None) -> tuple[Tensor, dist.Work]:
     """`all_gather` of a contiguous part, begun: the result is there after work.wait()."""
     ranks = group_size(group)
     gathered = part.new_empty(ranks * part.shape[0], *part.shape[1:])
-    work = _all_gather(gathered, part, group=group, async_op=True)
+    work = all_gather_tensor(gathered, part, group=group, async_op=True)
     return gathered.view(ranks, *part.shape), work
 
 
 def all_gather_into(full: Tensor, part: Tensor, group=None) -> None:
     """Fills full [ranks * n] with the ranks' parts [n], which may be this rank's place in it."""
     with region("allgather", bytes=full.nbytes):
-        _all_gather(full, part, group=group)
+        all_gather_tensor(full, part, group=group)
 
 
 def reduce_scatter_into(part: Tensor, partial: Tensor, group=None) -> None:
     """Fills part [n] with this rank's place in the sum of the ranks' partials [ranks * n]."""
     with region("reduce_scatter", bytes=partial.nbytes):
-        _reduce_scatter(part, partial, group=group)
+        reduce_scatter_tensor(part, partial, group=group)
 
 
 def fix_layout(tensor: Tensor) -> Tensor:

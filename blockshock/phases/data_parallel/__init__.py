@@ -18,7 +18,7 @@ FAMILY = Family(
     figures=figures.figures,
     rates=figures.rates,
     expand=axes.expand,
-    changed=lambda run: run.wrapper.parameters(),
+    changed=lambda run: run.wrapper.module.parameters(),
     usuals=figures.usuals,
     # Wrappers start collectives from hooks and count on the host: a replay would not.
     timings=("events", "sync"),

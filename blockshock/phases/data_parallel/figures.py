@@ -22,7 +22,7 @@ from blockshock.transformer import counts
 def figures(case: DataParallelCase, run: Run, problem: Problem, experiment, ceilings) -> dict:
     """For the result: memory, floor, and the model's counts with the matrix rates."""
     count = counts(case.config)
-    held = sum(_local(p).nbytes for p in run.wrapper.parameters())
+    held = sum(_local(p).nbytes for p in run.wrapper.module.parameters())
     state = run.optimizer.state.values() if run.optimizer else ()
     tensors = [x for one in state for x in one.values() if isinstance(x, torch.Tensor)]
     return {
