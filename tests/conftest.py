@@ -5,10 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from blockshock.distributed import open_ranks
 
 ROOT = Path(__file__).parents[1]
 collect_ignore = ["sixth_family"]
@@ -85,6 +88,22 @@ def moved_in(tmp_path_factory):
         return file
 
     return SimpleNamespace(root=root, run=run, results=results)
+
+
+@pytest.fixture(scope="session")
+def cpu_ranks(ranks):
+    """Two CPU ranks: the session's, or others beside them."""
+    if (ranks.device, ranks.size) == ("cpu", 2):
+        yield ranks
+    else:
+        with open_ranks(2, "cpu") as pool:
+            yield pool
+
+
+@pytest.fixture
+def shared_ranks(cpu_ranks, monkeypatch):
+    """Runs inside a test use the same ranks, as it takes seconds to start them."""
+    monkeypatch.setattr("conftest.open_ranks", lambda size, device, **_: nullcontext(cpu_ranks))
 
 
 @pytest.fixture

@@ -171,6 +171,7 @@ def test_workers_refuse_benchmarks_at_once_and_say_what_to_do(forward):
     assert any("Leave -n out; or add --benchmark-disable" in line for line in said(out))
 
 
+@pytest.mark.usefixtures("shared_ranks")  # a worker has its own
 @pytest.mark.parametrize(
     "workers",
     [(), pytest.param(("-n1", "--ranks=1"), marks=pytest.mark.slow)],
@@ -184,6 +185,7 @@ def test_disabled_benchmarks_run_each_case_once_checked_and_untimed(forward, tmp
     assert not (tmp_path / "r.json").exists()
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_a_disabled_benchmark_that_is_wrong_fails(bench, tmp_path):
     numpy = pytest.importorskip("numpy")
     numpy.save(tmp_path / "x.npy", numpy.full((8, 64), numpy.nan, dtype=numpy.float32))
