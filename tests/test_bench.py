@@ -40,6 +40,7 @@ def results(path):
     return saved, {b["name"]: b for b in saved["benchmarks"]}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shared_ranks")
 def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
     out = bench(*SMALL, "--results", tmp_path / "r.json")

@@ -274,6 +274,7 @@ def test_a_report_of_attention_alone_has_its_section_and_no_verdict(tmp_path, fi
         assert f'id="{target}"' in page
 
 
+@pytest.mark.slow
 def test_plot_verdict_and_compare_take_a_file_of_attention_alone(tmp_path, file, capsys):
     assert plot.main([file, "-o", str(tmp_path / "plots")]) == 0
     assert {p.stem for p in (tmp_path / "plots").glob("*.svg")} == set(FIGURES)
