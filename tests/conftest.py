@@ -1,13 +1,17 @@
 """What tests of whole runs share, and a made-up family; see tests/sixth_family/README.md."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+from blockshock.distributed import open_ranks
 
 ROOT = Path(__file__).parents[1]
 collect_ignore = ["sixth_family"]
@@ -23,13 +27,29 @@ REGISTRIES = {
     ),
 }
 
+# python -m for each command, in one process: an interpreter that imports torch starts in seconds.
+EACH = """
+import contextlib, io, json, runpy, sys
+
+ends = []
+for sys.argv in json.loads(sys.stdin.read()):
+    said, code = io.TextIOWrapper(io.BytesIO(), write_through=True), 0
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            runpy.run_module(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    ends.append((code, said.buffer.getvalue().decode()))
+print(json.dumps(ends))
+"""
+
 
 @pytest.fixture(scope="session")
 def moved_in(tmp_path_factory):
-    """A checkout with a sixth family: `.root`, `.run(*arguments)`, and `.results()`.
+    """A checkout with a sixth family: `.root`, `.run(*commands)`, and `.results()`.
 
-    run: python -m with these arguments there. results: a JSON file of its quick sweep, measured on
-    two CPU ranks at the first call.
+    run: python -m there, for each command, a list: (exit code, what it printed). results: a JSON
+    file of its quick sweep, measured on two CPU ranks at the first call.
     """
     root = tmp_path_factory.mktemp("sixth") / "checkout"
     skipped = shutil.ignore_patterns("__pycache__", "*.pyc")
@@ -42,10 +62,11 @@ def moved_in(tmp_path_factory):
         with (root / name).open("a") as registry:
             registry.write(line)
 
-    def run(*arguments):
+    def run(*commands):
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "RANK"))}
-        return subprocess.run(
-            [sys.executable, "-m", *map(str, arguments)],
+        done = subprocess.run(
+            [sys.executable, "-c", EACH],
+            input=json.dumps([[str(word) for word in command] for command in commands]),
             cwd=root,
             env={**inherited, "PYTHONPATH": str(root)},
             capture_output=True,
@@ -53,18 +74,36 @@ def moved_in(tmp_path_factory):
             timeout=300,
             check=False,
         )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return json.loads(done.stdout)
 
     def results():
         file = root / "sixth.json"
         if not file.exists():
-            done = run(
+            ((code, said),) = run([
                 "pytest", "bench/bench_vector_sum.py", "--device=cpu", "--ranks=2", "--rounds=12",
                 "--results", file,
-            )  # fmt: skip
-            assert done.returncode == 0, done.stdout + done.stderr
+            ])  # fmt: skip
+            assert code == 0, said
         return file
 
     return SimpleNamespace(root=root, run=run, results=results)
+
+
+@pytest.fixture(scope="session")
+def cpu_ranks(ranks):
+    """Two CPU ranks: the session's, or others beside them."""
+    if (ranks.device, ranks.size) == ("cpu", 2):
+        yield ranks
+    else:
+        with open_ranks(2, "cpu") as pool:
+            yield pool
+
+
+@pytest.fixture
+def shared_ranks(cpu_ranks, monkeypatch):
+    """Runs inside a test use the same ranks, as it takes seconds to start them."""
+    monkeypatch.setattr("conftest.open_ranks", lambda size, device, **_: nullcontext(cpu_ranks))
 
 
 @pytest.fixture

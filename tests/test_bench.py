@@ -7,7 +7,6 @@ import platform
 import resource
 import subprocess
 from collections import Counter
-from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,25 +15,13 @@ import pytest
 from _pytest.terminal import TerminalReporter
 
 from bench import reporting, saving
-from blockshock.distributed import Ranks, open_ranks
+from blockshock.distributed import Ranks
 from blockshock.phases import session
 
 ROOT = Path(__file__).parents[1]
 FORWARD = "bench/bench_linear.py::bench_forward"
 ONE = ("--set", "N=64", "--set", "B=8", "--set", "method=dense_single")
 SMALL = ("--set", "N=64", "--set", "B=8", "--set", "optimizer=sgd", "--set", "steps=3")
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with open_ranks(2, "cpu") as ranks:
-        yield ranks
-
-
-@pytest.fixture
-def shared_ranks(pool, monkeypatch):
-    """Runs inside a test use the same ranks, as it takes seconds to start them."""
-    monkeypatch.setattr("conftest.open_ranks", lambda size, device, **_: nullcontext(pool))
 
 
 @pytest.fixture
@@ -53,6 +40,8 @@ def results(path):
     return saved, {b["name"]: b for b in saved["benchmarks"]}
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("shared_ranks")
 def test_every_method_and_phase_is_measured_recorded_and_named(bench, tmp_path):
     out = bench(*SMALL, "--results", tmp_path / "r.json")
     out.assert_outcomes(passed=38)

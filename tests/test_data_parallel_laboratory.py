@@ -229,6 +229,7 @@ def test_the_rate_of_the_data_sheet_is_that_of_a_known_gpu_alone(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("shared_ranks")
 def test_the_bench_files_measure_the_quick_sweep(bench, tmp_path):
     file = tmp_path / "r.json"
     files = ("bench/bench_data_parallel.py", "bench/bench_lm.py")

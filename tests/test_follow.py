@@ -22,8 +22,12 @@ LAYERS = [
 ]
 
 
-@pytest.mark.parametrize("options", LAYERS, ids=lambda o: "-".join(o.values()))
-@pytest.mark.parametrize("seed", range(6))
+LIVES = [(options, 3 * i + j) for i, options in enumerate(LAYERS) for j in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("options", "seed"), LIVES, ids=[f"{'-'.join(o.values())}-{seed}" for o, seed in LIVES]
+)
 def test_a_layer_multiplies_its_parameter_whatever_happened(ranks, options, seed):
     for error, deeds in ranks.run(jobs.lives, options, seed):
         assert error < 8, deeds  # in units of the dtype's rounding

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -138,21 +137,18 @@ def test_a_histogram_is_drawn(forward, tmp_path):
     assert list(tmp_path.glob("h*.svg"))
 
 
-def test_saved_runs_lie_at_the_root_wherever_a_run_is_started():
-    code = (
-        "import pytest, sys\n"
-        "class Say:\n"
-        "    def pytest_sessionfinish(self, session):\n"
-        "        storage = session.config.pluginmanager.get_plugin('pytest-benchmark').storage\n"
-        "        sys.stderr.write(f'saved in {storage}')\n"
-        "pytest.main(['--co', '-q', '-p', 'no:cacheprovider', sys.argv[1]], plugins=[Say()])"
-    )
+def test_saved_runs_lie_at_the_root_wherever_a_run_is_started(pytester, monkeypatch):
+    storages = []
+
+    class Asks:
+        def pytest_sessionfinish(self, session):
+            saved = session.config.pluginmanager.get_plugin("pytest-benchmark")
+            storages.append(str(saved.storage))
+
+    monkeypatch.chdir(ROOT / "bench")
     file = ROOT / "bench" / "bench_linear.py"
-    ended = subprocess.run(
-        [sys.executable, "-c", code, str(file)],
-        cwd=ROOT / "bench", capture_output=True, text=True, env=os.environ | {"PYTEST_ADDOPTS": ""},
-    )  # fmt: skip
-    assert f"saved in {ROOT / '.benchmarks'}" in ended.stderr
+    pytester.inline_run("--co", "-q", "-p", "no:cacheprovider", file, plugins=[Asks()])
+    assert storages == [str(ROOT / ".benchmarks")]
 
 
 @pytest.mark.parametrize(("folder", "option"), [(".", []), ("bench", ["--storage=../.benchmarks"])])
@@ -175,6 +171,7 @@ def test_workers_refuse_benchmarks_at_once_and_say_what_to_do(forward):
     assert any("Leave -n out; or add --benchmark-disable" in line for line in said(out))
 
 
+@pytest.mark.usefixtures("shared_ranks")  # a worker has its own
 @pytest.mark.parametrize(
     "workers",
     [(), pytest.param(("-n1", "--ranks=1"), marks=pytest.mark.slow)],
@@ -188,6 +185,7 @@ def test_disabled_benchmarks_run_each_case_once_checked_and_untimed(forward, tmp
     assert not (tmp_path / "r.json").exists()
 
 
+@pytest.mark.usefixtures("shared_ranks")
 def test_a_disabled_benchmark_that_is_wrong_fails(bench, tmp_path):
     numpy = pytest.importorskip("numpy")
     numpy.save(tmp_path / "x.npy", numpy.full((8, 64), numpy.nan, dtype=numpy.float32))

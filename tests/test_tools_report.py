@@ -259,7 +259,8 @@ def test_the_report_warns_on_a_cpu_and_follows_the_theme(tmp_path, page):
     assert "var(--ink)" in page
 
 
-def test_each_mask_and_opponent_has_its_own_badge(tmp_path):
+def test_each_mask_and_opponent_has_its_own_badge(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw_all", lambda *_: ([], {}))  # plots are tested above
     entries = synthetic.everything((4096, 8192), (64, 1024), variants=synthetic.VARIANTS)
     loaded = load(synthetic.write(tmp_path / "a.json", entries))
     verdicts = judged(loaded)

@@ -184,7 +184,12 @@ def test_ddp_beside_the_layers_ranks_averages_the_parts(four, method, options):
         assert max(far.values()) < limit(four), far
 
 
-@WRAPPED
+# What refuses asks for the part alone, and of masks where there are some.
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("block_shock", {"mask": "magnitude", "master": "dense"}), ("dense_tp_column", {})],
+    ids=str,
+)
 def test_ddp_over_other_ranks_is_refused(four, method, options):
     for said in four.run(wrapped.wrong_in_two_dimensions, method, options):
         right = {name for name, text in said.items() if text is None}

@@ -40,11 +40,13 @@ def main(argv: list[str]) -> int:
         names = ", ".join(drawing.name for drawing in drawings)
         raise ToolError(f"no plot {', '.join(sorted(unknown))} of these files; there are {names}")
     for drawing in (drawing for drawing in drawings if drawing.name in wanted):
-        save(folder / f"{drawing.name}.png", render.png(drawing))
-        if not options.only:
-            save(folder / f"{drawing.name}.svg", render.svg(drawing))
-        suffixes = ".png" if options.only else ".png, .svg"
-        print(f"{folder / drawing.name}{suffixes}: {drawing.title}")
+        if options.only:
+            written = {".png": render.png(drawing)}
+        else:
+            written = dict(zip((".png", ".svg"), render.png_and_svg(drawing), strict=True))
+        for suffix, content in written.items():
+            save(folder / f"{drawing.name}{suffix}", content)
+        print(f"{folder / drawing.name}{', '.join(written)}: {drawing.title}")
     for name, reason in absent.items():
         print(f"not drawn: {name}: {reason}")
     if results and results.cpu:

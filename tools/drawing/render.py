@@ -22,15 +22,18 @@ RULE = {"color": style.FLOOR, "linewidth": 1.4}
 
 def png(drawing: Drawing) -> bytes:
     """The main lines, with title and legend, 150 dots an inch, in 256 colours."""
-    whole = io.BytesIO(_saved(figure(drawing.only_main()), "png", dpi=150))
-    out = io.BytesIO()
-    Image.open(whole).convert("RGB").quantize(256).save(out, "png", optimize=True)
-    return out.getvalue()
+    return _png(figure(drawing.only_main()))
 
 
 def svg(drawing: Drawing) -> bytes:
     """The same as SVG; the same results give the same bytes."""
-    return _saved(figure(drawing.only_main()), "svg", metadata={"Date": None})
+    return _svg(figure(drawing.only_main()))
+
+
+def png_and_svg(drawing: Drawing) -> tuple[bytes, bytes]:
+    """Both, of one figure: its layout takes as long as the writing."""
+    made = figure(drawing.only_main())
+    return _png(made), _svg(made)
 
 
 def bare_svg(drawing: Drawing) -> tuple[str, list[list]]:
@@ -51,7 +54,7 @@ def bare_svg(drawing: Drawing) -> tuple[str, list[list]]:
                         continue
                     spot = [round(scale * x, 1), round(height - scale * y, 1)]
                     points.append([*spot, i, *_words(panel, p)])
-        return _saved(made, "svg", metadata={"Date": None}).decode(), found
+        return _svg(made).decode(), found
 
 
 def figure(drawing: Drawing) -> Figure:
@@ -203,6 +206,18 @@ def _settle(made: Figure) -> None:
     """The layout is found once, not for each file anew."""
     made.draw_without_rendering()
     made.set_layout_engine("none")
+
+
+def _png(made: Figure) -> bytes:
+    # Compressed once, with its few colours.
+    whole = io.BytesIO(_saved(made, "png", dpi=150, pil_kwargs={"compress_level": 0}))
+    out = io.BytesIO()
+    Image.open(whole).convert("RGB").quantize(256).save(out, "png", optimize=True)
+    return out.getvalue()
+
+
+def _svg(made: Figure) -> bytes:
+    return _saved(made, "svg", metadata={"Date": None})
 
 
 def _saved(made: Figure, kind: str, **options) -> bytes:
