@@ -157,6 +157,10 @@ def test_a_data_set_without_one_is_split_by_document(monkeypatch):
     assert 40 < len(held) < 120
     assert not set(train) & set(held)
     assert asked == ["Skylion007/openwebtext"]
+    some = open_corpus(Data(source="openwebtext", validation=0.2, max_bytes=5000))
+    sides = list(some.train()), list(some.validation())
+    assert all(sides)
+    assert 4900 < sum(len(text.encode()) for side in sides for text in side) <= 5000
 
 
 def test_a_data_set_that_cannot_be_had_says_what_to_do(monkeypatch):
@@ -190,6 +194,10 @@ def test_the_tokenizer_writes_any_text_and_reads_it_back(tmp_path):
     assert made.decode(made.encode(text).ids) == text
     (tmp_path / "t.json").write_text(made.to_str())
     assert tokenizer.digest(tokenizer.load(tmp_path / "t.json")) == tokenizer.digest(made)
+    for one in (made, tokenizer.load(tmp_path / "t.json")):  # a text cannot end a document
+        ids = one.encode(f"line {tokenizer.END} 3").ids
+        assert 0 not in ids
+        assert one.decode(ids) == f"line {tokenizer.END} 3"
     with pytest.raises(Refused, match=r"data\.vocabulary = 5000: the text has only"):
         tokenizer.train(["a few words"], 5000)
     with pytest.raises(Refused, match="no tokenizer there"):

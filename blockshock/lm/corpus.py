@@ -130,11 +130,11 @@ def _dataset(data: Data, path: str) -> Corpus:
         size = 0
         for row in loaded[split]:
             text = row["text"]
-            if wanted is not None and _is_validation(_digest(text), data.validation) != wanted:
-                continue
-            size += len(text.encode())
+            size += len(text.encode())  # of both sides, where they share a split
             if data.max_bytes and size > data.max_bytes:
                 return
+            if wanted is not None and _is_validation(_digest(text), data.validation) != wanted:
+                continue
             if text.strip():
                 yield text
 
