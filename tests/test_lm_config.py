@@ -45,6 +45,7 @@ def test_what_is_saved_reads_as_the_same_config(tmp_path):
         ("train.lr=.nan", "train.lr = nan: it must be at least 0"),
         ("train.lr=.inf", "train.lr = inf: it must be at least 0"),
         ("train.batch=0", "train.batch = 0: it must be at least 1"),
+        ("train.seed=9223372036854775808", "it must be below 9.22337e+18"),
         ("train.beta2=1.0", "train.beta2 = 1.0: it must be below 1"),
         ("train.compile=1", "train.compile = 1: it takes bool, not int"),
         ("train.autocast=fp8", "train.autocast = 'fp8': use one of none, bf16"),

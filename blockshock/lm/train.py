@@ -26,7 +26,7 @@ from blockshock.lm.model import autocast, decoder_config, make, mean_loss, to_de
 from blockshock.lm.prepare import Prepared
 from blockshock.lm.ranks import Ranks, Stop
 from blockshock.lm.schedule import learning_rate
-from blockshock.lm.tokens import Batches
+from blockshock.lm.tokens import Batches, check_size
 from blockshock.transformer import counts
 
 
@@ -98,6 +98,8 @@ class Run:
             rank=ranks.rank,
             ranks=ranks.size,
         )
+        # Asked for before the first step, not after the last.
+        check_size(data.validation, config.model.context, options.batch, ranks.size)
         torch.manual_seed(options.seed + ranks.rank)
         self.model = _wrapped(config, ranks)
         self.optimizer = self.model.optimizer(
