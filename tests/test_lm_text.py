@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import sysconfig
+from contextlib import ExitStack
 from types import ModuleType
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from blockshock.lm import near, tokenizer, tokens
 from blockshock.lm.config import Data, Refused
 from blockshock.lm.corpus import open_corpus
+from blockshock.lm.files import alone
 from blockshock.lm.prepare import open_prepared, prepare
 from blockshock.lm.tokens import Batches, TokenFile
 
@@ -277,6 +279,25 @@ def test_a_batch_depends_on_its_position_and_seed_alone(tmp_path):
 def test_too_little_text_for_a_batch_says_how_much_is_needed(tmp_path):
     with pytest.raises(Refused, match=r"101 tokens, and one batch .* needs 641"):
         Batches(whole(tmp_path), context=16, batch=20, seed=0, ranks=2)
+
+
+def test_who_prepares_what_another_prepares_waits_and_uses_it(tmp_path, folder):
+    data = Data(source=str(folder), folder=str(tmp_path / "out"), vocabulary=300, validation=0.3)
+    told, held = [], ExitStack()
+
+    def tell(line):
+        told.append(line)
+        if line.startswith("waiting"):  # the other one ends
+            (tmp_path / "made").rename(tmp_path / "out/prepared.json")
+            held.close()
+
+    prepare(data, told.append)
+    (tmp_path / "out/prepared.json").rename(tmp_path / "made")
+    told.clear()
+    held.enter_context(alone(tmp_path / "out", lambda: None))
+    prepare(data, tell)
+    assert told[0].startswith("waiting: another process is preparing")
+    assert told[1:] == [f"prepared already: {tmp_path / 'out'}"]
 
 
 def test_preparing_twice_does_nothing_and_other_settings_are_refused(tmp_path, folder):

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from blockshock.lm import checkpoint, tokens
+from blockshock.lm import checkpoint, files, tokens
 from blockshock.lm.__main__ import main
 from tests import lm_runs
 from tests.lm_runs import assert_same_run, rows, write
@@ -166,7 +166,8 @@ def test_what_does_not_fit_is_one_line_with_its_fix(prepared, tmp_path, monkeypa
     assert "needs" in say("train", run=str(tmp_path / "other"), train__batch=5000)
     wide = {"train__batch": 60, "train__accumulate": 1}  # more than the validation text has
     assert "validation.bin: " in say("train", run=str(tmp_path / "other"), **wide)
-    assert not (tmp_path / "other").exists()
+    with files.alone(tmp_path / "other", pytest.fail):
+        assert "another process is training there" in say("train", run=str(tmp_path / "other"))
     assert "leave no room in a context of 16" in say("sample", sample__prompt="long " * 30)
     assert "unknown key train.stepz; did you mean" in say(train__stepz=1)
     at_batch(monkeypatch, 1, lambda batch: tokens.TokenFile.take(_Wild(), [0], 4))
