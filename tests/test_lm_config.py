@@ -68,8 +68,8 @@ def test_a_wrong_setting_is_one_error_with_its_fix(setting, message):
 def test_a_config_that_is_not_there_lists_those_that_are(tmp_path):
     with pytest.raises(Refused, match=r"--config tiny: no such file; .* gpt2_124m, small"):
         settings.load("tiny")
-    for text in ("- a\n", "a: [\n"):
-        (tmp_path / "x.yaml").write_text(text)
+    for text in (b"- a\n", b"a: [\n", b"\xff\xfe\x80"):
+        (tmp_path / "x.yaml").write_bytes(text)
         with pytest.raises(Refused, match=r"x\.yaml: "):
             settings.load(str(tmp_path / "x.yaml"))
 

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +209,24 @@ def test_a_full_disk_ends_the_run_with_one_line(prepared, tmp_path, monkeypatch,
     err = refused(capsys, write(tmp_path, train__steps=7), "--resume")
     assert "cannot be written: No space left on device; the file that was there is kept" in err
     assert checkpoint.load(tmp_path / "run")["step"] == 5
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_log_that_finds_no_room_is_one_line(tmp_path, monkeypatch, capsys):
+    opened = Path.open
+    full = lambda path, *a, **k: opened(  # noqa: E731
+        Path("/dev/full") if path.name == "log.csv" else path, *a, **k
+    )
+    monkeypatch.setattr(Path, "open", full)
+    assert "log.csv cannot be written: No space left" in refused(capsys, write(tmp_path))
+
+
+def test_a_torn_row_of_the_log_is_written_again(prepared, tmp_path):
+    log = tmp_path / "run/log.csv"
+    whole = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(whole[:5]) + b"1")  # of step 12, say
+    assert run(write(tmp_path, train__steps=7), "--resume") == 0
+    assert [row[0] for row in rows(tmp_path)] == list("123467")
 
 
 @pytest.mark.parametrize(

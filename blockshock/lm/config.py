@@ -180,8 +180,8 @@ def _read(name: str) -> dict[str, Any]:
         names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise Refused(f"--config {name}: no such file; give a .yaml file, or one of {names}")
     try:
-        given = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        given = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Refused(f"--config {name}: not YAML: {error}") from error
     if not isinstance(given, dict):
         raise Refused(f"--config {name}: a config is a mapping of keys, not {given!r}")

@@ -9,6 +9,7 @@ MFU is 6 P + 12 depth width T FLOPs a token (`transformer.counts`) times tokens/
 all GPUs: `log.peak_tflops`, or the data sheet's dense bf16 rate. Elsewhere it is empty.
 """
 
+import contextlib
 import csv
 import resource
 from pathlib import Path
@@ -84,7 +85,8 @@ class Log:
     def close(self) -> None:
         """Ends the bar and the files."""
         self._bar.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # a row that found no room has been refused
+            self._file.close()
         for write in self._more:
             write(None)
 
@@ -95,11 +97,15 @@ def _short(value: Any) -> Any:
 
 
 def _cut(path: Path, begun: int) -> None:
-    """Leaves the header and the rows up to step `begun`; a resumed run writes the later ones."""
+    """Leaves the header and the whole rows up to step `begun`; a resumed run writes the later ones.
+
+    A full disk can leave a part of the last row, whose step may have lost digits.
+    """
     rows = []
     if begun and path.is_file():
         with path.open(newline="") as file:
-            rows = [r for r in csv.DictReader(file) if r["step"] and int(r["step"]) <= begun]
+            found = (row for row in csv.DictReader(file) if row[COLUMNS[-1]])
+            rows = [row for row in found if int(row["step"]) <= begun]
     lines = [",".join(COLUMNS), *(",".join(row[name] or "" for name in COLUMNS) for row in rows)]
     with written_whole(path) as out:
         out.write("".join(f"{line}\r\n" for line in lines).encode())
