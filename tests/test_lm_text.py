@@ -118,6 +118,9 @@ def test_sources_that_cannot_be_are_refused(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(Refused, match="0 files of text"):
         open_corpus(Data(source=str(tmp_path / "empty")))
+    (tmp_path / "empty/binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(Refused, match="0 files of text, .*; 1 left out: no UTF-8 text"):
+        open_corpus(Data(source=str(tmp_path / "empty")))
     with pytest.raises(Refused, match=r"data\.validation = 0: this source has no split"):
         open_corpus(Data(source=str(folder), validation=0.0))
     (tmp_path / "short.txt").write_text("no end of a line")

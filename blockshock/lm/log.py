@@ -52,7 +52,7 @@ class Log:
 
     def __init__(self, config: Config, begun: int):
         self.path = Path(config.run) / "log.csv"
-        self._more = _writers(config)
+        self._more = _writers(config, begun)
         _cut(self.path, begun)
         self._file = self.path.open("a", newline="")
         self._csv = csv.DictWriter(self._file, COLUMNS)
@@ -111,7 +111,7 @@ def _cut(path: Path, begun: int) -> None:
         out.write("".join(f"{line}\r\n" for line in lines).encode())
 
 
-def _writers(config: Config) -> list:
+def _writers(config: Config, begun: int) -> list:
     """Functions that take the values of a row, and None at the end."""
     writers = []
     if config.log.tensorboard:
@@ -121,7 +121,8 @@ def _writers(config: Config) -> list:
             raise Refused(
                 "log.tensorboard = true: tensorboard is missing; pip install 'blockshock[log]'"
             ) from error
-        board = SummaryWriter(config.run)
+        # Rows beyond the checkpoint are written again: those that are there are not to be shown.
+        board = SummaryWriter(config.run, purge_step=begun + 1 if begun else None)
         writers.append(lambda values: board.close() if values is None else _scalars(board, values))
     if config.log.wandb != "off":
         try:

@@ -143,8 +143,9 @@ class Run:
         """A line: the model, the ranks, the tokens of a step."""
         t, sizes = self.config.train, self.counts
         tokens = self.config.model.context * t.batch * t.accumulate * self.ranks.size
+        ranks = "1 rank" if self.ranks.size == 1 else f"{self.ranks.size} ranks"
         return (
-            f"{sizes.parameters / 1e6:.1f} M parameters, {self.ranks.size} ranks "
+            f"{sizes.parameters / 1e6:.1f} M parameters, {ranks} "
             f"({self.model.method}) on {self.ranks.device.type}, {tokens} tokens a step, step "
             f"{self.step} of {t.steps}"
         )
