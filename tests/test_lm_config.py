@@ -45,6 +45,7 @@ def test_what_is_saved_reads_as_the_same_config(tmp_path):
         ("train.lr=.nan", "train.lr = nan: it must be at least 0"),
         ("train.lr=.inf", "train.lr = inf: it must be at least 0"),
         ("train.batch=0", "train.batch = 0: it must be at least 1"),
+        ("train.seed=9223372036854775808", "it must be below 9.22337e+18"),
         ("train.beta2=1.0", "train.beta2 = 1.0: it must be below 1"),
         ("train.compile=1", "train.compile = 1: it takes bool, not int"),
         ("train.autocast=fp8", "train.autocast = 'fp8': use one of none, bf16"),
@@ -67,8 +68,8 @@ def test_a_wrong_setting_is_one_error_with_its_fix(setting, message):
 def test_a_config_that_is_not_there_lists_those_that_are(tmp_path):
     with pytest.raises(Refused, match=r"--config tiny: no such file; .* gpt2_124m, small"):
         settings.load("tiny")
-    for text in ("- a\n", "a: [\n"):
-        (tmp_path / "x.yaml").write_text(text)
+    for text in (b"- a\n", b"a: [\n", b"\xff\xfe\x80"):
+        (tmp_path / "x.yaml").write_bytes(text)
         with pytest.raises(Refused, match=r"x\.yaml: "):
             settings.load(str(tmp_path / "x.yaml"))
 

@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import sysconfig
+from contextlib import ExitStack
 from types import ModuleType
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from blockshock.lm import near, tokenizer, tokens
 from blockshock.lm.config import Data, Refused
 from blockshock.lm.corpus import open_corpus
+from blockshock.lm.files import alone
 from blockshock.lm.prepare import open_prepared, prepare
 from blockshock.lm.tokens import Batches, TokenFile
 
@@ -116,6 +118,9 @@ def test_sources_that_cannot_be_are_refused(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(Refused, match="0 files of text"):
         open_corpus(Data(source=str(tmp_path / "empty")))
+    (tmp_path / "empty/binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(Refused, match="0 files of text, .*; 1 left out: no UTF-8 text"):
+        open_corpus(Data(source=str(tmp_path / "empty")))
     with pytest.raises(Refused, match=r"data\.validation = 0: this source has no split"):
         open_corpus(Data(source=str(folder), validation=0.0))
     (tmp_path / "short.txt").write_text("no end of a line")
@@ -157,6 +162,10 @@ def test_a_data_set_without_one_is_split_by_document(monkeypatch):
     assert 40 < len(held) < 120
     assert not set(train) & set(held)
     assert asked == ["Skylion007/openwebtext"]
+    some = open_corpus(Data(source="openwebtext", validation=0.2, max_bytes=5000))
+    sides = list(some.train()), list(some.validation())
+    assert all(sides)
+    assert 4900 < sum(len(text.encode()) for side in sides for text in side) <= 5000
 
 
 def test_a_data_set_that_cannot_be_had_says_what_to_do(monkeypatch):
@@ -190,6 +199,10 @@ def test_the_tokenizer_writes_any_text_and_reads_it_back(tmp_path):
     assert made.decode(made.encode(text).ids) == text
     (tmp_path / "t.json").write_text(made.to_str())
     assert tokenizer.digest(tokenizer.load(tmp_path / "t.json")) == tokenizer.digest(made)
+    for one in (made, tokenizer.load(tmp_path / "t.json")):  # a text cannot end a document
+        ids = one.encode(f"line {tokenizer.END} 3").ids
+        assert 0 not in ids
+        assert one.decode(ids) == f"line {tokenizer.END} 3"
     with pytest.raises(Refused, match=r"data\.vocabulary = 5000: the text has only"):
         tokenizer.train(["a few words"], 5000)
     with pytest.raises(Refused, match="no tokenizer there"):
@@ -269,6 +282,25 @@ def test_a_batch_depends_on_its_position_and_seed_alone(tmp_path):
 def test_too_little_text_for_a_batch_says_how_much_is_needed(tmp_path):
     with pytest.raises(Refused, match=r"101 tokens, and one batch .* needs 641"):
         Batches(whole(tmp_path), context=16, batch=20, seed=0, ranks=2)
+
+
+def test_who_prepares_what_another_prepares_waits_and_uses_it(tmp_path, folder):
+    data = Data(source=str(folder), folder=str(tmp_path / "out"), vocabulary=300, validation=0.3)
+    told, held = [], ExitStack()
+
+    def tell(line):
+        told.append(line)
+        if line.startswith("waiting"):  # the other one ends
+            (tmp_path / "made").rename(tmp_path / "out/prepared.json")
+            held.close()
+
+    prepare(data, told.append)
+    (tmp_path / "out/prepared.json").rename(tmp_path / "made")
+    told.clear()
+    held.enter_context(alone(tmp_path / "out", lambda: None))
+    prepare(data, tell)
+    assert told[0].startswith("waiting: another process is preparing")
+    assert told[1:] == [f"prepared already: {tmp_path / 'out'}"]
 
 
 def test_preparing_twice_does_nothing_and_other_settings_are_refused(tmp_path, folder):

@@ -6,11 +6,12 @@ import math
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from blockshock.lm import checkpoint, tokens
+from blockshock.lm import checkpoint, files, tokens
 from blockshock.lm.__main__ import main
 from tests import lm_runs
 from tests.lm_runs import assert_same_run, rows, write
@@ -164,6 +165,10 @@ def test_what_does_not_fit_is_one_line_with_its_fix(prepared, tmp_path, monkeypa
         "train", run=str(tmp_path / "other"), train__data_parallel="quick"
     )
     assert "needs" in say("train", run=str(tmp_path / "other"), train__batch=5000)
+    wide = {"train__batch": 60, "train__accumulate": 1}  # more than the validation text has
+    assert "validation.bin: " in say("train", run=str(tmp_path / "other"), **wide)
+    with files.alone(tmp_path / "other", pytest.fail):
+        assert "another process is training there" in say("train", run=str(tmp_path / "other"))
     assert "leave no room in a context of 16" in say("sample", sample__prompt="long " * 30)
     assert "unknown key train.stepz; did you mean" in say(train__stepz=1)
     at_batch(monkeypatch, 1, lambda batch: tokens.TokenFile.take(_Wild(), [0], 4))
@@ -204,6 +209,24 @@ def test_a_full_disk_ends_the_run_with_one_line(prepared, tmp_path, monkeypatch,
     err = refused(capsys, write(tmp_path, train__steps=7), "--resume")
     assert "cannot be written: No space left on device; the file that was there is kept" in err
     assert checkpoint.load(tmp_path / "run")["step"] == 5
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_log_that_finds_no_room_is_one_line(tmp_path, monkeypatch, capsys):
+    opened = Path.open
+    full = lambda path, *a, **k: opened(  # noqa: E731
+        Path("/dev/full") if path.name == "log.csv" else path, *a, **k
+    )
+    monkeypatch.setattr(Path, "open", full)
+    assert "log.csv cannot be written: No space left" in refused(capsys, write(tmp_path))
+
+
+def test_a_torn_row_of_the_log_is_written_again(prepared, tmp_path):
+    log = tmp_path / "run/log.csv"
+    whole = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(whole[:5]) + b"1")  # of step 12, say
+    assert run(write(tmp_path, train__steps=7), "--resume") == 0
+    assert [row[0] for row in rows(tmp_path)] == list("123467")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ COMMANDS = ("prepare", "train", "evaluate", "sample")
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, or 1 after one line that says what is wrong."""
     options = _parser().parse_args(arguments)
-    rank = ""
+    rank, code = "", 0
     try:
         lacks = [name for name in ("tokenizers", "tqdm") if find_spec(name) is None]
         if lacks:
@@ -36,13 +36,13 @@ def main(arguments: list[str] | None = None) -> int:
         _run(config, ranks, options)
     except Refused as error:
         print(f"blockshock.lm:{rank} {error}", file=sys.stderr, flush=True)
-        return 1
+        code = 1
     except KeyboardInterrupt:  # training ends by itself; the rest is made again
         print(f"blockshock.lm:{rank} interrupted", file=sys.stderr, flush=True)
         return 130
-    if dist.is_initialized():
+    if dist.is_initialized():  # its threads would abort a process that exits beside them
         dist.destroy_process_group()
-    return 0
+    return code
 
 
 def _run(config: Config, ranks, options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 CONFIGS = Path(__file__).with_name("configs")
+SEEDS = 2**63  # torch's seeds are 64 bits, and each rank adds its number
 
 
 class Refused(ValueError):
@@ -75,7 +76,7 @@ class Train:
     beta1: float = least(0.9, 0.0, 1.0)
     beta2: float = least(0.95, 0.0, 1.0)
     clip: float = least(1.0, 0.0)  # the largest norm of the gradient; 0: it is not clipped
-    seed: int = least(0, 0)
+    seed: int = least(0, 0, SEEDS)
     autocast: str = choice("none", "none", "bf16")  # the weights stay float32
     compile: bool = False
     checkpoint_blocks: bool = False  # activations are computed again in the backward
@@ -115,7 +116,7 @@ class Sample:
     tokens: int = least(200, 1)  # at most: the model's context ends it
     temperature: float = least(0.8, 0.0)  # 0: the likeliest token each time
     top_k: int = least(50, 0)  # 0: all tokens
-    seed: int = least(0, 0)
+    seed: int = least(0, 0, SEEDS)
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,8 @@ def _read(name: str) -> dict[str, Any]:
         names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
         raise Refused(f"--config {name}: no such file; give a .yaml file, or one of {names}")
     try:
-        given = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
+        given = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise Refused(f"--config {name}: not YAML: {error}") from error
     if not isinstance(given, dict):
         raise Refused(f"--config {name}: a config is a mapping of keys, not {given!r}")

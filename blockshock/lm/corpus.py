@@ -80,16 +80,17 @@ def _files(data: Data, files: list[Path], largest: int | None) -> Corpus:
     sides: tuple[list[str], list[str]] = ([], [])
     for digest, leader in zip(kept, near.groups(texts[d] for d in kept), strict=True):
         sides[_is_validation(kept[leader], data.validation)].append(texts[digest])
+    left_out = ""
+    if skipped:
+        left_out = f"; {skipped} left out: no UTF-8 text"
+        left_out += f", or longer than {largest} bytes" if largest else ""
     if not all(sides):
         raise Refused(
             f"data.source = {data.source!r}: {len(kept)} files of text, {len(sides[1])} of them "
-            "for validation; each side needs at least one. Give more files, raise "
+            f"for validation{left_out}. Each side needs at least one: give more files, raise "
             "data.max_bytes, or change data.validation"
         )
-    about = f"{len(sides[0])} + {len(sides[1])} files"
-    if skipped:
-        about += f"; {skipped} left out: no UTF-8 text"
-        about += f", or longer than {largest} bytes" if largest else ""
+    about = f"{len(sides[0])} + {len(sides[1])} files{left_out}"
     return Corpus(lambda: iter(sides[0]), lambda: iter(sides[1]), about)
 
 
@@ -130,11 +131,11 @@ def _dataset(data: Data, path: str) -> Corpus:
         size = 0
         for row in loaded[split]:
             text = row["text"]
-            if wanted is not None and _is_validation(_digest(text), data.validation) != wanted:
-                continue
-            size += len(text.encode())
+            size += len(text.encode())  # of both sides, where they share a split
             if data.max_bytes and size > data.max_bytes:
                 return
+            if wanted is not None and _is_validation(_digest(text), data.validation) != wanted:
+                continue
             if text.strip():
                 yield text
 

@@ -1,11 +1,14 @@
 """Files that are written whole or not at all: beside their place first, then renamed into it.
 
-Whatever ends the process, even a loss of power, leaves the old file or the new one.
+Whatever ends the process, even a loss of power, leaves the old file or the new one. Two processes
+that write one folder would write the same file beside: `alone` keeps the second one out.
 """
 
 import contextlib
+import errno
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -40,6 +43,35 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(folder: Path, busy: Callable[[], None]) -> Iterator[None]:
+    """Holds `folder`, which is made, for this process; the system lets go when the process ends.
+
+    busy: called where another process holds it. It raises, or the folder is waited for. A file
+    system without locks (some network file systems) is not guarded.
+
+    Raises:
+        Refused: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = (folder / ".lock").open("w")
+    except OSError as error:
+        raise Refused(
+            f"{folder} cannot be written: {error.strerror}. Choose another folder"
+        ) from error
+    with held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            busy()
+            fcntl.flock(held, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+        yield
 
 
 def _os_error(error: BaseException) -> OSError | None:

@@ -9,6 +9,7 @@ MFU is 6 P + 12 depth width T FLOPs a token (`transformer.counts`) times tokens/
 all GPUs: `log.peak_tflops`, or the data sheet's dense bf16 rate. Elsewhere it is empty.
 """
 
+import contextlib
 import csv
 import resource
 from pathlib import Path
@@ -51,7 +52,7 @@ class Log:
 
     def __init__(self, config: Config, begun: int):
         self.path = Path(config.run) / "log.csv"
-        self._more = _writers(config)
+        self._more = _writers(config, begun)
         _cut(self.path, begun)
         self._file = self.path.open("a", newline="")
         self._csv = csv.DictWriter(self._file, COLUMNS)
@@ -84,7 +85,8 @@ class Log:
     def close(self) -> None:
         """Ends the bar and the files."""
         self._bar.close()
-        self._file.close()
+        with contextlib.suppress(OSError):  # a row that found no room has been refused
+            self._file.close()
         for write in self._more:
             write(None)
 
@@ -95,17 +97,21 @@ def _short(value: Any) -> Any:
 
 
 def _cut(path: Path, begun: int) -> None:
-    """Leaves the header and the rows up to step `begun`; a resumed run writes the later ones."""
+    """Leaves the header and the whole rows up to step `begun`; a resumed run writes the later ones.
+
+    A full disk can leave a part of the last row, whose step may have lost digits.
+    """
     rows = []
     if begun and path.is_file():
         with path.open(newline="") as file:
-            rows = [r for r in csv.DictReader(file) if r["step"] and int(r["step"]) <= begun]
+            found = (row for row in csv.DictReader(file) if row[COLUMNS[-1]])
+            rows = [row for row in found if int(row["step"]) <= begun]
     lines = [",".join(COLUMNS), *(",".join(row[name] or "" for name in COLUMNS) for row in rows)]
     with written_whole(path) as out:
         out.write("".join(f"{line}\r\n" for line in lines).encode())
 
 
-def _writers(config: Config) -> list:
+def _writers(config: Config, begun: int) -> list:
     """Functions that take the values of a row, and None at the end."""
     writers = []
     if config.log.tensorboard:
@@ -115,7 +121,8 @@ def _writers(config: Config) -> list:
             raise Refused(
                 "log.tensorboard = true: tensorboard is missing; pip install 'blockshock[log]'"
             ) from error
-        board = SummaryWriter(config.run)
+        # Rows beyond the checkpoint are written again: those that are there are not to be shown.
+        board = SummaryWriter(config.run, purge_step=begun + 1 if begun else None)
         writers.append(lambda values: board.close() if values is None else _scalars(board, values))
     if config.log.wandb != "off":
         try:

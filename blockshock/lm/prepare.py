@@ -13,7 +13,7 @@ from typing import Any
 
 from blockshock.lm import corpus, tokenizer
 from blockshock.lm.config import Data, Refused
-from blockshock.lm.files import written_whole
+from blockshock.lm.files import alone, written_whole
 from blockshock.lm.tokens import TokenFile, write
 
 TOGETHER = 512  # documents that the library encodes at once, on all cores
@@ -33,13 +33,22 @@ class Prepared:
 def prepare(data: Data, tell: Callable[[str], None]) -> None:
     """Makes the folder, unless it is there already. tell: takes a line on what is done.
 
+    Where another run is making it, waits for that.
+
     Raises:
         Refused: as the corpus and the tokenizer do; or the folder was made with other settings.
     """
+    if not _is_made(data):
+        busy = f"waiting: another process is preparing {data.folder}"
+        with alone(Path(data.folder), lambda: tell(busy)):
+            if not _is_made(data):
+                _make(data, tell)
+                return
+    tell(f"prepared already: {data.folder}")
+
+
+def _make(data: Data, tell: Callable[[str], None]) -> None:
     folder = Path(data.folder)
-    if _is_made(data):
-        tell(f"prepared already: {folder}")
-        return
     source = corpus.open_corpus(data)
     tell(f"training a tokenizer of {data.vocabulary} tokens on {data.source} ({source.about})")
     made = tokenizer.train(_first_bytes(source.train(), TRAIN_BYTES), data.vocabulary)

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 -m blockshock.lm --config gpt2_124m
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -46,6 +47,18 @@ class Ranks:
         values = [None] * self.size
         dist.all_gather_object(values, value, group=self.side)
         return values
+
+    def by_first(self, act: Callable[[], Any]) -> None:
+        """Rank 0 acts. What is Refused there is Refused on every rank: none waits for it."""
+        problem = None
+        if self.first:
+            try:
+                act()
+            except Refused as error:
+                problem = str(error)
+        problem = self.gather(problem)[0]
+        if problem:
+            raise Refused(problem)
 
     def mean(self, values: torch.Tensor) -> list[float]:
         """The mean over the ranks of some numbers [n] on the device; waits for it."""

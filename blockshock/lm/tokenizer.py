@@ -1,6 +1,7 @@
 """A byte-level BPE, trained by the `tokenizers` library. Any text can be written in its tokens.
 
-Token 0 is `<|endoftext|>`: it stands after each document.
+Token 0 is `<|endoftext|>`: it stands after each document, and nowhere else. A text that spells it
+out, as sources of language models do, is written in ordinary tokens.
 """
 
 import hashlib
@@ -43,14 +44,20 @@ def train(texts: Iterable[str], vocabulary: int) -> Any:
             f"data.vocabulary = {vocabulary}: the text has only {tokenizer.get_vocab_size()} "
             "tokens; lower it, or give more text"
         )
-    return tokenizer
+    return _literal(tokenizer)
 
 
 def load(path: Path) -> Any:
     """The tokenizer of a file. Raises Refused where there is none."""
     if not path.is_file():
         raise Refused(f"{path}: no tokenizer there; run `python -m blockshock.lm prepare` first")
-    return _library().Tokenizer.from_file(str(path))
+    return _literal(_library().Tokenizer.from_file(str(path)))
+
+
+def _literal(tokenizer: Any) -> Any:
+    """Lets no text stand for the end of a document. The tokenizer's file does not hold this."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def digest(tokenizer: Any) -> str:

@@ -10,7 +10,7 @@ written. There a loss or a norm that is not finite ends the run, before anything
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from blockshock.data_parallel import METHODS
 from blockshock.lm import checkpoint
 from blockshock.lm import config as settings
 from blockshock.lm.config import Config, Refused
-from blockshock.lm.files import written_whole
+from blockshock.lm.files import alone, written_whole
 from blockshock.lm.log import Log, memory_mib, peak_flops
 from blockshock.lm.model import autocast, decoder_config, make, mean_loss, to_device
 from blockshock.lm.prepare import Prepared
 from blockshock.lm.ranks import Ranks, Stop
 from blockshock.lm.schedule import learning_rate
-from blockshock.lm.tokens import Batches
+from blockshock.lm.tokens import Batches, check_size
 from blockshock.transformer import counts
 
 
@@ -48,9 +48,30 @@ def train(
     many sequences of the data from where it stands.
 
     Raises:
-        Refused: a checkpoint that is there without `resume`, is missing or does not fit; too little
-            data; a loss that is not finite; a full disk.
+        Refused: a checkpoint that is there without `resume`, is missing or does not fit; a run that
+            another process trains; too little data; a loss that is not finite; a full disk.
     """
+    with ExitStack() as held:
+        ranks.by_first(lambda: held.enter_context(alone(Path(config.run), lambda: _busy(config))))
+        return _train(config, data, ranks, tell, resume, init_from, skip_data)
+
+
+def _busy(config: Config) -> None:
+    raise Refused(
+        f"run = {config.run}: another process is training there; wait for its end, or choose "
+        "another folder (--set run=FOLDER)"
+    )
+
+
+def _train(
+    config: Config,
+    data: Prepared,
+    ranks: Ranks,
+    tell: Callable[[str], None],
+    resume: bool,
+    init_from: str | None,
+    skip_data: int,
+) -> bool:
     folder = Path(config.run)
     state = _starting_state(config, data, resume, init_from)
     if resume and state["step"] >= config.train.steps:
@@ -64,10 +85,7 @@ def train(
         run.model.load_full_state_dict(state["model"])
     run.position += skip_data
     tell(run.about())
-    if ranks.first:
-        with written_whole(folder / "config.yaml") as out:
-            out.write(settings.dump(config).encode())
-        run.log = Log(config, run.step)
+    ranks.by_first(run.open_log)
     try:
         with Stop(ranks) as stop:
             done = run.loop(stop)
@@ -98,6 +116,8 @@ class Run:
             rank=ranks.rank,
             ranks=ranks.size,
         )
+        # Asked for before the first step, not after the last.
+        check_size(data.validation, config.model.context, options.batch, ranks.size)
         torch.manual_seed(options.seed + ranks.rank)
         self.model = _wrapped(config, ranks)
         self.optimizer = self.model.optimizer(
@@ -113,12 +133,19 @@ class Run:
         self.norm = torch.zeros(())
         self._begin_window()
 
+    def open_log(self) -> None:
+        """Writes the settings and opens the log."""
+        with written_whole(Path(self.config.run) / "config.yaml") as out:
+            out.write(settings.dump(self.config).encode())
+        self.log = Log(self.config, self.step)
+
     def about(self) -> str:
         """A line: the model, the ranks, the tokens of a step."""
         t, sizes = self.config.train, self.counts
         tokens = self.config.model.context * t.batch * t.accumulate * self.ranks.size
+        ranks = "1 rank" if self.ranks.size == 1 else f"{self.ranks.size} ranks"
         return (
-            f"{sizes.parameters / 1e6:.1f} M parameters, {self.ranks.size} ranks "
+            f"{sizes.parameters / 1e6:.1f} M parameters, {ranks} "
             f"({self.model.method}) on {self.ranks.device.type}, {tokens} tokens a step, step "
             f"{self.step} of {t.steps}"
         )
@@ -231,15 +258,8 @@ class Run:
             "config": settings.to_dict(self.config),
             "tokenizer": self.data.digest,
         }
-        problem = None
-        if self.ranks.first:
-            try:
-                checkpoint.save(Path(self.config.run) / checkpoint.NAME, state)
-            except Refused as error:
-                problem = str(error)
-        problem = self.ranks.gather(problem)[0]
-        if problem:
-            raise Refused(problem)
+        path = Path(self.config.run) / checkpoint.NAME
+        self.ranks.by_first(lambda: checkpoint.save(path, state))
 
 
 def _starting_state(
