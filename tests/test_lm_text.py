@@ -119,7 +119,7 @@ def test_sources_that_cannot_be_are_refused(tmp_path, folder):
     with pytest.raises(Refused, match="0 files of text"):
         open_corpus(Data(source=str(tmp_path / "empty")))
     (tmp_path / "empty/binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(Refused, match="0 files of text, .*; 1 left out: no UTF-8 text"):
+    with pytest.raises(Refused, match=r"0 files of text, .*; 1 left out: no UTF-8 text"):
         open_corpus(Data(source=str(tmp_path / "empty")))
     with pytest.raises(Refused, match=r"data\.validation = 0: this source has no split"):
         open_corpus(Data(source=str(folder), validation=0.0))
