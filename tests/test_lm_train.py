@@ -158,6 +158,9 @@ def test_what_does_not_fit_is_one_line_with_its_fix(prepared, tmp_path, monkeypa
     assert "--resume goes on" in say("train")
     assert "of another model: width = 16, here 32" in say("train", "--resume", model__width=32)
     assert "of another model" in say("evaluate", model__depth=2)
+    assert "evaluate --init-from, --skip-data: only train" in say(
+        "evaluate", "--init-from", "x", "--skip-data", "3"
+    )
     assert "a run goes on, or begins" in say("train", "--resume", "--init-from", "x")
     assert "no checkpoint there" in say("train", "--resume", run=str(tmp_path / "other"))
     assert "was prepared with data.vocabulary = 280" in say("train", data__vocabulary=281)

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch.distributed as dist
-
 from blockshock.lm import config as settings
 from blockshock.lm.config import CONFIGS, Config, Refused
 
@@ -23,11 +21,12 @@ COMMANDS = ("prepare", "train", "evaluate", "sample")
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, or 1 after one line that says what is wrong."""
     options = _parser().parse_args(arguments)
-    rank, code = "", 0
-    try:
+    ranks, rank, code = None, "", 0
+    try:  # torch is imported in here, so that Ctrl-C is one line from the start
         lacks = [name for name in ("tokenizers", "tqdm") if find_spec(name) is None]
         if lacks:
             raise Refused(f"{', '.join(lacks)} not installed; pip install 'blockshock[lm]'")
+        _check_options(options)
         config = settings.load(options.config, options.set)
         from blockshock.lm import ranks as processes
 
@@ -40,9 +39,17 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # training ends by itself; the rest is made again
         print(f"blockshock.lm:{rank} interrupted", file=sys.stderr, flush=True)
         return 130
-    if dist.is_initialized():  # its threads would abort a process that exits beside them
-        dist.destroy_process_group()
+    if ranks:
+        ranks.leave()
     return code
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Refuses what only training reads, where nothing is trained."""
+    given = [name for name in ("resume", "init_from", "skip_data") if getattr(options, name)]
+    if given and options.command not in (None, "train"):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise Refused(f"{options.command} {names}: only train reads it; leave it out")
 
 
 def _run(config: Config, ranks, options: argparse.Namespace) -> None:

@@ -35,6 +35,11 @@ class Ranks:
         """Whether this is rank 0."""
         return self.rank == 0
 
+    def leave(self) -> None:
+        """Ends the process group, whose threads would abort a process that exits beside them."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
     def wait(self, what: str, seconds: float = PREPARE_SECONDS) -> None:
         """Until all ranks are here. Raises RuntimeError, which names `what`, after the deadline."""
         if self.size > 1:
