@@ -39,9 +39,10 @@ class TransformerCase(Case):
         only=plans.DECODER,
     )
     pattern: str | None = about(
-        "which pairs of `sparse` attend, beside the causal mask, such as `band(256)`",
+        "which pairs of `sparse_attention` attend, beside the causal mask, such as `band(256)`",
         None,
         only=plans.HYBRID,
+        per_method=True,
     )
     reduce: str = about(
         "what sums the partials over the ranks",
@@ -71,6 +72,9 @@ class TransformerCase(Case):
             raise ValueError(
                 f"{self.phase} does not measure {self.method}; use one of {', '.join(valid)}"
             )
+        if (self.pattern is None) == (self.method == "sparse_attention"):
+            told = "needs one, such as band(1024)" if self.pattern is None else "takes none"
+            raise ValueError(f"pattern = {self.pattern!r}: {self.method} {told}")
         _ = self.config  # raises
 
     @cached_property
@@ -86,8 +90,9 @@ class TransformerCase(Case):
 
     @property
     def label(self) -> str:
-        """The method, with the sum over ranks that is not the usual one."""
-        return self.method if self.reduce == USUAL_SUM else f"{self.method}-{self.reduce}"
+        """The method, with its pattern, and the sum over ranks that is not the usual one."""
+        shown = self.reduce if self.reduce != USUAL_SUM else None
+        return "-".join(part for part in (self.method, self.pattern, shown) if part)
 
     @property
     def point_label(self) -> str:
@@ -95,7 +100,7 @@ class TransformerCase(Case):
         heads = f"H{self.heads}" if self.heads != max(1, self.width // 64) else None
         vocabulary = f"V{self.vocabulary}" if self.vocabulary != 50304 else None
         parts = [f"{self.width}x{self.depth}", heads, vocabulary, f"B{self.batch}", f"T{self.T}"]
-        parts += [self.dtype, self.attention, self.pattern]
+        parts += [self.dtype, self.attention]
         shown = [f for f in fields(self) if f.metadata.get("shown")]
         for f in sorted(shown, key=lambda f: f.name == "seed"):  # the seed last
             value = getattr(self, f.name)
@@ -107,7 +112,7 @@ class TransformerCase(Case):
     def point(self) -> "TransformerCase":
         """What the methods measured side by side have in common, as a case of the first one."""
         first = plans.OF_PHASE[self.phase][0]
-        return replace(self, method=first, reduce=USUAL_SUM)
+        return replace(self, method=first, reduce=USUAL_SUM, pattern=None)
 
     @property
     def problem_seed(self) -> int:

@@ -25,7 +25,7 @@ GROUPS = {
 }
 OTHERS = {"desync": "desync:{depth}", "parallel": "parallel"}
 PLANS = (*GROUPS, *OTHERS)
-BLOCKS = ("sparse_attention", "dense_attention")  # attention of the hybrid block
+BLOCKS = ("dense_attention", "sparse_attention")  # attention of the hybrid block
 DECODER = ("sync", "decode")
 HYBRID = ("hybrid_forward", "hybrid_backward")
 OF_PHASE = {**dict.fromkeys(DECODER, PLANS), **dict.fromkeys(HYBRID, BLOCKS)}

@@ -54,9 +54,9 @@ def setting(case: Case) -> str:
 
 def run_label(result: Result) -> str:
     """As `case.label` of the run: spd-exchange."""
-    reduce = result.case.reduce
-    method = result.case.method
-    return method if reduce in (None, USUAL_SUM) else f"{method}-{reduce}"
+    case = result.case
+    reduce = case.reduce if case.reduce != USUAL_SUM else None
+    return "-".join(part for part in (case.method, case.pattern, reduce) if part)
 
 
 def plan_words(result: Result) -> str:
@@ -69,9 +69,8 @@ def plan_words(result: Result) -> str:
 
 
 def label(result: Result) -> str:
-    """The plan in words, with a sum that is not the usual one."""
-    reduce = result.unusual.get("reduce")
-    return " · ".join([plan_words(result), *([reduce] if reduce else [])])
+    """The plan in words, with a pattern, and a sum that is not the usual one."""
+    return " · ".join([plan_words(result), *result.unusual.values()])
 
 
 NAMING = Naming(
@@ -90,7 +89,7 @@ NAMING = Naming(
     },
     phases=tuple(PHASES),
     sizes=SIZES,
-    line=("reduce",),
+    line=("pattern", "reduce"),
     ways=("reduce",),
     label=label,
     run_label=run_label,
