@@ -113,6 +113,30 @@ def study(method, *, seed=0, model="124M", last=3.0, steps=1000, recipe="0a1b2c3
     return _entry(case, seconds, info, method, f"{case['width']}-{steps}-{recipe}-{seed}")
 
 
+def block(phase, method, T, *, pattern=None, reduce="collective", batch=1):
+    """A case of the hybrid block, 4096 wide."""
+    case = _case(phase, method, "124M", T=T, reduce=reduce, batch=batch, pattern=pattern)
+    case |= {"width": 4096, "depth": 1, "heads": 32, "model": None, "compiled": False}
+    passes = 3.5 if phase == "hybrid_backward" else 1
+    seen = T / 2 if pattern is None else min(T / 2, 1024)
+    seconds = passes * T * (seen * 4 * 2048 + 12 * 4096**2 / 2) / 4e14
+    sums = passes * T * 4096 * 4 / 3e11
+    floor = 0.6 * seconds
+    info = {
+        "errors": {"output": {"relative": 0.01, "dense_relative": 0.01, "ratio": 1.0}},
+        "regions": {
+            name: {"avg": v, "p50": v, "p95": v, "calls": 1, "bytes": 0}
+            for name, v in (("allreduce", sums), ("total", seconds + sums))
+        },
+        "floor": {"seconds": floor},
+        "rates": {"tokens_per_s": T / (seconds + sums)},
+        "timing": {"mode": "events", "l2": "warm",
+                   "interleaved_with": ["dense_attention", "sparse_attention-band(1024)"]},
+    }  # fmt: skip
+    label = "-".join(part for part in (method, pattern) if part)
+    return _entry(case, seconds + sums, info, label, f"4096x1-H32-B{batch}-T{T}-bf16")
+
+
 def everything():
     """Both models and batches with each sum, and the study with one seed and, shorter, three."""
     entries = [
@@ -124,6 +148,12 @@ def everything():
     ]
     entries += [timed("sync", method, model, batch=16) for model in MODELS for method in PLANS]
     entries += [study(method) for method in PLANS]
+    entries += [
+        block(phase, method, T, pattern=pattern)
+        for phase in ("hybrid_forward", "hybrid_backward")
+        for method, pattern in (("dense_attention", None), ("sparse_attention", "band(1024)"))
+        for T in (4096, 8192, 16384, 32768)
+    ]
     entries += [
         study(method, seed=seed, last=3.6, steps=300, recipe="4e5f6071")
         for method in ("tp", "spd_2")

@@ -11,6 +11,7 @@ from tools import compare, plot, report, summary, verdict
 from tools.drawing import render
 from tools.families import FAMILIES
 from tools.families.transformer import study
+from tools.families.transformer.hybrid import block_is_faster
 from tools.families.transformer.hypotheses import decodes_faster, loses_little
 from tools.families.transformer.losses import trained
 from tools.families.transformer.page import full, readme, tables
@@ -194,6 +195,20 @@ def test_decoding_is_judged_by_its_whole_interval(tmp_path):
     }
 
 
+def test_the_hybrid_block_is_compared_with_itself_with_dense_attention(results):
+    drawings = {d.name: d for d in draw_all(results, FAMILY)[0]}
+    (panel,) = drawings["transformer_hybrid_backward_speedup"].panels
+    (line,) = panel.lines
+    assert line.label == "sparse_attention · band(1024)"
+    assert [point.x for point in line.points] == [4096, 8192, 16384, 32768]
+    assert line.points[0].y < line.points[-1].y
+    found = block_is_faster(results)
+    assert len(found.deciding) == 2
+    assert len(found.beside) == 6
+    assert all("T = 32768" in one.line for one in found.deciding)
+    assert {one.status for one in found.deciding} == {"fails"}  # 2.4 times: the model's own
+
+
 def test_what_is_missing_is_said(tmp_path):
     results = read(tmp_path, [made.timed("decode", "spd")])
     drawings, absent = draw_all(results, FAMILY)
@@ -207,7 +222,7 @@ def test_what_is_missing_is_said(tmp_path):
 def test_a_run_s_neighbours_are_known_by_their_labels(results):
     labels = {r.run_label for r in results.results}
     assert {"tp", "spd_2-exchange", "desync-two_shot"} <= labels
-    assert {r.case.method for r in results.results} < set(NAMING.methods)
+    assert {r.case.method for r in results.results} == set(NAMING.methods)
     for here in by_place(of_phase(results, "decode")).values():
         assert len(here) == 27
 
@@ -219,7 +234,7 @@ def test_tables_have_every_case_and_the_readme_the_trade(results):
     assert "1000 steps of 131 k tokens" in written.words
     assert written.table.count("\n") == 8  # seven plans
     assert "| 6 syncs | 3.0" in written.table
-    assert len(full(results)) == 2 + 4 + 2
+    assert len(full(results)) == 2 + 4 + 2 + 8
 
 
 def test_a_file_goes_through_every_tool(file, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The two hypotheses about fewer syncs, and what measured points say about each.
+"""The hypotheses about fewer syncs, and what measured points say about each.
 
 T1  A model can be trained with fewer syncs: its last validation loss is at most 2% above that of a
     sync after every sublayer, with the same data, seed and schedule. The verdict names the plan
@@ -10,6 +10,8 @@ T2  Fewer syncs decode faster: a sync after every block takes at most 0.90, afte
     at most 0.85 of the time of a sync after every sublayer, with the backend's all-reduce. The
     whole 95% interval decides.
 
+T3  is about the hybrid block, and stands in hybrid.py.
+
 Judged beside them: desync and parallel plans, plans without a limit, other sums over ranks.
 """
 
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tools.cases import Result, Results
+from tools.families.transformer.hybrid import block_is_faster
 from tools.families.transformer.losses import WITHIN, Trained, recipe_words, trained
 from tools.families.transformer.points import (
     BASELINE,
@@ -66,8 +69,8 @@ class Time:
 
 
 def judge_all(results: Results, threshold: float) -> list[Verdict]:
-    """T1 and T2 on these results. threshold: not used; both claims have limits of their own."""
-    return [loses_little(results), decodes_faster(results)]
+    """T1, T2 and T3 on these results. threshold: not used, as each claim has limits of its own."""
+    return [loses_little(results), decodes_faster(results), block_is_faster(results)]
 
 
 def loses_little(results: Results) -> Verdict:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tools.case_table import case_table
 from tools.cases import Result, Results
-from tools.families.transformer import costs, study_figures
+from tools.families.transformer import costs, hybrid, study_figures
 from tools.families.transformer.hypotheses import judge_all
 from tools.families.transformer.losses import Trained, recipe_words, trained
 from tools.families.transformer.points import (
@@ -52,6 +52,11 @@ READING = (
         "is what reading a rank's weights and its part of the cache once takes.",
     ),
     (
+        "The hybrid block",
+        "has attention that is local to the heads of a rank, sparse or dense, and an MLP that is "
+        "cut over the ranks: two syncs.",
+    ),
+    (
         "Losses",
         "are of the same validation tokens after the same steps, for models that differ in the "
         "plan alone.",
@@ -71,6 +76,7 @@ COST = (
     number("communication", "communication", percent),
     number("mfu", "MFU", percent),
     number("val_loss", "validation loss", "{:.4f}".format),
+    number("speedup", "speed over dense", interval),
 )
 TRADE = (
     Column("plan", "plan"),
@@ -89,7 +95,7 @@ def tables(results: Results) -> list[Table]:
         near = {r.id: here for here in by_place(found).values() for r in here}
         made.append(
             case_table(
-                f"Fewer syncs, {words}",
+                f"{words[0].upper()}{words[1:]}",
                 found,
                 (*PLACE, *COST),
                 lambda r, near=near: _cells(r, near[r.id]),
@@ -123,7 +129,7 @@ def full(results: Results) -> list[Written]:
         )
         for plans in trained(results)
     ]
-    for phase in ("decode", "sync"):
+    for phase in (name for name in PHASES if name != "study"):
         for here in by_place(of_phase(results, phase)).values():
             case = here[0].case
             words = f"{PHASES[phase]}: {model(case)}, batch {case.batch}, {case.T} tokens."
@@ -153,13 +159,14 @@ def _trade(plans: Sequence[Trained], results: Results) -> str:
 
 def _times(here: Sequence[Result]) -> str:
     columns = (
-        Column("plan", "plan"),
+        Column("plan", "method"),
         Column("reduce", "sum"),
         number("median", "ms", milliseconds),
         COST[0],
         number("over_floor", "over floor", figure),
         number("tokens_per_s", "tokens/s", count),
         *COST[1:3],
+        COST[4],
     )
     rows = [
         _cells(r, here)
@@ -184,14 +191,16 @@ def _cells(result: Result, here: Sequence[Result]) -> dict:
         "setting": result.setting,
         "over_standard": over_baseline(result, here),
         "communication": communication(result),
+        "speedup": hybrid.speedup(result, here),
     }
 
 
 FAMILY = Family(
     "Tensor parallelism with fewer syncs",
-    "With how few sums over ranks can a model live, and what do they buy?",
+    "With how few sums over ranks can a model live, and what do they buy? And how fast is a block "
+    "with block-sparse attention?",
     READING,
-    {**study_figures.FIGURES, **costs.FIGURES},
+    {**study_figures.FIGURES, **costs.FIGURES, **hybrid.FIGURES},
     tables,
     judge=judge_all,
     readme=readme,

@@ -14,6 +14,8 @@ PHASES = {
     "sync": "training step",
     "decode": "decoding a token",
     "study": "training study",
+    "hybrid_forward": "hybrid block, forward",
+    "hybrid_backward": "hybrid block, forward and backward",
 }
 BASELINE, USUAL_SUM = "tp", "collective"
 SIZES = ("width", "depth", "batch", "T")
@@ -60,17 +62,18 @@ def run_label(result: Result) -> str:
 
 
 def plan_words(result: Result) -> str:
-    """The plan in words: 12 syncs; parallel, 12 syncs."""
+    """The plan in words: 12 syncs; parallel, 12 syncs. Of a hybrid block its attention."""
     method, syncs = result.case.method, result.rates.get("syncs")
     if syncs is None:
-        return method
+        return " · ".join([method, *([result.case.pattern] if result.case.pattern else [])])
     count = f"{syncs:.0f} sync" + "s" * (syncs != 1)
     return count if evenly(result) else f"{method}, {count}"
 
 
 def label(result: Result) -> str:
-    """The plan in words, with a pattern, and a sum that is not the usual one."""
-    return " · ".join([plan_words(result), *result.unusual.values()])
+    """The plan in words, with a sum that is not the usual one."""
+    reduce = result.unusual.get("reduce")
+    return " · ".join([plan_words(result), *([reduce] if reduce else [])])
 
 
 NAMING = Naming(
@@ -84,13 +87,13 @@ NAMING = Naming(
         "spd_6": ("#882255", "v"),
         "desync": ("#7a7f87", "<"),
         "parallel": ("#999933", "^"),
-        "sparse_attention": ("#009e73", "h"),
         "dense_attention": ("#0072b2", "o"),
+        "sparse_attention": ("#009e73", "h"),
     },
     phases=tuple(PHASES),
     sizes=SIZES,
     line=("pattern", "reduce"),
-    ways=("reduce",),
+    ways=("reduce",),  # a pattern changes what is computed
     label=label,
     run_label=run_label,
     setting=setting,
