@@ -43,7 +43,7 @@ class Problem(Dense):
 
     @torch.no_grad()
     def truth(self, case: TransformerCase) -> tuple[Tensor, float]:
-        """The true logits [batch, 1, vocabulary], and the yardstick's error."""
+        """The true logits [batch, vocabulary], and the yardstick's error."""
         if case.plan not in self._truths:
             true = self._simulated(case, self.truth_dtype)
             plain = self._simulated(case, case.torch_dtype)
@@ -53,7 +53,7 @@ class Problem(Dense):
     def _simulated(self, case: TransformerCase, dtype: torch.dtype) -> Tensor:
         caches = [tuple(x.to(dtype) for x in self.cache(i)) for i in range(case.depth)]
         model = self.in_dtype(dtype)
-        return simulation.logits(model, self.plan(case), self.ranks, self.tokens, caches)
+        return simulation.logits(model, self.plan(case), self.ranks, self.tokens, caches)[:, 0]
 
 
 class Run:
@@ -65,13 +65,13 @@ class Run:
         self.caches = self.model.cache(case.batch, case.T)
         heads = case.config.kv_heads // problem.ranks
         own = slice(collectives.group_rank() * heads, (collectives.group_rank() + 1) * heads)
-        for block, kept in enumerate(self.caches):
+        for block, kept in enumerate(self.caches.blocks):
             for part, whole in zip(kept, problem.cache(block), strict=True):
                 part[:, :, :-1] = whole[:, own]
 
     @torch.no_grad()
     def step(self) -> Tensor:
-        """The logits [batch, 1, vocabulary] of the token in the last place of the cache."""
+        """The logits [batch, vocabulary] of the token in the last place of the cache."""
         with region("forward"):
             return self.model.decode_step(self.problem.tokens, self.caches, self.case.T - 1)
 
@@ -92,7 +92,7 @@ def decode(case: TransformerCase, run: Run, problem: Problem) -> Experiment:
 def figures(case: TransformerCase, run: Run, problem: Problem, experiment, ceilings) -> dict:
     """For the result: memory, floor, paths, the plan's syncs."""
     weights = sum(p.nbytes for p in run.model.parameters())
-    cache = sum(x.nbytes for kept in run.caches for x in kept)
+    cache = sum(x.nbytes for kept in run.caches.blocks for x in kept)
     read = weights + cache
     if not case.config.tied:  # of an embedding that is no head as well, a row a sequence is read
         read -= run.model.embedding.weight.nbytes

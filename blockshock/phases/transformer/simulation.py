@@ -2,10 +2,11 @@
 
 Straight from the algebra of `transformer.sync`, on the weights of a dense decoder, in plain PyTorch
 and with attention by its definition. Rank r has its share of the heads and of the MLP's columns;
-f_sr(h) is the partial result of sublayer s on rank r, without the bias b_s of its output.
+P_r is its term of a sublayer's output, and b the bias of that output.
 
-    group       h_r = x + D_r + B;   D_r += f_sr(h_r), B += b_s;   at its end x = x + B + Σ_r D_r
-    parallel    the same, but both sublayers of a block have h_r = x
+    group       h_r = x + D_r + B;   D_r += P_r(h_r), B += b;   at the end x' = x + B + Σ_r D_r
+    parallel    the same, but each sublayer of the group has h_r = x
+    desync      h_r += P_r(h_r) + b, but at the last x' = 1/R Σ_r (h_r + b) + Σ_r P_r(h_r)
 """
 
 import torch
@@ -33,20 +34,24 @@ def logits(
     start = caches[0][0].shape[2] if caches else 0
     rope = _rope(model, start, start + tokens.shape[1])
     for group in plan.groups:
-        partials, bias = [torch.zeros_like(x) for _ in range(ranks)], torch.zeros_like(x)
+        streams, total, bias = [x] * ranks, torch.zeros_like(x), torch.zeros_like(x)
         for sublayer in group:
-            block = model.blocks[sublayer // 2]
-            cache = caches[sublayer // 2] if caches else None
-            for rank, partial in enumerate(partials):
-                h = x if plan.kind == "parallel" else x + partial + bias
-                if sublayer % 2:
-                    found = _mlp(block, h, rank, ranks)
-                else:
-                    found = _attention(block, h, rope, cache, rank, ranks)
-                partials[rank] = partial + found
-            last = block.down if sublayer % 2 else block.out
-            bias = bias if last.bias is None else bias + last.bias
-        x = x + bias + sum(partials)
+            block, cache = model.blocks[sublayer // 2], caches and caches[sublayer // 2]
+            if sublayer % 2:
+                outputs = [_mlp(block, h, rank, ranks) for rank, h in enumerate(streams)]
+            else:
+                outputs = [
+                    _attention(block, h, rope, cache, rank, ranks) for rank, h in enumerate(streams)
+                ]
+            b = (block.down if sublayer % 2 else block.out).bias
+            b = torch.zeros_like(x) if b is None else b
+            total, bias = total + sum(outputs), bias + b
+            if plan.kind == "desync" and sublayer == group[-1]:
+                total, bias = sum(outputs), b
+                x = sum(streams) / ranks
+            elif plan.kind != "parallel":
+                streams = [h + out + b for h, out in zip(streams, outputs, strict=True)]
+        x = x + bias + total
     return model.head.linear(_normed(model.head.norm, x))
 
 
