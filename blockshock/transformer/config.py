@@ -20,8 +20,9 @@ class DecoderConfig:
     vocabulary, context: number of tokens, and of positions in a sequence. width: of the residual
     stream; each of the `heads` has width / heads, which rotary positions need even. kv_heads: of
     keys and values, a divisor of heads (None: heads). hidden: of the SwiGLU MLP (None: 8/3 width,
-    rounded up to a multiple of 128). tied: the head's weight is the embedding. attention: a name
-    in `blockshock.attention.METHODS` (None: flash_triton on CUDA and flash_torch elsewhere; with a
+    rounded up to a multiple of 128). tied: the head's weight is the embedding. bias: whether the
+    projections of every block have biases, zero at first. attention: a name in
+    `blockshock.attention.METHODS` (None: flash_triton on CUDA and flash_torch elsewhere; with a
     pattern block_sparse, reference). pattern: of `attention.patterns`, ANDed with causal. linear:
     a name in `blockshock.linear.METHODS` that `blockshock.convert` puts into the projections of
     every block (None: nn.Linear). rope_base: rotary frequencies are rope_base^(−2i/D). eps: of
@@ -40,6 +41,7 @@ class DecoderConfig:
     kv_heads: int | None = None
     hidden: int | None = None
     tied: bool = True
+    bias: bool = False
     attention: str | None = None
     pattern: Pattern | None = None
     linear: str | None = None
