@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from blockshock.attention.reference import reference
 from blockshock.transformer import Decoder
-from blockshock.transformer.decoder import rotate
+from blockshock.transformer.sublayers import rotate
 from blockshock.transformer.sync import Plan
 
 Cache = tuple[Tensor, Tensor]  # keys and values of one block [B, kv_heads, tokens, D]
