@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from blockshock.data_parallel import METHODS
 from blockshock.distributed import collectives
 from blockshock.distributed.ranks import device
 from blockshock.transformer import Decoder, DecoderConfig, TensorParallelDecoder, compile_model
@@ -118,3 +119,82 @@ def all_plans(plans=PLANS, **changed):
     options = {k: changed.pop(k) for k in ("vocabulary_parallel", "dtype") if k in changed}
     c = config(**changed)
     return {plan: against_truth(c, plan, **options) for plan in plans}
+
+
+def compiled(plan, **options):
+    """Errors and gradients of a compiled model against the same one eager; how many graphs."""
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    c = config()
+    state, (tokens, targets) = weights(c), batch(c)
+    found = []
+    for compile_with in (None, backend):
+        model = made(c, state, plan, compile_with=compile_with, **options)
+        loss = model(tokens, targets)
+        loss.backward()
+        found.append({"loss": loss.detach()} | model.gather_gradients())
+    return apart(found[1], found[0]), len(graphs)
+
+
+def groups(tensor):
+    """(this rank's tensor-parallel group, its data-parallel group), tensor ranks side by side."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    rows = [list(range(at, at + tensor)) for at in range(0, ranks, tensor)]
+    columns = [list(range(at, ranks, tensor)) for at in range(tensor)]
+    made = {tuple(members): dist.new_group(members) for members in (*rows, *columns)}
+    mine = [made[tuple(members)] for each in (rows, columns) for members in each if rank in members]
+    return mine[0], mine[1]
+
+
+def trained_like_simulation(method, plan, steps=3, clip=0.5, **options):
+    """Errors of the norms and weights of some steps on tensor 2 x data 2 ranks; equal replicas."""
+    tensor, data = groups(2)
+    c = config(depth=2, **options)
+    state, batches = weights(c), [batch(c, seed, B=4) for seed in range(steps)]
+    model = made(c, state, plan, group=tensor, vocabulary_parallel=True)
+    wrapper = METHODS[method](model, group=data)
+    leaves = {name: value.clone().requires_grad_() for name, value in state.items()}
+    del leaves["head.linear.weight"]
+    adam = {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-4}
+    optimizer = wrapper.optimizer(torch.optim.AdamW, **adam)
+    true = torch.optim.AdamW(leaves.values(), **adam)
+    norms, mine = [], slice(dist.get_rank(data), None, 2)
+    for tokens, targets in batches:
+        logits = simulate(c, leaves, named_plan(plan, c.depth), 2, tokens)
+        halves = [
+            F.cross_entropy(logits[half::2].flatten(0, 1), targets[half::2].flatten())
+            for half in range(2)
+        ]
+        (sum(halves) / 2).backward()
+        expected = torch.nn.utils.clip_grad_norm_(leaves.values(), clip)
+        wrapper(tokens[mine], targets[mine]).backward()
+        wrapper.finish_gradient_sync()
+        norms.append(apart(wrapper.clip_grad_norm_(clip), expected))
+        for each in (true, optimizer):
+            each.step()
+            each.zero_grad()
+    found = model.full_state_dict()
+    del found["head.linear.weight"]
+    true = {name: leaf.detach() for name, leaf in leaves.items()}
+    parts = {name for name, _ in model._cuts()}
+    shared = [p.detach() for name, p in model.named_parameters() if name not in parts]
+    same = all(collectives.same_on_all_ranks(value) for value in (*shared, *found.values()))
+    return max(norms), apart(found, true), same
+
+
+def refused_methods():
+    """What is said where parts of weights would be averaged, or sharded again."""
+    tensor, data = groups(2)
+    c = config(depth=1)
+    model, said = made(c, weights(c), "tp", group=tensor), []
+    for method, group in (("overlapped", tensor), ("fully_sharded", data), ("torch_fsdp", data)):
+        try:
+            METHODS[method](model, group=group)
+        except ValueError as error:
+            said.append(str(error))
+    return said

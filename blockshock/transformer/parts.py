@@ -112,6 +112,7 @@ class PartLayer(nn.Module):
         """Whatever becomes a part is a `PartWeight`; TypeError for what shards it again."""
         if value is not None and name in self._names and name in self.cuts:
             value = PartWeight.of(value, self.group)
+            value.values_only = True
         super().__setattr__(name, value)
 
     def __setstate__(self, state: dict) -> None:
@@ -133,6 +134,7 @@ class PartLayer(nn.Module):
         memo[id(self.group)] = self.group
         twin = memo[id(self)] = self.__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        twin._mark()
         return twin
 
     def get_extra_state(self) -> Tensor:
