@@ -113,12 +113,12 @@ def study(method, *, seed=0, model="124M", last=3.0, steps=1000, recipe="0a1b2c3
     return _entry(case, seconds, info, method, f"{case['width']}-{steps}-{recipe}-{seed}")
 
 
-def block(phase, method, T, *, pattern=None, reduce="collective", batch=1):
-    """A case of the hybrid block, 4096 wide."""
+def block(phase, method, T, *, pattern=None, window=1024, reduce="collective", batch=1):
+    """A case of the hybrid block, 4096 wide. window: keys that a query sees of a pattern."""
     case = _case(phase, method, "124M", T=T, reduce=reduce, batch=batch, pattern=pattern)
     case |= {"width": 4096, "depth": 1, "heads": 32, "model": None, "compiled": False}
     passes = 3.5 if phase == "hybrid_backward" else 1
-    seen = T / 2 if pattern is None else min(T / 2, 1024)
+    seen = T / 2 if pattern is None else min(T / 2, window)
     seconds = passes * T * (seen * 4 * 2048 + 12 * 4096**2 / 2) / 4e14
     sums = passes * T * 4096 * 4 / 3e11
     floor = 0.6 * seconds
@@ -129,7 +129,7 @@ def block(phase, method, T, *, pattern=None, reduce="collective", batch=1):
             for name, v in (("allreduce", sums), ("total", seconds + sums))
         },
         "floor": {"seconds": floor},
-        "rates": {"tokens_per_s": T / (seconds + sums)},
+        "rates": {"tokens_per_s": T / (seconds + sums), "sparsity": 1 - seen / T},
         "timing": {"mode": "events", "l2": "warm",
                    "interleaved_with": ["dense_attention", "sparse_attention-band(1024)"]},
     }  # fmt: skip
@@ -153,6 +153,10 @@ def everything():
         for phase in ("hybrid_forward", "hybrid_backward")
         for method, pattern in (("dense_attention", None), ("sparse_attention", "band(1024)"))
         for T in (4096, 8192, 16384, 32768)
+    ]
+    entries += [
+        block(phase, "sparse_attention", 32768, pattern="band(256)", window=256)
+        for phase in ("hybrid_forward", "hybrid_backward")
     ]
     entries += [
         study(method, seed=seed, last=3.6, steps=300, recipe="4e5f6071")

@@ -7,11 +7,16 @@ Such a module has `Problem` (data and truth), `Run` (what is measured), the func
 import torch
 
 from blockshock.phases.family import Family
-from blockshock.phases.transformer import axes, decode, sync
+from blockshock.phases.transformer import axes, decode, hybrid, sync
 from blockshock.phases.transformer.case import TransformerCase
 
 # Phase -> (module, its function).
-PHASES = {"sync": (sync, sync.sync), "decode": (decode, decode.decode)}
+PHASES = {
+    "sync": (sync, sync.sync),
+    "decode": (decode, decode.decode),
+    "hybrid_forward": (hybrid, hybrid.hybrid_forward),
+    "hybrid_backward": (hybrid, hybrid.hybrid_backward),
+}
 
 
 def problem(case: TransformerCase, device: torch.device):

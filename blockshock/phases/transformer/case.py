@@ -6,12 +6,16 @@ from functools import cached_property
 from typing import ClassVar
 
 from blockshock import attention
+from blockshock.attention.patterns import Pattern
 from blockshock.distributed import reduce
+from blockshock.phases.attention.case import parse_pattern
 from blockshock.phases.case import Case, about
 from blockshock.phases.transformer import plans
 from blockshock.transformer import DecoderConfig
+from blockshock.transformer.config import usual_attention
 
 USUAL_SUM = "collective"
+USUAL_PATTERN = "band(1024)"
 SIZES = ("width", "depth", "heads", "vocabulary")
 
 
@@ -39,10 +43,16 @@ class TransformerCase(Case):
         only=plans.DECODER,
     )
     pattern: str | None = about(
-        "which pairs of `sparse_attention` attend, beside the causal mask, such as `band(256)`",
+        f"which pairs of `sparse_attention` attend; `{USUAL_PATTERN}` if left out",
         None,
         only=plans.HYBRID,
         per_method=True,
+    )
+    causal: bool = about(
+        "query i sees keys up to i, beside what the pattern says",
+        True,
+        shown=True,
+        only=plans.HYBRID,
     )
     reduce: str = about(
         "what sums the partials over the ranks",
@@ -72,9 +82,12 @@ class TransformerCase(Case):
             raise ValueError(
                 f"{self.phase} does not measure {self.method}; use one of {', '.join(valid)}"
             )
-        if (self.pattern is None) == (self.method == "sparse_attention"):
-            told = "needs one, such as band(1024)" if self.pattern is None else "takes none"
-            raise ValueError(f"pattern = {self.pattern!r}: {self.method} {told}")
+        if self.method == "sparse_attention":
+            self._fill(pattern=USUAL_PATTERN)
+            parse_pattern(self.pattern, self.T)  # raises
+            object.__setattr__(self, "pattern", self.pattern.replace(" ", ""))
+        elif self.pattern is not None:
+            raise ValueError(f"pattern = {self.pattern!r}: {self.method} takes none")
         _ = self.config  # raises
 
     @cached_property
@@ -82,6 +95,11 @@ class TransformerCase(Case):
         """The decoder's; a hybrid block has its sizes."""
         sizes = {name: getattr(self, name) for name in SIZES}
         return DecoderConfig(context=self.T, attention=self.attention, **sizes)
+
+    @property
+    def mask(self) -> Pattern | None:
+        """The pattern itself, the same object for every case that names it."""
+        return None if self.pattern is None else parse_pattern(self.pattern, self.T)
 
     @property
     def plan(self) -> str:
@@ -127,5 +145,13 @@ class TransformerCase(Case):
         for what, size in (("heads", self.heads), ("hidden", self.config.hidden)):
             if size % self.ranks:
                 return f"{what} = {size} is no multiple of {self.ranks} ranks; choose another width"
-        reason = plans.unsupported(self.method, self.depth) if self.method in plans.PLANS else None
+        if self.method in plans.PLANS:
+            reason = plans.unsupported(self.method, self.depth)
+        else:
+            size = self.batch, self.heads, self.T, self.config.head_width
+            reason = attention.unsupported(
+                usual_attention(device_type, self.mask),
+                *(size, size, self.torch_dtype, device_type, self.causal, self.mask),
+                backward=True,
+            )
         return reason or reduce.unsupported(self.reduce, self.torch_dtype, device_type)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tools.case_table import case_table
 from tools.cases import Result, Results
-from tools.families.transformer import costs, hybrid, study_figures
+from tools.families.transformer import attended, costs, hybrid, study_figures
 from tools.families.transformer.hypotheses import judge_all
 from tools.families.transformer.losses import Trained, recipe_words, trained
 from tools.families.transformer.points import (
@@ -200,7 +200,7 @@ FAMILY = Family(
     "With how few sums over ranks can a model live, and what do they buy? And how fast is a block "
     "with block-sparse attention?",
     READING,
-    {**study_figures.FIGURES, **costs.FIGURES, **hybrid.FIGURES},
+    {**study_figures.FIGURES, **costs.FIGURES, **hybrid.FIGURES, **attended.FIGURES},
     tables,
     judge=judge_all,
     readme=readme,

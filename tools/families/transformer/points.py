@@ -45,6 +45,7 @@ def setting(case: Case) -> str:
     for name, words in (("compiled", "compiled"), ("checkpointed", "checkpointed")):
         parts += [words] * bool(getattr(case, name))
     parts += ["vocabulary split"] * bool(case.vocabulary_parallel)
+    parts += ["not causal"] * (case.causal is False)
     known = {"vocabulary": 50304, "attention": None, "seed": 0}
     if case.phase == "study":  # seeds stand together, and a tokenizer decides the vocabulary
         known = {}
