@@ -37,7 +37,7 @@ def problem_of(tensors: dict[str, Tensor], group=None, *, alone: bool, parts: bo
 
 
 def described(tensor: Tensor) -> str:
-    """What ranks must have in common of a tensor: shape, dtype, whether it is trained, which part."""
+    """What ranks must have in common of a tensor: shape, dtype, part, whether it is trained."""
     kind = str(tensor.dtype).removeprefix("torch.")
     lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
     text = f"{'no shape' if lazy else list(tensor.shape)} {kind}"

@@ -204,7 +204,7 @@ def compile_model(model: Model, **options) -> Model:
     such as a wrapper that gathers its parameters, run around them. All blocks share one graph. Of a
     tensor-parallel decoder each sublayer is compiled, and sums over ranks run between them.
     options: for `torch.compile`. `generate` and `decode_step` stay eager: sizes change with every
-    token.
+    token (see `TensorParallelDecoder.compile_decoding`).
     """
     model.compile_parts(partial(torch.compile, fullgraph=True, **options))
     return model

@@ -66,6 +66,11 @@ class Plan:
         return len(self.groups)
 
     @property
+    def dense(self) -> bool:
+        """Whether any number of ranks computes the dense decoder: a sum after every sublayer."""
+        return all(len(group) == 1 for group in self.groups)
+
+    @property
     def depth(self) -> int:
         """Blocks."""
         return (self.groups[-1][-1] + 1) // 2

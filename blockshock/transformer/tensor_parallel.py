@@ -111,7 +111,7 @@ class TensorParallelDecoder(LanguageModel):
         _check(self, torch.device(device or "cpu").type)
         _agree(self, generator)
         self.pattern = _own_heads(config.pattern, config.heads // self.ranks, self.sums.rank)
-        self.steps = _attention_step, _mlp_step
+        self.steps = self.cached_steps = _attention_step, _mlp_step
 
         def block():
             return ParallelBlock(Block(config, False, generator), group)
@@ -141,6 +141,15 @@ class TensorParallelDecoder(LanguageModel):
             self.head.compile_parts(compiler)
         else:
             self.head.run = compiler(Head.compute)
+
+    def compile_decoding(self, **options) -> None:
+        """Compiles the sublayers of `decode_step`, for each position anew; in place.
+
+        For steps at one position, as a CUDA graph has them: PyTorch keeps few compilations of a
+        function. options: for `torch.compile`.
+        """
+        compiler = partial(torch.compile, fullgraph=True, dynamic=False, **options)
+        self.cached_steps = tuple(map(compiler, (_attention_step, _mlp_step)))
 
     def to_dense(self) -> Decoder:
         """The whole weights in a `Decoder` on every rank, which is "tp" in one. A collective."""
@@ -206,7 +215,7 @@ class TensorParallelDecoder(LanguageModel):
 
     def _sublayers(self, rope, shared, caches, start) -> tuple[list[Callable], list]:
         """The steps of all sublayers, for `sync.run`, and their biases."""
-        attend, multiply = self.steps if caches is None else (_attention_step, _mlp_step)
+        attend, multiply = self.steps if caches is None else self.cached_steps
         of_attention = rope, self.config, self.pattern
         steps, biases = [], []
         for place, block in enumerate(self.blocks):

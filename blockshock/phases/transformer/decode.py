@@ -17,7 +17,7 @@ from blockshock.measure.regions import region
 from blockshock.phases.experiment import Experiment
 from blockshock.phases.transformer import simulation
 from blockshock.phases.transformer.case import TransformerCase
-from blockshock.phases.transformer.decoders import Dense, parallel
+from blockshock.phases.transformer.decoders import Dense
 from blockshock.sources import generator
 
 SAME = 1e-5  # a relative error that passes in fp32: sums in another order
@@ -61,7 +61,9 @@ class Run:
 
     def __init__(self, case: TransformerCase, problem: Problem):
         self.case, self.problem = case, problem
-        self.model = parallel(case, problem)
+        self.model = problem.parallel(case)
+        if case.compiled:
+            self.model.compile_decoding()
         self.caches = self.model.cache(case.batch, case.T)
         heads = case.config.kv_heads // problem.ranks
         own = slice(collectives.group_rank() * heads, (collectives.group_rank() + 1) * heads)

@@ -3,14 +3,18 @@
 import copy
 
 import torch
+import torch.compiler.config as compiler
 from torch import Tensor
 
 from blockshock.distributed import collectives
 from blockshock.phases.transformer.case import TransformerCase
 from blockshock.sources import generator
-from blockshock.transformer import Decoder, compile_model
+from blockshock.transformer import Decoder, TensorParallelDecoder
+from blockshock.transformer.language_model import LanguageModel
 from blockshock.transformer.sync import Plan, plan
-from blockshock.transformer.tensor_parallel import TensorParallelDecoder
+
+# Of one function, which PyTorch keeps: the cases of a point ask for more than its usual 8.
+COMPILATIONS = 64
 
 
 class Dense:
@@ -23,9 +27,9 @@ class Dense:
         self.case, self.device, self.ranks = case, device, collectives.group_size()
         self.truth_dtype = torch.float64 if case.dtype == "fp32" else torch.float32
         if case.compiled:
-            torch.compiler.reset()  # PyTorch keeps 8 compilations of a function, and then refuses
-        weights = generator("cpu", "transformer", case.problem_seed)
-        self.model = Decoder(case.config, generator=weights, device=device).to(dtype)
+            torch.compiler.reset()
+            compiler.recompile_limit = COMPILATIONS
+        self.model = self.drawn(Decoder).to(dtype)
         drawn = generator("cpu", "transformer/tokens", case.problem_seed)
         size = case.batch, count
         self.tokens = torch.randint(case.vocabulary, size, generator=drawn).to(device)
@@ -33,27 +37,30 @@ class Dense:
     def warm_up(self) -> None:
         """Nothing: the check runs a step first."""
 
+    def drawn(self, cls: type, **options) -> LanguageModel:
+        """A decoder of that class with the first weights, which are drawn on the device."""
+        weights = generator(self.device, "transformer", self.case.problem_seed)
+        with self.device:
+            return cls(self.case.config, generator=weights, **options)
+
+    def parallel(self, case: TransformerCase) -> TensorParallelDecoder:
+        """The case's model, with the same weights."""
+        model = self.drawn(
+            TensorParallelDecoder,
+            plan=case.plan,
+            reduce=case.reduce,
+            vocabulary_parallel=case.vocabulary_parallel,
+            checkpoint_blocks=case.checkpointed,
+            device=self.device,
+        )
+        return model.to(self.model.embedding.weight.dtype)
+
     def plan(self, case: TransformerCase) -> Plan:
         return plan(case.plan, case.depth)
 
     def in_dtype(self, dtype: torch.dtype) -> Decoder:
         """A copy of the dense model for a truth or a yardstick, with parameters in `dtype`."""
         return copy.deepcopy(self.model).to(dtype)
-
-
-def parallel(case: TransformerCase, dense: Dense) -> TensorParallelDecoder:
-    """The case's model, with the dense one's weights."""
-    model = TensorParallelDecoder(
-        case.config,
-        plan=case.plan,
-        reduce=case.reduce,
-        vocabulary_parallel=case.vocabulary_parallel,
-        checkpoint_blocks=case.checkpointed,
-        device=dense.device,
-    )
-    model.load_full_state_dict(dense.model.state_dict())
-    model.to(dense.model.embedding.weight.dtype)
-    return compile_model(model) if case.compiled else model
 
 
 def flat(state: dict[str, Tensor], names: list[str]) -> Tensor:

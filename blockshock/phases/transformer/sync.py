@@ -17,8 +17,8 @@ from blockshock.measure.regions import region
 from blockshock.phases.experiment import Experiment
 from blockshock.phases.transformer import simulation
 from blockshock.phases.transformer.case import TransformerCase
-from blockshock.phases.transformer.decoders import Dense, flat, parallel
-from blockshock.transformer import Decoder, counts
+from blockshock.phases.transformer.decoders import Dense, flat
+from blockshock.transformer import Decoder, compile_model, counts
 
 OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 STEPS = 2  # after which replicas are compared
@@ -70,7 +70,9 @@ class Run:
 
     def __init__(self, case: TransformerCase, problem: Problem):
         self.case, self.problem = case, problem
-        self.model = parallel(case, problem)
+        self.model = problem.parallel(case)
+        if case.compiled:
+            compile_model(self.model)
         self.restart()
 
     def restart(self) -> None:
@@ -95,11 +97,10 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    @torch.no_grad()
     def logits(self) -> Tensor:
         """Of the first sequence: [1, T, vocabulary]."""
         with self.problem.autocast(self.case.torch_dtype):
-            return self.model(self.problem.tokens[:1, :-1])
+            return self.model(self.problem.tokens[:1, :-1]).detach()
 
 
 def sync(case: TransformerCase, run: Run, problem: Problem) -> Experiment:
