@@ -111,11 +111,11 @@ def against_dense(pattern, causal, *, dtype=torch.float32, tokens=T, spoil=None,
     return figures, same, *sums
 
 
-def every_pattern(dtype=torch.float32, tokens=T):
+def every_pattern(dtype=torch.float32, names=tuple(PATTERNS)):
     """`against_dense` of each pattern, causal and not."""
     return {
-        (pattern, causal): against_dense(pattern, causal, dtype=dtype, tokens=tokens)
-        for pattern in PATTERNS
+        (pattern, causal): against_dense(pattern, causal, dtype=dtype)
+        for pattern in names
         for causal in (True, False)
     }
 

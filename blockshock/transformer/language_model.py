@@ -194,7 +194,7 @@ class LanguageModel(nn.Module):
         return angles.cos().to(wide), angles.sin().to(wide)
 
 
-Model = TypeVar("Model", bound=LanguageModel)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def compile_model(model: Model, **options) -> Model:
@@ -202,9 +202,10 @@ def compile_model(model: Model, **options) -> Model:
 
     What is compiled are the computations, not the modules' calls: hooks on a block or on the head,
     such as a wrapper that gathers its parameters, run around them. All blocks share one graph. Of a
-    tensor-parallel decoder each sublayer is compiled, and sums over ranks run between them.
-    options: for `torch.compile`. `generate` and `decode_step` stay eager: sizes change with every
-    token (see `TensorParallelDecoder.compile_decoding`).
+    tensor-parallel decoder each sublayer is compiled, and of a `HybridBlock` what stands between a
+    norm and a sum; sums over ranks run between them. options: for `torch.compile`. `generate` and
+    `decode_step` stay eager: sizes change with every token (see
+    `TensorParallelDecoder.compile_decoding`).
     """
     model.compile_parts(partial(torch.compile, fullgraph=True, **options))
     return model

@@ -14,8 +14,6 @@ The embedding and the head are whole on every rank, and all ranks compute the sa
 vocabulary_parallel, they are in parts (`vocabulary`).
 """
 
-import json
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -26,25 +24,19 @@ from torch.utils.checkpoint import checkpoint
 
 from blockshock.attention.headed import some_heads
 from blockshock.attention.rules import Pattern
-from blockshock.distributed import agree
 from blockshock.distributed import reduce as ways
 from blockshock.transformer import sync
 from blockshock.transformer.config import DecoderConfig
 from blockshock.transformer.decoder import Block, Decoder, Head, drawn
 from blockshock.transformer.language_model import LanguageModel
-from blockshock.transformer.parts import (
-    ColumnParallelLinear,
-    PartLayer,
-    RowParallelLinear,
-)
+from blockshock.transformer.parts import ColumnParallelLinear, RowParallelLinear
 from blockshock.transformer.sublayers import attention, mlp, rms
 from blockshock.transformer.sums import Sums
 from blockshock.transformer.sync import Plan, advance
 from blockshock.transformer.vocabulary import VocabularyEmbedding, VocabularyHead
+from blockshock.transformer.whole import Whole, check_alike, check_even
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "TensorParallelDecoder"]
-
-_EXTRA = "_extra_state"
 
 
 class ParallelBlock(nn.Module):
@@ -67,7 +59,7 @@ class ParallelBlock(nn.Module):
         return [self.attention_norm.weight, self.out.bias, self.mlp_norm.weight, self.down.bias]
 
 
-class TensorParallelDecoder(LanguageModel):
+class TensorParallelDecoder(Whole, LanguageModel):
     """A `Decoder` in parts, called alike on all ranks of a group: same arguments, same results.
 
     config: as of `Decoder`, without `linear`; the ranks must divide heads, kv_heads and hidden.
@@ -159,46 +151,6 @@ class TensorParallelDecoder(LanguageModel):
         dense.load_state_dict(self.full_state_dict())
         return dense
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """The state_dict of the `Decoder` with these weights, on every rank. A collective."""
-        return self.gather({n: t for n, t in self.state_dict().items() if not n.endswith(_EXTRA)})
-
-    def load_full_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes this rank's part of a `Decoder`'s state_dict; RuntimeError as PyTorch's."""
-        self.load_state_dict(self.own_state_dict(state))
-
-    def own_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What `state_dict` would be, were a `Decoder`'s whole state in this model."""
-        extra = {n: t for n, t in self.state_dict().items() if n.endswith(_EXTRA)}
-        return self.restrict(state) | extra
-
-    def gather_gradients(self) -> dict[str, Tensor]:
-        """The dense gradients by name, of parameters that have one. A collective."""
-        named = self.named_parameters()
-        return self.gather({name: p.grad for name, p in named if p.grad is not None})
-
-    def gather(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors of such as are cut like the parameters of their names. A collective."""
-        cuts = dict(self._cuts())
-        return {
-            n: cuts[n][0].gather(cuts[n][1], t) if n in cuts else t.detach()
-            for n, t in tensors.items()
-        }
-
-    def restrict(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's parts of whole tensors, by the names of the parameters that they are like."""
-        cuts = dict(self._cuts())
-        return {
-            n: cuts[n][0].restrict(cuts[n][1], t) if n in cuts else t for n, t in tensors.items()
-        }
-
-    def _cuts(self) -> Iterator[tuple[str, tuple[PartLayer, str]]]:
-        """(a parameter's whole name, (its layer, its name there)) of what is in parts."""
-        for name, layer in self.named_modules():
-            if isinstance(layer, PartLayer):
-                for own in layer.cuts:
-                    yield f"{name}.{own}", (layer, own)
-
     def _embed(self, tokens: Tensor) -> Tensor:
         x = super()._embed(tokens)
         return self.sums.leave(x) if self.vocabulary_parallel else x
@@ -271,12 +223,7 @@ def _check(model: TensorParallelDecoder, device_type: str) -> None:
             f"{config.depth}; make the plan with sync.plan(name, {config.depth})"
         )
     names = ["heads", "kv_heads", "hidden"] + ["vocabulary"] * model.vocabulary_parallel
-    for name in names:
-        if getattr(config, name) % ranks:
-            raise ValueError(
-                f"{name} = {getattr(config, name)} is not a multiple of {ranks} ranks, which hold "
-                "equal parts; change it, or use fewer ranks"
-            )
+    check_even(ranks, **{name: getattr(config, name) for name in names})
     reason = ways.unsupported(model.sums.reduce, torch.float32, device_type)
     if reason and ranks > 1:
         raise ValueError(reason)
@@ -285,17 +232,6 @@ def _check(model: TensorParallelDecoder, device_type: str) -> None:
 def _agree(model: TensorParallelDecoder, generator: torch.Generator | None) -> None:
     """Raises ValueError where the ranks differ in arguments or seeds."""
     config = {**vars(model.config), "pattern": getattr(model.config.pattern, "name", None)}
-    state = (generator or torch.default_generator).get_state()
-    facts = {name: str(value) for name, value in config.items()}
-    facts |= {"plan": str(model.plan), "reduce": model.sums.reduce}
-    facts |= {"vocabulary_parallel": str(model.vocabulary_parallel)}
-    facts["the seed of the generator"] = f"digest {zlib.crc32(state.numpy().tobytes()):x}"
-    about = "making a TensorParallelDecoder"
-    told = agree.told_by_all(json.dumps(facts), model.sums.group, about=about)
-    for rank, other in enumerate(map(json.loads, told)):
-        for name, value in json.loads(told[0]).items():
-            if other[name] != value:
-                raise ValueError(
-                    f"the ranks differ in {name}: rank 0 has {value}, rank {rank} has "
-                    f"{other[name]}; make the same model on every rank, with the same seed"
-                )
+    facts = config | {"plan": model.plan, "reduce": model.sums.reduce}
+    facts["vocabulary_parallel"] = model.vocabulary_parallel
+    check_alike(facts, generator, model.sums.group, about="making a TensorParallelDecoder")
