@@ -10,6 +10,8 @@ from blockshock.lm import checkpoint
 from blockshock.lm.__main__ import main
 from tests import lm_parallel_jobs as jobs
 from tests.lm_runs import assert_same_run, finish, rows, start, write
+from tools.families.transformer import study
+from tools.results import load
 
 SIZES = {"model__depth": 2, "train__steps": 8, "train__evaluate_every": 4}
 PARALLEL = {**SIZES, "model__tensor_parallel": 2}
@@ -139,3 +141,26 @@ def test_a_checkpoint_is_the_dense_models(spd):
     dense.load_state_dict(found["model"])
     assert all(value.device.type == "cpu" for value in found["model"].values())
     assert all(torch.isfinite(value).all() for value in found["model"].values())
+
+
+def test_a_run_says_its_plan_and_where_each_start_was(spd, pools, tmp_path):
+    record = json.loads((spd / "run/run.json").read_text())
+    assert record["plan"] == {"name": "spd", "kind": "group", "syncs": 2}
+    (start,) = record["starts"]
+    assert (start["step"], start["machine"]["ranks"]) == (0, 4)
+    assert start["machine"]["device"] == "CPU (4 gloo ranks)"
+    config = write(tmp_path, **SIZES, train__checkpoint_every=4)
+    for steps, more in ((4, ()), (6, ("--resume",)), (8, ("--resume",))):
+        assert main(["--config", str(config), "--set", f"train.steps={steps}", *more]) == 0
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["plan"] is None
+    assert [start["step"] for start in record["starts"]] == [0, 4, 6]
+
+
+def test_runs_become_cases_of_the_study(spd, tmp_path):
+    out = tmp_path / "study.json"
+    assert study.main([str(spd / "run"), "--out", str(out)]) == 0
+    (result,) = load(out).results
+    assert (result.case.method, result.case.batch, result.case.tensor_ranks) == ("spd", 8, 2)
+    assert result.rates["val_loss"] == pytest.approx(float(rows(spd)[-1][3]), rel=1e-5)
+    assert len(result.samples) == len(rows(spd)) == 8

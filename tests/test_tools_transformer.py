@@ -30,7 +30,9 @@ CONFIG = {
     "run": "runs/a",
     "device": "auto",
     "data": {"source": "python", "folder": "runs/data", "vocabulary": 512},
-    "model": {"context": 64, "width": 32, "depth": 12, "heads": 4, "sync": "12"},
+    "model": {
+        "context": 64, "width": 32, "depth": 12, "heads": 4, "tensor_parallel": 2, "sync": "12",
+    },
     "train": {
         "steps": 30, "batch": 16, "seed": 3, "autocast": "none", "compile": True, "lr": 1e-3,
         "checkpoint_blocks": False, "checkpoint_every": 0,
@@ -38,7 +40,7 @@ CONFIG = {
     "log": {"every": 10},
     "sample": {},
 }  # fmt: skip
-MACHINE = {"device": "CPU (2 gloo ranks)", "kind": "cpu", "ranks": 2, "torch": "2.11.0"}
+CPU, OTHER = "CPU (2 gloo ranks)", "CPU of another kind"
 
 
 @pytest.fixture(scope="module")
@@ -55,21 +57,23 @@ def results(file):
 def run(tmp_path):
     """Makes the folder of a run; `changes` replace fields of its record or settings of `train`."""
 
-    def make(name, log=LOG, sync="12", kind="group", syncs=12, machine=MACHINE, **train):
+    def make(name, log=LOG, sync="12", kind="group", syncs=12, devices=(CPU,), **train):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "log.csv").write_text(log)
         config = {**CONFIG, "run": name, "model": {**CONFIG["model"], "sync": sync}}
         config["train"] = {**CONFIG["train"], **train}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-        record = {
-            "plan": {"name": sync, "kind": kind, "syncs": syncs},
-            "tensor_ranks": 2,
-            "reduce": "collective",
-            "tokenizer": "abc",
-            "machine": machine,
-            "commit_info": {"id": "0123456789", "dirty": False},
-        }
+        starts = [
+            {
+                "step": step,
+                "machine": {"device": device, "kind": "cpu", "ranks": 2, "torch": "2.11.0"},
+                "commit_info": {"id": "0123456789", "dirty": False},
+            }
+            for step, device in enumerate(devices)
+        ]
+        plan = {"name": sync, "kind": kind, "syncs": syncs}
+        record = {"plan": plan, "tokenizer": "abc", "starts": starts}
         (folder / "run.json").write_text(json.dumps(record))
         return folder
 
@@ -129,9 +133,10 @@ def test_losses_are_compared_at_the_same_step_and_recipe(results):
     assert point.low < point.y < point.high
 
 
-def test_the_trade_has_a_panel_for_training_and_for_each_batch_that_was_decoded(results):
+def test_the_trade_has_a_panel_for_each_speed_that_was_measured(results):
     drawings = {d.name: d for d in draw_all(results, FAMILY)[0]}
-    training, *decoding = drawings["transformer_study_trade"].panels
+    training, step, *decoding = drawings["transformer_study_trade"].panels
+    assert step.title == "a training step, batch 16, 1024 tokens"
     assert [panel.title for panel in decoding] == [
         "decoding, batch 1, 1024 in the cache",
         "decoding, batch 16, 1024 in the cache",
@@ -140,6 +145,8 @@ def test_the_trade_has_a_panel_for_training_and_for_each_batch_that_was_decoded(
     assert (spots["24 syncs"].x, spots["12 syncs"].x) == pytest.approx((1.0, 0.64 / 0.52))
     assert spots["12 syncs"].y == pytest.approx(1.004 * spots["24 syncs"].y)
     assert training.y.rule == pytest.approx(1.02 * spots["24 syncs"].y)
+    (standard,) = (line.points[0].x for line in step.lines if line.label == "24 syncs")
+    assert standard == 1.0
 
 
 def test_the_verdict_names_the_fewest_syncs_with_seeds_and_noise(results):
@@ -261,7 +268,7 @@ def test_runs_become_a_file_that_the_tools_read(run, tmp_path, capsys):
     assert "has 5 runs" in capsys.readouterr().out
     results = load(out)
     assert results.commits == ("0123456",)
-    assert results.device == MACHINE["device"]
+    assert results.device == CPU
     found = {(r.case.method, r.case.seed): r for r in results.results}
     assert len({r.case.recipe for r in results.results}) == 1
     one = found["spd", 3]
@@ -283,12 +290,25 @@ def test_runs_become_a_file_that_the_tools_read(run, tmp_path, capsys):
 
 
 def test_other_settings_make_another_recipe(run):
-    (first, _, _), (other, _, _), (elsewhere, _, _) = (
+    found = (
         study.entry(run(name, **train))
         for name, train in (("a", {}), ("b", {"lr": 2e-3}), ("c", {"checkpoint_every": 5}))
     )
-    recipes = [made["extra_info"]["case"]["recipe"] for made in (first, other, elsewhere)]
+    recipes = [made["extra_info"]["case"]["recipe"] for made in found]
     assert recipes[0] == recipes[2] != recipes[1]
+
+
+def test_losses_of_several_machines_stand_together_and_speeds_do_not(run, tmp_path, capsys):
+    folders = run("a", sync="24", syncs=24), run("b", devices=(CPU, OTHER)), run("c", seed=4)
+    out = tmp_path / "study.json"
+    assert study.main([*map(str, folders), "--out", str(out)]) == 0
+    assert f"3 runs, 1 of them without a speed: not on {CPU} alone" in capsys.readouterr().out
+    results = load(out)
+    (plans,) = trained(results)
+    assert [(plan.words, plan.speed) for plan in plans] == [("24 syncs", 1.0), ("12 syncs", None)]
+    modes = {r.case.method + str(r.case.seed): r.timing["mode"] for r in results.results}
+    assert modes["spd3"] == f"log of {CPU}, {OTHER}"
+    assert plans[1].above == [0.0]
 
 
 @pytest.mark.parametrize(
@@ -296,10 +316,6 @@ def test_other_settings_make_another_recipe(run):
     [
         ({"steps": 40}, r"ended at step 30 of 40: train it to its end \(--resume\)"),
         ({"log": LOG + "40,40960,4.2,,0.1,1,2000,0.3,240,120\n"}, "no val_loss at the last step"),
-        (
-            {"machine": MACHINE | {"device": "2x NVIDIA H100"}},
-            r"trained on .*: give each its own file",
-        ),
         ({"seed": 3}, "are of one plan, recipe and seed: leave one out"),
     ],
 )

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from blockshock.data_parallel import METHODS
-from blockshock.lm import checkpoint
+from blockshock.lm import checkpoint, record
 from blockshock.lm import config as settings
 from blockshock.lm.config import Config, Refused
 from blockshock.lm.files import alone, written_whole
@@ -135,9 +135,10 @@ class Run:
         self._begin_window()
 
     def open_log(self) -> None:
-        """Writes the settings and opens the log."""
+        """Writes the settings and what else is told of the run, and opens the log."""
         with written_whole(Path(self.config.run) / "config.yaml") as out:
             out.write(settings.dump(self.config).encode())
+        record.write(self.config, self.data, self.ranks, self.step)
         self.log = Log(self.config, self.step)
 
     def about(self) -> str:

@@ -94,7 +94,13 @@ def plan(name: str, depth: int) -> Plan:
     if name == "parallel":
         return Plan(name, plan("spd", depth).groups, "parallel")
     if name.startswith("desync:"):
-        return Plan(name, plan(name.removeprefix("desync:"), depth).groups, "desync")
+        of = plan(name.removeprefix("desync:"), depth)
+        if of.kind != "group":
+            raise ValueError(
+                f"sync plan {name!r}: desync takes the groups of a plan of kind group; use "
+                "desync:spd, desync:6 or desync:selective:[…]"
+            )
+        return Plan(name, of.groups, "desync")
     if name.startswith("selective:"):
         return Plan(name, _after(_listed(name, 2 * depth), 2 * depth))
     found = re.fullmatch(r"tp|spd|(?:spd)?([1-9]\d*)", name)

@@ -17,7 +17,7 @@ from blockshock.measure.regions import region
 from blockshock.phases.experiment import Experiment
 from blockshock.phases.transformer import simulation
 from blockshock.phases.transformer.case import TransformerCase
-from blockshock.phases.transformer.decoders import Dense
+from blockshock.phases.transformer.decoders import Dense, paths
 from blockshock.sources import generator
 
 SAME = 1e-5  # a relative error that passes in fp32: sums in another order
@@ -111,7 +111,7 @@ def figures(case: TransformerCase, run: Run, problem: Problem, experiment, ceili
     return {
         "memory": {"weight_bytes": weights, "cache_bytes": cache},
         "floor": floor,
-        "paths": {"attention": case.config.attention_on(problem.device.type)},
+        "paths": paths(case, run.model, case.batch),
         "model": {"syncs": problem.plan(case).syncs, "read_bytes": read},
     }
 

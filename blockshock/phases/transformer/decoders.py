@@ -63,6 +63,14 @@ class Dense:
         return copy.deepcopy(self.model).to(dtype)
 
 
+def paths(case: TransformerCase, model: TensorParallelDecoder, rows: int) -> dict[str, str]:
+    """For the result: what ran. rows: of the stream that is summed."""
+    device = model.embedding.weight.device
+    stream = torch.empty(rows, case.width, dtype=case.torch_dtype, device=device)
+    attention = case.config.attention_on(device.type)
+    return {"attention": attention, "reduce": str(model.sums.plan(stream))}
+
+
 def flat(state: dict[str, Tensor], names: list[str]) -> Tensor:
     """Tensors as one vector."""
     return torch.cat([state[name].flatten() for name in names])

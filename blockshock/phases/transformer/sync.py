@@ -17,7 +17,7 @@ from blockshock.measure.regions import region
 from blockshock.phases.experiment import Experiment
 from blockshock.phases.transformer import simulation
 from blockshock.phases.transformer.case import TransformerCase
-from blockshock.phases.transformer.decoders import Dense, flat
+from blockshock.phases.transformer.decoders import Dense, flat, paths
 from blockshock.transformer import Decoder, compile_model, counts
 
 OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
@@ -145,7 +145,7 @@ def figures(case: TransformerCase, run: Run, problem: Problem, experiment, ceili
             "optimizer_bytes": sum(x.nbytes for x in state if isinstance(x, Tensor)),
         },
         "floor": None if ceilings is None else _floor(case, problem, experiment, ceilings),
-        "paths": {"attention": case.config.attention_on(problem.device.type)},
+        "paths": paths(case, run.model, case.batch * case.T),
         "model": {
             "parameters": count.parameters,
             "flops_per_token": count.flops_per_token,

@@ -77,14 +77,9 @@ class Trained:
 
     @property
     def speed(self) -> float | None:
-        """Tokens a second over the baseline's, both in training; None without it."""
-        if not self.standard:
-            return None
-        own, standard = (
-            fmean(run.rates["tokens_per_s"] for run in runs.values())
-            for runs in (self.runs, self.standard)
-        )
-        return own / standard
+        """Tokens a second over the baseline's; None where a run of either has no speed."""
+        both = [rate(runs) for runs in (self.runs, self.standard)]
+        return None if None in both else both[0] / both[1]
 
     def curve(self) -> dict[float, list[float]]:
         """Step -> validation losses, one a seed, at steps that every run has."""
@@ -94,6 +89,12 @@ class Trained:
         ]
         common = [step for step in curves[0] if all(step in curve for curve in curves)]
         return {step: [curve[step] for curve in curves] for step in common}
+
+
+def rate(runs: dict[int, Result]) -> float | None:
+    """The mean tokens a second of the runs, None where one has no speed, or there is none."""
+    found = [run.rates.get("tokens_per_s") for run in runs.values()]
+    return None if None in found or not found else fmean(found)
 
 
 def trained(results: Results) -> list[list[Trained]]:

@@ -6,7 +6,7 @@ from tools.case_table import case_table
 from tools.cases import Result, Results
 from tools.families.transformer import attended, costs, hybrid, study_figures
 from tools.families.transformer.hypotheses import judge_all
-from tools.families.transformer.losses import Trained, recipe_words, trained
+from tools.families.transformer.losses import Trained, rate, recipe_words, trained
 from tools.families.transformer.points import (
     NAMING,
     PHASES,
@@ -82,8 +82,8 @@ TRADE = (
     Column("plan", "plan"),
     number("loss", "validation loss", "{:.4f}".format),
     number("above", "above standard", change),
-    number("tokens_per_s", "tokens/s in training", count),
-    number("speed", "over standard", "{:.3f}".format),
+    number("tokens_per_s", "tokens/s of training", count),
+    number("speed", "training runs", "{:.3f}".format),
 )
 
 
@@ -112,8 +112,8 @@ def readme(results: Results) -> Written | None:
         return None
     plans = [one for one in studies[0] if one.evenly][:README_ROWS]
     return Written(
-        f"Validation loss and speed of each plan: {recipe_words(plans)}. Decoding: time a token "
-        "with a sync after every sublayer and the backend's all-reduce is 1.",
+        f"Validation loss and speed of each plan: {recipe_words(plans)}. Speeds are over that of a "
+        "sync after every sublayer, with the backend's all-reduce.",
         setting(plans[0].first.case),
         _trade(plans, results),
     )
@@ -123,7 +123,7 @@ def full(results: Results) -> list[Written]:
     """The trade of each recipe; then decoding and training steps of each model and batch."""
     made = [
         Written(
-            f"Training study: {recipe_words(plans)}.",
+            f"Training study: {recipe_words(plans)}. Speeds are over that of standard.",
             setting(plans[0].first.case),
             _trade(plans, results),
         )
@@ -139,18 +139,16 @@ def full(results: Results) -> list[Written]:
 
 def _trade(plans: Sequence[Trained], results: Results) -> str:
     """A row a plan: its loss, and its speed in training and in decoding."""
-    decoding = study_figures.decoding_speeds(results, plans)
-    more = [
-        number(title, f"{title}: speed over standard", "{:.3f}".format) for title, _ in decoding
-    ]
+    speeds = study_figures.measured_speeds(results, plans)
+    more = [number(title, title, "{:.3f}".format) for title, _ in speeds]
     rows = [
         {
             "plan": one.words,
             "loss": one.loss,
             "above": 1 + sum(one.above) / len(one.above) if one.above else None,
-            "tokens_per_s": sum(r.rates["tokens_per_s"] for r in one.runs.values()) / len(one.runs),
+            "tokens_per_s": rate(one.runs),
             "speed": one.speed,
-            **{title: speed(one) for title, speed in decoding},
+            **{title: speed(one) for title, speed in speeds},
         }
         for one in plans
     ]

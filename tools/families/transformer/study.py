@@ -4,7 +4,9 @@
 
 RUN is the folder of a finished run of `blockshock.lm`. Each becomes a case of phase `study`: its
 samples are seconds a step, one for each row of the log; `curves` has the losses. Runs that differ
-in more than plan and seed have another `recipe`, and no tool compares them.
+in more than plan and seed have another `recipe`, and no tool compares them. Losses may come from
+several kinds of machine, but speeds are those of the first run's: a run that was somewhere else as
+well has none, and `timing` says where it was.
 """
 
 import hashlib
@@ -31,13 +33,12 @@ NO_RECIPE_OF = {
 }
 
 
-def entry(folder: Path) -> tuple[dict, dict, dict]:
-    """(one element of "benchmarks", the machine, the commit) of a run."""
+def entry(folder: Path, device: str | None = None) -> dict:
+    """One element of "benchmarks". device: whose speeds are kept; None: of any."""
     record, config = _record(folder), _config(folder)
     log = folder / "log.csv"
     rows = read_rows(log)
-    plan = record["plan"]
-    train, sizes = config["train"], config["model"]
+    plan, train, sizes = record["plan"], config["train"], config["model"]
     ended = number(rows[-1], "step", log)
     if ended < train["steps"]:
         raise ToolError(
@@ -49,7 +50,8 @@ def entry(folder: Path) -> tuple[dict, dict, dict]:
         raise ToolError(f"{log} has no val_loss at the last step: it is not comparable")
     tokens = number(rows[-1], "tokens", log) / ended
     rates = [number(row, "tokens_per_s", log) for row in rows]
-    machine = record["machine"]
+    machine = record["starts"][-1]["machine"]
+    devices = dict.fromkeys(start["machine"]["device"] for start in record["starts"])
     case = {
         "family": "transformer",
         "phase": "study",
@@ -62,12 +64,13 @@ def entry(folder: Path) -> tuple[dict, dict, dict]:
         "dtype": "bf16" if train["autocast"] == "bf16" else "fp32",
         "compiled": train["compile"],
         "checkpointed": train["checkpoint_blocks"],
-        "reduce": record["reduce"],
+        "reduce": "collective",
         "seed": train["seed"],
         "ranks": machine["ranks"],
-        "tensor_ranks": record["tensor_ranks"],
+        "tensor_ranks": sizes["tensor_parallel"],
         "recipe": _recipe(config, record["tokenizer"]),
     }
+    speed = {"tokens_per_s": median(rates)} if device is None or [*devices] == [device] else {}
     name = _name(case)
     info = {
         "schema": SCHEMA,
@@ -75,7 +78,7 @@ def entry(folder: Path) -> tuple[dict, dict, dict]:
         "usual": {"reduce": "collective"},
         "case": case,
         "device": machine["kind"],
-        "timing": {"mode": "training log"},
+        "timing": {"mode": f"log of {', '.join(devices)}"},
         "curves": {
             "step": [number(row, "step", log) for row in rows],
             "loss": [number(row, "loss", log) for row in rows],
@@ -85,40 +88,36 @@ def entry(folder: Path) -> tuple[dict, dict, dict]:
         "memory": {"peak_bytes": max(number(row, "memory_mib", log) for row in rows) * 2**20},
         "rates": {
             "syncs": plan["syncs"],
-            "tokens_per_s": median(rates),
             "loss": number(rows[-1], "loss", log),
             "val_loss": number(rows[-1], "val_loss", log),
+            **speed,
         },
     }
     samples = {"data": [tokens / rate for rate in rates]}
-    made = {"name": f"study[{name}]", "group": "study", "stats": samples, "extra_info": info}
-    return made, machine, record["commit_info"]
+    return {"name": f"study[{name}]", "group": "study", "stats": samples, "extra_info": info}
 
 
 def gathered(folders: list[Path]) -> dict:
     """The result file of some runs.
 
-    Raises ToolError for a run that is not finished, two of the same case, or several machines.
+    Raises ToolError for a run that is not finished, and two of the same case.
     """
-    found = {folder: entry(folder) for folder in folders}
-    ids: dict[str, Path] = {}
-    first, (_, machine, commit) = next(iter(found.items()))
-    for folder, (made, other, _) in found.items():
-        same = ids.setdefault(made["extra_info"]["id"], folder)
-        if same is not folder:
-            raise ToolError(f"{same} and {folder} are of one plan, recipe and seed: leave one out")
-        if (other["device"], other["kind"]) != (machine["device"], machine["kind"]):
-            raise ToolError(
-                f"{first} was trained on {machine['device']}, {folder} on {other['device']}: give "
-                "each its own file"
-            )
-    commits = {json.dumps(one, sort_keys=True) for _, _, one in found.values()}
+    starts = {folder: _record(folder)["starts"] for folder in folders}
+    machine = starts[folders[0]][-1]["machine"]
+    found: dict[str, tuple[Path, dict]] = {}
+    for folder in folders:
+        made = entry(folder, machine["device"])
+        other, _ = found.setdefault(made["extra_info"]["id"], (folder, made))
+        if other is not folder:
+            raise ToolError(f"{other} and {folder} are of one plan, recipe and seed: leave one out")
+    commits = [start["commit_info"] for each in starts.values() for start in each]
+    same = all(commit == commits[0] for commit in commits)
     dated = max((folder / "log.csv").stat().st_mtime for folder in folders)
     return {
         "machine_info": {"blockshock": machine},
-        "commit_info": commit if len(commits) == 1 else {"id": "unknown"},
+        "commit_info": commits[0] if same else None,
         "datetime": datetime.fromtimestamp(dated, timezone.utc).isoformat(),
-        "benchmarks": [made for made, _, _ in found.values()],
+        "benchmarks": [made for _, made in found.values()],
     }
 
 
@@ -174,7 +173,11 @@ def main(argv: list[str]) -> int:
     options = command.parse_args(argv)
     content = gathered([Path(folder) for folder in options.files])
     save(options.out, compacted(json.dumps(content)))
-    print(f"{options.out} has {len(content['benchmarks'])} runs")
+    runs = content["benchmarks"]
+    slow = sum("tokens_per_s" not in made["extra_info"]["rates"] for made in runs)
+    device = content["machine_info"]["blockshock"]["device"]
+    told = f", {slow} of them without a speed: not on {device} alone" if slow else ""
+    print(f"{options.out} has {len(runs)} runs{told}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Figures of the training study: validation loss against steps, and against speed."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from matplotlib.axes import Axes
 
@@ -11,6 +12,7 @@ from tools.drawing.looks import line_style
 from tools.drawing.series import Words
 from tools.families.transformer.losses import WITHIN, Trained, recipe_words, trained
 from tools.families.transformer.points import (
+    baseline,
     by_place,
     of_phase,
     over_baseline,
@@ -45,13 +47,13 @@ def losses(results: Results) -> list[Drawing]:
 
 
 def trade(results: Results) -> list[Drawing]:
-    """The last validation loss against speed, in training and in decoding, a point a plan."""
+    """The last validation loss against speed, a point a plan, a panel for each speed."""
     words = Words(
         "transformer_study_trade",
         "Fewer syncs: validation loss against speed",
         "The last validation loss of each plan against its speed over that of a sync after every "
-        "sublayer: tokens a second in training, and in decoding with the backend's all-reduce. "
-        "Grey: the loss that is "
+        "sublayer: in its training run, and in training steps and decoding that were measured side "
+        "by side, with the backend's all-reduce. Grey: the loss that is "
         f"{WITHIN:.0%} above that plan's. Bars: the lowest and the highest of several seeds. Lower "
         "and further right is better.",
     )
@@ -60,7 +62,10 @@ def trade(results: Results) -> list[Drawing]:
     for text, plans in groups.items():
         limit = (1 + WITHIN) * _standard(plans).loss
         panels = []
-        for title, speed in (("training", _training_speed), *decoding_speeds(results, plans)):
+        for title, speed in (
+            ("training runs", Trained.speed.fget),
+            *measured_speeds(results, plans),
+        ):
             lines = [_spot(one, x) for one in plans if (x := speed(one)) is not None]
             if len(lines) > 1:
                 y = Axis("validation loss", "{:.4f}".format, "log", limit)
@@ -139,29 +144,28 @@ def _look(one: Trained) -> dict:
     return line_style(one.first)
 
 
-def _training_speed(one: Trained) -> float | None:
-    return one.speed
-
-
-def decoding_speeds(results: Results, plans: Sequence[Trained]) -> list[tuple[str, Callable]]:
-    """(title, speed of a plan) for each batch that was decoded with a model of this size."""
-    case = plans[0].first.case
-    found = []
-    for here in by_place(of_phase(results, "decode")).values():
-        sizes = (here[0].case.width, here[0].case.depth)
-        if sizes == (case.width, case.depth):
-            of_plan: dict[str, Result] = {r.case.method: r for r in here if r.as_usual}
-
-            def speed(one: Trained, of_plan=of_plan, here=here) -> float | None:
-                result = of_plan.get(one.first.case.method)
-                ratio = result and over_baseline(result, here)
-                if ratio:
-                    return 1 / ratio.value
-                return 1.0 if result and one.is_standard else None
-
-            batch, T = here[0].case.batch, here[0].case.T
-            found.append((f"decoding, batch {batch}, {T} in the cache", speed))
+def measured_speeds(results: Results, plans: Sequence[Trained]) -> list[tuple[str, Callable]]:
+    """(title, speed of a plan) for each point of training steps and of decoding with this model."""
+    case, found = plans[0].first.case, []
+    trained = case.width, case.depth, case.tensor_ranks
+    for phase, words in (("sync", "a training step"), ("decode", "decoding")):
+        for here in by_place(of_phase(results, phase)).values():
+            point = here[0].case
+            if (point.width, point.depth, point.ranks) == trained:
+                tokens = f"{point.T} in the cache" if phase == "decode" else f"{point.T} tokens"
+                title = f"{words}, batch {point.batch}, {tokens}"
+                found.append((title, partial(_measured_speed, here)))
     return found
+
+
+def _measured_speed(here: Sequence[Result], one: Trained) -> float | None:
+    """Of a plan among the results of a point, with the usual sum, over the baseline's."""
+    method = one.first.case.method
+    result = next((r for r in here if r.case.method == method and r.as_usual), None)
+    if result is None or baseline(here) is None:
+        return None
+    ratio = over_baseline(result, here)
+    return 1 / ratio.value if ratio else 1.0
 
 
 FIGURES = {"transformer_study_losses": losses, "transformer_study_trade": trade}
