@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blockshock.attention.headed import some_heads
 from blockshock.attention.rules import Pattern
-from blockshock.distributed import agree
+from blockshock.distributed import agree, collectives
 from blockshock.distributed import reduce as ways
 from blockshock.transformer import sync
 from blockshock.transformer.config import DecoderConfig
@@ -183,6 +183,18 @@ class TensorParallelDecoder(LanguageModel):
             n: cuts[n][0].restrict(cuts[n][1], t) if n in cuts else t for n, t in tensors.items()
         }
 
+    @torch.no_grad()
+    def replicas_apart(self) -> float:
+        """How far the ranks' norm scales and biases of out and down are from the first rank's.
+
+        The largest relative difference, alike on all ranks: 0 where all have the same bits. A
+        collective.
+        """
+        flat = torch.cat([vector for vector in self._vectors() if vector is not None])
+        first = collectives.all_gather(flat, self.sums.group)[0]
+        own = (flat - first).double().norm() / first.double().norm()
+        return float(collectives.all_gather(own[None], self.sums.group).max())
+
     def _cuts(self) -> Iterator[tuple[str, tuple[PartLayer, str]]]:
         """(a parameter's whole name, (its layer, its name there)) of what is in parts."""
         for name, layer in self.named_modules():
@@ -194,10 +206,13 @@ class TensorParallelDecoder(LanguageModel):
         x = super()._embed(tokens)
         return self.sums.leave(x) if self.vocabulary_parallel else x
 
+    def _vectors(self) -> list[Tensor | None]:
+        norm = self.head.norm.weight
+        return [*(vector for block in self.blocks for vector in block.shared()), norm]
+
     def _shared(self) -> Iterator[Tensor | None]:
         """Of each block what its `shared` lists, then the last norm's scale; entered together."""
-        whole = [vector for block in self.blocks for vector in block.shared()]
-        whole.append(self.head.norm.weight)
+        whole = self._vectors()
         if self.ranks == 1 or not torch.is_grad_enabled():
             return iter(whole)
         flat = self.sums.enter(torch.cat([vector for vector in whole if vector is not None]))
