@@ -3,18 +3,11 @@
 import pytest
 import torch
 
-from blockshock.distributed import open_ranks
 from blockshock.transformer import Decoder, TensorParallelDecoder, compile_model, counts, sync
 from tests import tensor_parallel_jobs as jobs
 
 LIMIT = 2e-5  # relative, of float32 sums in another order
 METHODS = ["naive", "flat", "bucketed", "overlapped", "sharded_optimizer", "torch_ddp"]
-
-
-@pytest.fixture(scope="module")
-def four():
-    with open_ranks(4, "cpu") as pool:
-        yield pool
 
 
 @pytest.fixture(params=[2, 4])
