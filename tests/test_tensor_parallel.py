@@ -160,13 +160,17 @@ def test_data_parallel_methods_that_would_mix_parts_are_refused(four):
         assert "would shard it again" in fsdp
 
 
-def test_a_compiled_model_alone_is_the_compiled_decoder():
+def test_models_of_all_plans_can_be_compiled_in_one_process():
     torch._dynamo.reset()
-    c = jobs.config()
-    tokens, targets = jobs.batch(c)
-    model = TensorParallelDecoder(c, plan="spd", generator=torch.Generator().manual_seed(0))
-    eager = model(tokens, targets)
-    assert torch.allclose(compile_model(model, backend="eager")(tokens, targets), eager)
+    tokens, targets = jobs.batch(jobs.config())
+    for plan in jobs.PLANS:
+        generator = torch.Generator().manual_seed(0)
+        model = TensorParallelDecoder(jobs.config(), plan=plan, generator=generator)
+        eager = model(tokens, targets)
+        compile_model(model, backend="eager")
+        assert torch.allclose(model(tokens, targets), eager)
+        with torch.no_grad():
+            assert torch.allclose(model(tokens, targets), eager)
 
 
 def test_replicas_that_fell_apart_are_seen(ranks):
