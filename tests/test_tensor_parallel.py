@@ -140,8 +140,10 @@ def test_what_ranks_cannot_hold_together_is_refused(ranks):
         assert "plan 'spd' is of 3 blocks, the model has 4" in said["plan"]
         assert "unknown sum 'quick'; use one of auto" in said["reduce"]
         assert "use linear=None" in said["linear"]
-        assert "the ranks differ in the seed of the generator" in said["seed"]
-        assert "the ranks differ in plan" in said["ranks"]
+        assert "the ranks disagree about the arguments, the generator's state" in said["seed"]
+        assert "the ranks disagree about the arguments, plan: rank 0 has Plan" in said["ranks"]
+        for name in ("tokens", "targets"):
+            assert f"the ranks disagree about the call, {name}: rank 0 has [2, 16]" in said[name]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,8 +14,6 @@ The embedding and the head are whole on every rank, and all ranks compute the sa
 vocabulary_parallel, they are in parts (`vocabulary`).
 """
 
-import json
-import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -26,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from blockshock.attention.headed import some_heads
 from blockshock.attention.rules import Pattern
-from blockshock.distributed import agree, collectives
+from blockshock.distributed import collectives
 from blockshock.distributed import reduce as ways
+from blockshock.linear.alike import digest, together
 from blockshock.transformer import sync
 from blockshock.transformer.config import DecoderConfig
 from blockshock.transformer.decoder import Block, Decoder, Head, drawn
@@ -44,6 +43,7 @@ from blockshock.transformer.vocabulary import VocabularyEmbedding, VocabularyHea
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "TensorParallelDecoder"]
 
+LOOKS = 2  # first calls whose tokens and targets are compared
 _EXTRA = "_extra_state"
 
 
@@ -87,7 +87,7 @@ class TensorParallelDecoder(LanguageModel):
 
     Raises:
         ValueError: sizes that cannot be dealt out, a plan of another depth, or ranks that differ in
-            arguments or seeds.
+            arguments or seeds. At the first calls, ranks that differ in tokens or targets.
     """
 
     def __init__(
@@ -103,13 +103,14 @@ class TensorParallelDecoder(LanguageModel):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        self.config, self.checkpointed = config, checkpoint_blocks
+        self.config, self.checkpointed, self.looks = config, checkpoint_blocks, LOOKS
         self.vocabulary_parallel = vocabulary_parallel
         self.plan = sync.plan(plan, config.depth) if isinstance(plan, str) else plan
         self.sums = Sums(group, reduce)
         self.ranks = self.sums.ranks
-        _check(self, torch.device(device or "cpu").type)
-        _agree(self, generator)
+        with together(group, "making a TensorParallelDecoder") as facts:
+            _check(self, torch.device(device or "cpu").type)
+            facts["the arguments"] = _facts(self, generator)
         self.pattern = _own_heads(config.pattern, config.heads // self.ranks, self.sums.rank)
         self.steps = _attention_step, _mlp_step
 
@@ -124,7 +125,8 @@ class TensorParallelDecoder(LanguageModel):
         self.to(device)
 
     def compute(self, tokens, rope, targets=None, *, caches=None, start=0, last=False) -> Tensor:
-        """As in `LanguageModel`."""
+        """As in `LanguageModel`. At the first calls the ranks compare what they are given."""
+        self._look(tokens, targets)
         shared = self._shared()
         steps, biases = self._sublayers(rope, shared, caches, start)
         x = sync.run(self.plan, self._embed(tokens), steps, biases, self.sums)
@@ -205,6 +207,20 @@ class TensorParallelDecoder(LanguageModel):
     def _embed(self, tokens: Tensor) -> Tensor:
         x = super()._embed(tokens)
         return self.sums.leave(x) if self.vocabulary_parallel else x
+
+    @torch.compiler.disable(reason="the ranks talk by the process group's store")
+    def _look(self, tokens: Tensor, targets: Tensor | None) -> None:
+        capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.ranks == 1 or self.looks == 0 or capturing:
+            return
+        self.looks -= 1
+        given = {"tokens": tokens, "targets": targets}
+        with together(self.sums.group, "a call of a TensorParallelDecoder") as facts:
+            facts["the call"] = {
+                name: f"{list(tensor.shape)}, digest {digest(tensor):x}"
+                for name, tensor in given.items()
+                if tensor is not None
+            }
 
     def _vectors(self) -> list[Tensor | None]:
         norm = self.head.norm.weight
@@ -288,20 +304,12 @@ def _check(model: TensorParallelDecoder, device_type: str) -> None:
         raise ValueError(reason)
 
 
-def _agree(model: TensorParallelDecoder, generator: torch.Generator | None) -> None:
-    """Raises ValueError where the ranks differ in arguments or seeds."""
+def _facts(model: TensorParallelDecoder, generator: torch.Generator | None) -> dict[str, str]:
+    """What the ranks must have in common."""
     config = {**vars(model.config), "pattern": getattr(model.config.pattern, "name", None)}
-    state = (generator or torch.default_generator).get_state()
-    facts = {name: str(value) for name, value in config.items()}
-    facts |= {"plan": str(model.plan), "reduce": model.sums.reduce}
-    facts |= {"vocabulary_parallel": str(model.vocabulary_parallel)}
-    facts["the seed of the generator"] = f"digest {zlib.crc32(state.numpy().tobytes()):x}"
-    about = "making a TensorParallelDecoder"
-    told = agree.told_by_all(json.dumps(facts), model.sums.group, about=about)
-    for rank, other in enumerate(map(json.loads, told)):
-        for name, value in json.loads(told[0]).items():
-            if other[name] != value:
-                raise ValueError(
-                    f"the ranks differ in {name}: rank 0 has {value}, rank {rank} has "
-                    f"{other[name]}; make the same model on every rank, with the same seed"
-                )
+    config |= {"plan": model.plan, "reduce": model.sums.reduce}
+    config |= {"vocabulary_parallel": model.vocabulary_parallel}
+    seed = digest((generator or torch.default_generator).get_state())
+    return {name: str(value) for name, value in config.items()} | {
+        "the generator's state": f"digest {seed:x}"
+    }
