@@ -298,6 +298,10 @@ def refused():
     said["linear"] = refusal(TensorParallelDecoder, linear)
     g = torch.Generator().manual_seed(dist.get_rank())
     said["seed"] = refusal(TensorParallelDecoder, c, generator=g)
+    model = TensorParallelDecoder(c, generator=torch.Generator().manual_seed(0), device=device())
+    tokens, targets = batch(c, seed=dist.get_rank())
+    said["tokens"] = refusal(model, tokens)
+    said["targets"] = refusal(model, batch(c)[0], targets)
     other = "spd" if dist.get_rank() else "tp"
     g.manual_seed(0)
     said["ranks"] = refusal(TensorParallelDecoder, c, plan=other, generator=g)

@@ -145,8 +145,14 @@ def test_what_cannot_be_is_refused(options, message):
         ({"heads": 1}, "heads = 1 is not a multiple of 2 ranks, which hold equal parts"),
         ({"kv_heads": 1}, "kv_heads = 1 is not a multiple of 2 ranks"),
         ({"hidden": 7}, "hidden = 7 is not a multiple of 2 ranks"),
-        ({"seeds": True}, "the ranks differ in the seed of the generator: rank 0 has digest"),
-        ({"windows": True}, "the ranks differ in pattern: rank 0 has band(20), rank 1 has band(21"),
+        (
+            {"seeds": True},
+            "the ranks disagree about the arguments, the generator's state: rank 0 has digest",
+        ),
+        (
+            {"windows": True},
+            "disagree about the arguments, pattern: rank 0 has band(20), rank 1 has band(21",
+        ),
     ],
 )
 def test_ranks_that_cannot_share_it_are_told(cpu_ranks, options, message):

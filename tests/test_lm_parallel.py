@@ -136,7 +136,7 @@ def test_a_checkpoint_is_the_dense_models(spd):
     assert all(torch.isfinite(value).all() for value in found["model"].values())
 
 
-def test_a_run_says_its_plan_and_where_each_start_was(spd, pools, tmp_path):
+def test_a_run_says_its_plan_and_where_each_start_was(spd, tmp_path):
     record = json.loads((spd / "run/run.json").read_text())
     assert record["plan"] == {"name": "spd", "kind": "group", "syncs": 2}
     (start,) = record["starts"]

@@ -140,8 +140,10 @@ def test_what_ranks_cannot_hold_together_is_refused(ranks):
         assert "plan 'spd' is of 3 blocks, the model has 4" in said["plan"]
         assert "unknown sum 'quick'; use one of auto" in said["reduce"]
         assert "use linear=None" in said["linear"]
-        assert "the ranks differ in the seed of the generator" in said["seed"]
-        assert "the ranks differ in plan" in said["ranks"]
+        assert "the ranks disagree about the arguments, the generator's state" in said["seed"]
+        assert "the ranks disagree about the arguments, plan: rank 0 has Plan" in said["ranks"]
+        for name in ("tokens", "targets"):
+            assert f"the ranks disagree about the call, {name}: rank 0 has [2, 16]" in said[name]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -160,13 +162,17 @@ def test_data_parallel_methods_that_would_mix_parts_are_refused(four):
         assert "would shard it again" in fsdp
 
 
-def test_a_compiled_model_alone_is_the_compiled_decoder():
+def test_models_of_all_plans_can_be_compiled_in_one_process():
     torch._dynamo.reset()
-    c = jobs.config()
-    tokens, targets = jobs.batch(c)
-    model = TensorParallelDecoder(c, plan="spd", generator=torch.Generator().manual_seed(0))
-    eager = model(tokens, targets)
-    assert torch.allclose(compile_model(model, backend="eager")(tokens, targets), eager)
+    tokens, targets = jobs.batch(jobs.config())
+    for plan in jobs.PLANS:
+        generator = torch.Generator().manual_seed(0)
+        model = TensorParallelDecoder(jobs.config(), plan=plan, generator=generator)
+        eager = model(tokens, targets)
+        compile_model(model, backend="eager")
+        assert torch.allclose(model(tokens, targets), eager)
+        with torch.no_grad():
+            assert torch.allclose(model(tokens, targets), eager)
 
 
 def test_replicas_that_fell_apart_are_seen(ranks):

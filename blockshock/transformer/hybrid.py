@@ -29,12 +29,13 @@ from blockshock import attention as family
 from blockshock.attention.headed import some_heads
 from blockshock.attention.rules import Pattern
 from blockshock.distributed import reduce as ways
+from blockshock.linear.alike import together
 from blockshock.measure.regions import region
 from blockshock.transformer.config import usual_attention, usual_hidden
 from blockshock.transformer.parts import ColumnParallelLinear, RowParallelLinear
 from blockshock.transformer.sublayers import mlp, rms
 from blockshock.transformer.sums import Sums
-from blockshock.transformer.whole import Whole, check_alike, check_even
+from blockshock.transformer.whole import Whole, check_even, told
 
 EPS = 1e-5  # of the norms
 STD = 0.02  # of initial weights; out and down, which write to the stream, have STD / √2
@@ -85,12 +86,13 @@ class HybridBlock(Whole):
         self.width, self.causal, self.attention_method = width, causal, attention
         self.sums = Sums(group, reduce)
         ranks, rank = self.sums.ranks, self.sums.rank
-        _check_sizes(ranks, width, heads, kv_heads, hidden)
-        _check_methods(self, heads, kv_heads, pattern, device.type, dtype)
         sizes = {"width": width, "heads": heads, "kv_heads": kv_heads, "hidden": hidden}
         more = {"pattern": pattern and pattern.name, "causal": causal, "attention": attention}
         alike = {**sizes, **more, "reduce": reduce, "dtype": dtype}
-        check_alike(alike, generator, group, about="making a HybridBlock")
+        with together(group, "making a HybridBlock") as facts:
+            _check_sizes(ranks, width, heads, kv_heads, hidden)
+            _check_methods(self, heads, kv_heads, pattern, device.type, dtype)
+            facts["the arguments"] = told(alike, generator)
         self.own_heads, self.own_kv_heads = heads // ranks, kv_heads // ranks
         first = rank * self.own_heads
         self.pattern = pattern and some_heads(pattern, first, first + self.own_heads)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from types import FunctionType
 from typing import TypeVar
 
 import torch
@@ -207,8 +207,15 @@ def compile_model(model: Model, **options) -> Model:
     `decode_step` stay eager: sizes change with every token (see
     `TensorParallelDecoder.compile_decoding`).
     """
-    model.compile_parts(partial(torch.compile, fullgraph=True, **options))
+    model.compile_parts(lambda function: torch.compile(_own(function), fullgraph=True, **options))
     return model
+
+
+def _own(function: Callable) -> Callable:
+    """A copy: the compiler counts compilations by code, so those of other models would count."""
+    code = function.__code__.replace()
+    name, defaults, closure = function.__name__, function.__defaults__, function.__closure__
+    return FunctionType(code, function.__globals__, name, defaults, closure)
 
 
 def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:

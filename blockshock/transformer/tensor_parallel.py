@@ -26,6 +26,7 @@ from blockshock.attention.headed import some_heads
 from blockshock.attention.rules import Pattern
 from blockshock.distributed import collectives
 from blockshock.distributed import reduce as ways
+from blockshock.linear.alike import digest, together
 from blockshock.transformer import sync
 from blockshock.transformer.config import DecoderConfig
 from blockshock.transformer.decoder import Block, Decoder, Head, drawn
@@ -35,9 +36,11 @@ from blockshock.transformer.sublayers import attention, mlp, rms
 from blockshock.transformer.sums import Sums
 from blockshock.transformer.sync import Plan, advance
 from blockshock.transformer.vocabulary import VocabularyEmbedding, VocabularyHead
-from blockshock.transformer.whole import Whole, check_alike, check_even
+from blockshock.transformer.whole import Whole, check_even, told
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "TensorParallelDecoder"]
+
+LOOKS = 2  # first calls whose tokens and targets are compared
 
 
 class ParallelBlock(nn.Module):
@@ -80,7 +83,7 @@ class TensorParallelDecoder(Whole, LanguageModel):
 
     Raises:
         ValueError: sizes that cannot be dealt out, a plan of another depth, or ranks that differ in
-            arguments or seeds.
+            arguments or seeds. At the first calls, ranks that differ in tokens or targets.
     """
 
     def __init__(
@@ -96,13 +99,14 @@ class TensorParallelDecoder(Whole, LanguageModel):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        self.config, self.checkpointed = config, checkpoint_blocks
+        self.config, self.checkpointed, self.looks = config, checkpoint_blocks, LOOKS
         self.vocabulary_parallel = vocabulary_parallel
         self.plan = sync.plan(plan, config.depth) if isinstance(plan, str) else plan
         self.sums = Sums(group, reduce)
         self.ranks = self.sums.ranks
-        _check(self, torch.device(device or "cpu").type)
-        _agree(self, generator)
+        with together(group, "making a TensorParallelDecoder") as facts:
+            _check(self, torch.device(device or "cpu").type)
+            facts["the arguments"] = _facts(self, generator)
         self.pattern = _own_heads(config.pattern, config.heads // self.ranks, self.sums.rank)
         self.steps = self.cached_steps = _attention_step, _mlp_step
 
@@ -117,7 +121,8 @@ class TensorParallelDecoder(Whole, LanguageModel):
         self.to(device)
 
     def compute(self, tokens, rope, targets=None, *, caches=None, start=0, last=False) -> Tensor:
-        """As in `LanguageModel`."""
+        """As in `LanguageModel`. At the first calls the ranks compare what they are given."""
+        self._look(tokens, targets)
         shared = self._shared()
         steps, biases = self._sublayers(rope, shared, caches, start)
         x = sync.run(self.plan, self._embed(tokens), steps, biases, self.sums)
@@ -167,6 +172,20 @@ class TensorParallelDecoder(Whole, LanguageModel):
     def _embed(self, tokens: Tensor) -> Tensor:
         x = super()._embed(tokens)
         return self.sums.leave(x) if self.vocabulary_parallel else x
+
+    @torch.compiler.disable(reason="the ranks talk by the process group's store")
+    def _look(self, tokens: Tensor, targets: Tensor | None) -> None:
+        capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.ranks == 1 or self.looks == 0 or capturing:
+            return
+        self.looks -= 1
+        given = {"tokens": tokens, "targets": targets}
+        with together(self.sums.group, "a call of a TensorParallelDecoder") as facts:
+            facts["the call"] = {
+                name: f"{list(tensor.shape)}, digest {digest(tensor):x}"
+                for name, tensor in given.items()
+                if tensor is not None
+            }
 
     def _vectors(self) -> list[Tensor | None]:
         norm = self.head.norm.weight
@@ -245,9 +264,8 @@ def _check(model: TensorParallelDecoder, device_type: str) -> None:
         raise ValueError(reason)
 
 
-def _agree(model: TensorParallelDecoder, generator: torch.Generator | None) -> None:
-    """Raises ValueError where the ranks differ in arguments or seeds."""
+def _facts(model: TensorParallelDecoder, generator: torch.Generator | None) -> dict[str, str]:
+    """What the ranks must have in common."""
     config = {**vars(model.config), "pattern": getattr(model.config.pattern, "name", None)}
     facts = config | {"plan": model.plan, "reduce": model.sums.reduce}
-    facts["vocabulary_parallel"] = model.vocabulary_parallel
-    check_alike(facts, generator, model.sums.group, about="making a TensorParallelDecoder")
+    return told({**facts, "vocabulary_parallel": model.vocabulary_parallel}, generator)

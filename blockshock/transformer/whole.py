@@ -4,14 +4,12 @@ A module holds parts under the names that the whole tensors have in a dense modu
 gathered is a state_dict of that one, for any number of ranks.
 """
 
-import json
-import zlib
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from blockshock.distributed import agree
+from blockshock.linear.alike import digest
 from blockshock.transformer.parts import PartLayer
 
 _EXTRA = "_extra_state"
@@ -71,19 +69,8 @@ def check_even(ranks: int, **sizes: int) -> None:
             )
 
 
-def check_alike(
-    facts: dict[str, object], generator: torch.Generator | None, group, *, about: str
-) -> None:
-    """Raises ValueError on all ranks where they differ in facts, told as text, or in seeds."""
-    state = (generator or torch.default_generator).get_state()
-    own = {name: str(value) for name, value in facts.items()}
-    own["the seed of the generator"] = f"digest {zlib.crc32(state.numpy().tobytes()):x}"
-    told = agree.told_by_all(json.dumps(own), group, about=about)
-    first, *others = map(json.loads, told)
-    for rank, other in enumerate(others, 1):
-        for name, value in first.items():
-            if other[name] != value:
-                raise ValueError(
-                    f"the ranks differ in {name}: rank 0 has {value}, rank {rank} has "
-                    f"{other[name]}; make the same one on every rank, with the same seed"
-                )
+def told(facts: dict[str, object], generator: torch.Generator | None) -> dict[str, str]:
+    """What ranks that make a module must have in common, for `linear.alike.together`."""
+    seed = digest((generator or torch.default_generator).get_state())
+    texts = {name: str(value) for name, value in facts.items()}
+    return {**texts, "the generator's state": f"digest {seed:x}"}
