@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from blockshock.attention import patterns
 from blockshock.distributed.ranks import RankFailure
 from blockshock.transformer import Decoder, DecoderConfig, compile_model, counts
-from blockshock.transformer.decoder import rotate
+from blockshock.transformer.sublayers import rotate
 from tests.decoder_jobs import against_dense
 
 SIZES = {"vocabulary": 61, "context": 24, "width": 48, "depth": 2, "heads": 4}
@@ -112,7 +112,8 @@ def test_scores_depend_on_the_distance_of_two_positions_alone():
     q, k = torch.randn(2, 1, 4, 1, 12, dtype=torch.float64).unbind()
 
     def score(at_q, at_k):
-        turned = [rotate(x, model.double()._rope(t, t + 1)) for x, t in ((q, at_q), (k, at_k))]
+        ropes = [[part[-1:] for part in model.double()._rope(t + 1)] for t in (at_q, at_k)]
+        turned = [rotate(x, rope) for x, rope in zip((q, k), ropes, strict=True)]
         return (turned[0] * turned[1]).sum(-1)
 
     torch.testing.assert_close(score(9, 4), score(1009, 1004))
@@ -224,8 +225,8 @@ def test_inside_autocast_products_are_bf16_and_the_loss_is_float32():
 
 
 def test_positions_are_exact_in_a_model_cast_to_bf16():
-    cos, _ = made().bfloat16()._rope(0, 24)
-    assert torch.equal(cos, made()._rope(0, 24)[0])
+    cos, _ = made().bfloat16()._rope(24)
+    assert torch.equal(cos, made()._rope(24)[0])
 
 
 @pytest.mark.parametrize("changed", [{}, {"pattern": patterns.band(3)}, {"kv_heads": 2}])

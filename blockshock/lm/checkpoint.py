@@ -19,6 +19,7 @@ import torch
 from blockshock.lm.config import Refused
 from blockshock.lm.files import written_whole
 from blockshock.lm.ranks import Ranks
+from blockshock.transformer.sync import plan
 
 FORMAT = 1
 NAME = "checkpoint.pt"
@@ -49,14 +50,22 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def fits(state: dict[str, Any], model: dict[str, Any], vocabulary: int, digest: str) -> None:
+def fits(
+    state: dict[str, Any],
+    model: dict[str, Any],
+    vocabulary: int,
+    digest: str,
+    *,
+    goes_on: bool = True,
+) -> None:
     """Compares a checkpoint with the model and the tokenizer that are asked for.
 
-    model: the section of the config. Raises Refused where they differ.
+    model: the section of the config. goes_on: whether the model must compute what was trained, and
+    not only begin with its weights. Raises Refused where they differ.
     """
     saved = {**state["config"]["model"], "vocabulary": state["config"]["data"]["vocabulary"]}
     wanted = {**model, "vocabulary": vocabulary}
-    free = {"attention", "linear"}  # other ways to compute the same
+    free = {"attention", "linear", "sync", "tensor_parallel"}  # other ways to compute the same
     other = [
         f"{key} = {saved.get(key)}, here {wanted[key]}"
         for key in wanted
@@ -67,11 +76,25 @@ def fits(state: dict[str, Any], model: dict[str, Any], vocabulary: int, digest: 
             f"the checkpoint is of another model: {'; '.join(other)}. Set these as they were, or "
             "begin a new run"
         )
+    if goes_on and _computed(saved) != _computed(model):
+        raise Refused(
+            f"the checkpoint was trained as {_computed(saved)}, here it would be "
+            f"{_computed(model)}: that computes something else from the same weights. Set "
+            "model.sync and model.tensor_parallel as they were, or begin a new run (--init-from)"
+        )
     if state["tokenizer"] != digest:
         raise Refused(
             f"the checkpoint was trained with tokenizer {state['tokenizer']}, and data.folder "
             f"holds {digest}: its tokens mean something else. Use the folder that it was trained on"
         )
+
+
+def _computed(model: dict[str, Any]) -> str:
+    """What a section of a config makes of weights: with fewer syncs it depends on the ranks."""
+    name, ranks = model.get("sync"), model.get("tensor_parallel", 1)
+    if name is None or plan(name, model["depth"]).dense:
+        return "the dense model"
+    return f"plan {name} on {ranks} tensor-parallel ranks"
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor | None]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from blockshock.data_parallel import METHODS
-from blockshock.lm import checkpoint
+from blockshock.lm import checkpoint, record
 from blockshock.lm import config as settings
 from blockshock.lm.config import Config, Refused
 from blockshock.lm.files import alone, written_whole
@@ -27,6 +27,7 @@ from blockshock.lm.prepare import Prepared
 from blockshock.lm.ranks import Ranks, Stop
 from blockshock.lm.schedule import learning_rate
 from blockshock.lm.tokens import Batches, check_size
+from blockshock.lm.whole import put, whole
 from blockshock.transformer import counts
 
 
@@ -82,7 +83,7 @@ def _train(
         for line in run.restore(state):
             tell(line)
     elif state:
-        run.model.load_full_state_dict(state["model"])
+        put(run.model, state["model"])
     run.position += skip_data
     tell(run.about())
     ranks.by_first(run.open_log)
@@ -113,12 +114,12 @@ class Run:
             context=config.model.context,
             batch=options.batch,
             seed=options.seed,
-            rank=ranks.rank,
-            ranks=ranks.size,
+            rank=ranks.data_rank,
+            ranks=ranks.data_size,
         )
         # Asked for before the first step, not after the last.
-        check_size(data.validation, config.model.context, options.batch, ranks.size)
-        torch.manual_seed(options.seed + ranks.rank)
+        check_size(data.validation, config.model.context, options.batch, ranks.data_size)
+        torch.manual_seed(options.seed + ranks.data_rank)
         self.model = _wrapped(config, ranks)
         self.optimizer = self.model.optimizer(
             torch.optim.AdamW,
@@ -134,16 +135,22 @@ class Run:
         self._begin_window()
 
     def open_log(self) -> None:
-        """Writes the settings and opens the log."""
+        """Writes the settings and what else is told of the run, and opens the log."""
         with written_whole(Path(self.config.run) / "config.yaml") as out:
             out.write(settings.dump(self.config).encode())
+        record.write(self.config, self.data, self.ranks, self.step)
         self.log = Log(self.config, self.step)
 
     def about(self) -> str:
         """A line: the model, the ranks, the tokens of a step."""
         t, sizes = self.config.train, self.counts
-        tokens = self.config.model.context * t.batch * t.accumulate * self.ranks.size
+        tokens = self.config.model.context * t.batch * t.accumulate * self.ranks.data_size
         ranks = "1 rank" if self.ranks.size == 1 else f"{self.ranks.size} ranks"
+        if self.ranks.tensor_size > 1:
+            plan = self.model.module.plan
+            ranks += (
+                f", {self.ranks.tensor_size} hold a model: plan {plan.name}, {plan.syncs} syncs"
+            )
         return (
             f"{sizes.parameters / 1e6:.1f} M parameters, {ranks} "
             f"({self.model.method}) on {self.ranks.device.type}, {tokens} tokens a step, step "
@@ -170,8 +177,7 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> list[str]:
         """Goes on from a checkpoint; returns lines on what is not as it was."""
-        self.model.load_full_state_dict(state["model"])
-        self.model.load_full_optimizer_state(self.optimizer, state["optimizer"])
+        put(self.model, state["model"], self.optimizer, state["optimizer"])
         self.step, self.position = state["step"], state["position"]
         self.seconds = state["seconds"]
         changed = _changes(state["config"], settings.to_dict(self.config))
@@ -190,7 +196,7 @@ class Run:
             group["lr"] = rate
         for turn in range(options.accumulate):
             x, y = (to_device(t, self.ranks.device) for t in self.batches.at(self.position))
-            self.position += options.batch * self.ranks.size
+            self.position += options.batch * self.ranks.data_size
             last = turn == options.accumulate - 1
             with nullcontext() if last else model.no_sync():
                 with autocast(self.config, self.ranks.device):
@@ -217,8 +223,8 @@ class Run:
                 "train.warmup, and begin anew or --resume from it"
             )
         options, context = self.config.train, self.config.model.context
-        tokens = options.batch * options.accumulate * self.ranks.size * context * self.steps
-        rate = tokens / seconds
+        sequences = options.batch * options.accumulate * self.ranks.data_size * self.steps
+        rate = sequences * context / seconds
         value = None
         if evaluating:
             batches = options.evaluate_batches
@@ -248,12 +254,13 @@ class Run:
 
     def _save(self) -> None:
         """Rank 0 writes; where it cannot, every rank raises."""
+        weights, optimizer = whole(self.model, self.optimizer)
         state = {
             "step": self.step,
             "position": self.position,
             "seconds": self.seconds,
-            "model": self.model.full_state_dict(cpu=True),
-            "optimizer": self.model.full_optimizer_state(self.optimizer, cpu=True),
+            "model": weights,
+            "optimizer": optimizer,
             "rng": self.ranks.gather(checkpoint.rng_state(self.ranks.device)),
             "config": settings.to_dict(self.config),
             "tokenizer": self.data.digest,
@@ -276,24 +283,26 @@ def _starting_state(
     if not (resume or init_from):
         return None
     state = checkpoint.load(file if resume else Path(init_from))
-    checkpoint.fits(state, settings.to_dict(config)["model"], config.data.vocabulary, data.digest)
+    model = settings.to_dict(config)["model"]
+    checkpoint.fits(state, model, config.data.vocabulary, data.digest, goes_on=resume)
     return state
 
 
 def _wrapped(config: Config, ranks: Ranks) -> Any:
-    """The model in its data-parallel method; without a process group that is `none`."""
+    """The model in its data-parallel method; on one data-parallel rank that is `none`."""
     name = config.train.data_parallel
     if name not in METHODS:
         raise Refused(f"train.data_parallel = {name!r}: use one of {', '.join(METHODS)}")
-    if ranks.size > 1 and name == "none":
-        raise Refused(f"train.data_parallel = none: {ranks.size} ranks would train apart; name one")
-    if ranks.size == 1:
-        return METHODS["none"](make(config, ranks.device))
+    size = ranks.data_size
+    if size > 1 and name == "none":
+        raise Refused(f"train.data_parallel = none: {size} ranks would train apart; name one")
+    if size == 1:
+        return METHODS["none"](make(config, ranks))
     options = {}
     if config.train.bucket_mib is not None:
         options["bucket_mib"] = config.train.bucket_mib
     try:
-        return METHODS[name](make(config, ranks.device), **options)
+        return METHODS[name](make(config, ranks), group=ranks.data, **options)
     except (TypeError, ValueError) as error:
         raise Refused(f"train.data_parallel = {name}, {options}: {error}") from error
 

@@ -8,6 +8,18 @@ counts(config).parameters
 
 from blockshock.transformer.config import DecoderConfig
 from blockshock.transformer.counts import Counts, counts
-from blockshock.transformer.decoder import Decoder, compile_model
+from blockshock.transformer.decoder import Decoder
+from blockshock.transformer.hybrid import HybridBlock, dense_reference
+from blockshock.transformer.language_model import compile_model
+from blockshock.transformer.tensor_parallel import TensorParallelDecoder
 
-__all__ = ["Counts", "Decoder", "DecoderConfig", "compile_model", "counts"]
+__all__ = [
+    "Counts",
+    "Decoder",
+    "DecoderConfig",
+    "HybridBlock",
+    "TensorParallelDecoder",
+    "compile_model",
+    "counts",
+    "dense_reference",
+]

@@ -1,0 +1,176 @@
+"""Ranks that compute a decoder together compute what their plan says, forward and backward."""
+
+import pytest
+import torch
+
+from blockshock.distributed import open_ranks
+from blockshock.transformer import Decoder, TensorParallelDecoder, compile_model, counts, sync
+from tests import tensor_parallel_jobs as jobs
+
+LIMIT = 2e-5  # relative, of float32 sums in another order
+METHODS = ["naive", "flat", "bucketed", "overlapped", "sharded_optimizer", "torch_ddp"]
+
+
+@pytest.fixture(scope="module")
+def four():
+    with open_ranks(4, "cpu") as pool:
+        yield pool
+
+
+@pytest.fixture(params=[2, 4])
+def some(request, ranks, four):
+    """The ranks of the session, then four."""
+    return ranks if request.param == 2 else four
+
+
+def check(answers, *, vocabulary_parallel=False):
+    for answer in answers:
+        for plan, found in answer.items():
+            syncs = sync.plan(plan, jobs.SIZES["depth"]).syncs
+            more = (2, 2) if vocabulary_parallel else (0, 1)
+            assert found["collectives"] == (syncs + more[0], syncs + more[1]), plan
+            right(found, plan)
+
+
+def right(found, what="", limit=LIMIT):
+    assert found["same"], what
+    for name in {"logits", "loss", "gradients"} & found.keys():
+        assert found[name] < limit, (what, found)
+
+
+@pytest.mark.parametrize("plan", jobs.PLANS)
+def test_one_rank_is_the_dense_decoder_whatever_the_plan(plan):
+    c = jobs.config(attention=None)
+    state, (tokens, targets) = jobs.weights(c), jobs.batch(c)
+    dense, model = Decoder(c), TensorParallelDecoder(c, plan=plan)
+    dense.load_state_dict(state)
+    model.load_full_state_dict(state)
+    losses = [one(tokens, targets) for one in (dense, model)]
+    for loss in losses:
+        loss.backward()
+    if plan == "parallel":  # MLPs that read what attention reads are another model
+        assert abs(losses[0] - losses[1]) > 100 * LIMIT
+        return
+    true = {name: p.grad for name, p in dense.named_parameters()}
+    assert jobs.apart(losses[1], losses[0]) < LIMIT
+    assert jobs.apart(model.gather_gradients(), true) < LIMIT
+
+
+def test_every_plan_is_its_simulation_with_as_many_collectives_as_it_says(some):
+    check(some.run(jobs.all_plans))
+
+
+def test_with_embedding_and_head_in_parts_as_well(some):
+    plans = "tp", "3", "desync:2", "parallel"
+    check(some.run(jobs.all_plans, plans, vocabulary_parallel=True), vocabulary_parallel=True)
+
+
+@pytest.mark.parametrize("seed", [0, 1000])
+def test_random_models_and_plans_are_their_simulation(some, seed):
+    for answer in some.run(jobs.gate, seed, 8):
+        assert len(answer) == 8
+        for what, found in answer.items():
+            right(found, what, 1e-11)
+
+
+def test_plans_differ_and_a_sync_after_every_sublayer_is_the_dense_decoder(ranks):
+    c = jobs.config()
+    plans = ("tp", "spd", "2", "desync:spd", "parallel")
+    answers = ranks.run(jobs.losses, plans)
+    for found in answers:
+        assert len({round(loss, 4) for loss in found.values()}) == len(plans)
+    dense = Decoder(c)
+    dense.load_state_dict(jobs.weights(c))
+    true = dense(*jobs.batch(c)).item()
+    assert [found["tp"] for found in answers] == pytest.approx([true] * len(answers), rel=1e-4)
+
+
+def test_heads_keep_their_patterns(some):
+    for found in some.run(jobs.per_head_pattern, "spd"):
+        right(found)
+
+
+@pytest.mark.parametrize("options", [{}, {"vocabulary_parallel": True}])
+def test_weights_do_not_depend_on_the_number_of_ranks(some, options):
+    assert all(some.run(jobs.dense_again, **options))
+
+
+def test_all_plans_have_the_dense_decoders_parameters():
+    c = jobs.config()
+    models = [TensorParallelDecoder(c, plan=plan) for plan in jobs.PLANS]
+    sizes = {sum(p.numel() for p in model.parameters()) for model in (Decoder(c), *models)}
+    assert sizes == {counts(c).parameters}
+
+
+@pytest.mark.parametrize(
+    ("plan", "graphs", "options"),
+    [
+        ("tp", 3, {}),
+        ("2", 5, {"checkpoint_blocks": True}),
+        ("desync:spd", 3, {"vocabulary_parallel": True}),
+    ],
+)
+def test_sublayers_are_compiled_whole(ranks, plan, graphs, options):
+    for error, found in ranks.run(jobs.compiled, plan, **options):
+        assert found == graphs
+        assert error < LIMIT
+
+
+@pytest.mark.parametrize("vocabulary_parallel", [False, True])
+@pytest.mark.parametrize("plan", ["tp", "2", "desync:spd", "parallel"])
+def test_a_step_with_kept_keys_is_the_next_position(ranks, plan, vocabulary_parallel):
+    syncs = sync.plan(plan, jobs.SIZES["depth"]).syncs
+    answers = ranks.run(jobs.decoded, {"kv_heads": 2}, plan, vocabulary_parallel)
+    for error, number, same in answers:
+        assert error < LIMIT
+        assert number == syncs + 2 * vocabulary_parallel
+        assert same
+
+
+def test_uses_outside_the_laboratory_are_right_or_one_error(ranks):
+    for said in ranks.run(jobs.used_otherwise):
+        for name in ("a copy", "parts after a cast", "norm to clip by", "all targets ignored"):
+            assert said.pop(name), name
+        assert "each rank loads its own" in said.pop("another rank's state")
+        assert "size mismatch" in said.pop("a whole state")
+        assert 'Missing key(s) in state_dict: "head.norm.weight"' in said.pop(
+            "a whole state that lacks one"
+        )
+        assert all("index" in text for text in said.values()), said
+
+
+def test_what_ranks_cannot_hold_together_is_refused(ranks):
+    for said in ranks.run(jobs.refused):
+        for name in ("heads", "kv_heads", "hidden", "vocabulary"):
+            assert f"{name} = " in said[name]
+            assert "is not a multiple of 2 ranks" in said[name]
+        assert "plan 'spd' is of 3 blocks, the model has 4" in said["plan"]
+        assert "unknown sum 'quick'; use one of auto" in said["reduce"]
+        assert "use linear=None" in said["linear"]
+        assert "the ranks differ in the seed of the generator" in said["seed"]
+        assert "the ranks differ in plan" in said["ranks"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_beside_data_parallel_ranks_steps_are_those_of_one_process(four, method):
+    plan = "selective:[0]" if method == "overlapped" else "spd"
+    for norms, error, same in four.run(jobs.trained_like_simulation, method, plan):
+        assert norms < LIMIT
+        assert error < 10 * LIMIT  # of three steps of AdamW
+        assert same
+
+
+def test_data_parallel_methods_that_would_mix_parts_are_refused(four):
+    for mixed, sharded, fsdp in four.run(jobs.refused_methods):
+        assert "give group= the ranks that hold the same part" in mixed
+        assert "would shard it again; use 'overlapped'" in sharded
+        assert "would shard it again" in fsdp
+
+
+def test_a_compiled_model_alone_is_the_compiled_decoder():
+    torch._dynamo.reset()
+    c = jobs.config()
+    tokens, targets = jobs.batch(c)
+    model = TensorParallelDecoder(c, plan="spd", generator=torch.Generator().manual_seed(0))
+    eager = model(tokens, targets)
+    assert torch.allclose(compile_model(model, backend="eager")(tokens, targets), eager)
