@@ -4,10 +4,7 @@ One sample is the time of one block on the slowest rank: forward (`bench_hybrid_
 forward and backward (`bench_hybrid_backward`). All attentions of a point have the same weights and
 are measured in the same rounds.
 
-What a pattern can gain is bounded by the projections, whose operations it does not change. Causal
-attention has T / (12 width) times as many as they have, forward (hidden = 8/3 width), and 7/6 of
-that with the backward; twice that if not causal. At one rate of arithmetic and without sums, the
-block of width 4096 at T = 32768 can become 1.8 times as fast, that of width 1024 4.1 times.
+What a pattern can gain at most is in docs/tensor_parallel.md.
 """
 
 from blockshock.phases.transformer.case import TransformerCase

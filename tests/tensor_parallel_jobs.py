@@ -11,6 +11,7 @@ from blockshock.attention import patterns
 from blockshock.data_parallel import METHODS
 from blockshock.distributed import collectives, here
 from blockshock.linear.part import PartWeight
+from blockshock.measure.errors import limit
 from blockshock.transformer import Decoder, DecoderConfig, TensorParallelDecoder, compile_model
 from blockshock.transformer.sync import plan as named_plan
 from tests.simulated_plans import simulate
@@ -347,3 +348,63 @@ def losses(plans):
     """The loss of each plan, of the same weights and tokens."""
     c = config()
     return {plan: made(c, weights(c), plan)(*batch(c)).item() for plan in plans}
+
+
+def apart_on_purpose():
+    """What `replicas_apart` says of a new model, and after a rank has changed a scale."""
+    c = config()
+    model = made(c, weights(c), "spd")
+    before = model.replicas_apart()
+    if dist.get_rank() == 1:
+        with torch.no_grad():
+            model.blocks[2].mlp_norm.weight.mul_(2)
+    return before, model.replicas_apart()
+
+
+def low_precision(plan):
+    """By name, on rank 0: the error of bf16 over that of a simulation in bf16, and its limit."""
+    c = config(width=64, hidden=64, context=64, vocabulary=256)
+    state = weights(c, dtype=torch.bfloat16)
+    wide = {name: value.double() for name, value in state.items()}
+    tokens, targets = batch(c, B=8)
+    model = made(c, state, plan, vocabulary_parallel=True)
+    model(tokens, targets).backward()
+    found = {"logits": model(tokens).detach()} | model.gather_gradients()
+    if dist.get_rank():
+        return {}
+    both = []
+    for each in (wide, state):
+        logits, _, gradients = truth(c, each, plan, dist.get_world_size(), tokens, targets)
+        both.append({"logits": logits} | gradients)
+    true, simulated = both
+    return {
+        name: (
+            apart(found[name].double(), value) / apart(simulated[name].double(), value),
+            limit(2, value.numel()),
+        )
+        for name, value in true.items()
+    }
+
+
+def summed(reduce):
+    """Errors of plans whose sums go this way, forward and backward; on GPUs."""
+    c = config(width=64, hidden=64)
+    plans = "tp", "2", "desync:spd"
+    return {plan: against_truth(c, plan, reduce=reduce) for plan in plans}
+
+
+def captured(reduce):
+    """The error of steps that a CUDA graph holds against the same ones, run one by one."""
+    c = config(attention=None, width=256, hidden=64)
+    state, (tokens, _) = weights(c, dtype=torch.bfloat16), batch(c)
+    model = made(c, state, "spd", vocabulary_parallel=True, reduce=reduce)
+    caches, last = model.cache(*tokens.shape), tokens.shape[1] - 1
+    for t in range(last + 1):  # the sums of this size are chosen here
+        true = model.decode_step(tokens[:, t : t + 1], caches, t)
+    token, graph = tokens[:, last:].clone(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = model.decode_step(token, caches, last)
+    found.zero_()
+    caches.blocks[0][0][:, :, last] = 0  # the graph writes it again
+    graph.replay()
+    return apart(found, true)

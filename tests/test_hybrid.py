@@ -48,6 +48,10 @@ def test_one_process_is_the_dense_block_without_a_sum(pattern):
     check([jobs.against_dense(pattern, True)], sums=0)
 
 
+def test_the_kernels_take_the_heads_of_a_rank(ranks):
+    check(ranks.run(jobs.against_dense, "rule_per_head", True, tokens=33, attention="block_sparse"))
+
+
 @pytest.mark.parametrize("tokens", [1, 63, 130])
 def test_any_number_of_tokens(ranks, tokens):
     check(ranks.run(jobs.against_dense, "blocks_per_head", True, tokens=tokens))

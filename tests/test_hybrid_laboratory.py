@@ -44,6 +44,9 @@ def test_both_attentions_pass_their_check_and_are_measured_side_by_side(lab, pha
         regions = {"attention", "mlp", "allreduce", "forward", "total"}
         assert set(info["regions"]) == regions | ({"backward"} if backward else set())
         assert info["regions"]["allreduce"]["calls"] == (4 if backward else 2)
+        attention = "reference" if one.pattern else "flash_torch"
+        if lab.ranks.device == "cpu":
+            assert info["paths"] == {"attention": attention, "reduce": "collective"}
         tokens = one.batch * one.T
         assert min(samples) <= tokens / info["rates"]["tokens_per_s"] <= max(samples)
     sparse, dense = (lab.result(one, point)[1]["work"] for one in reversed(point))

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from blockshock.distributed import open_ranks
 from blockshock.lm import checkpoint
 from blockshock.lm.__main__ import main
 from tests import lm_parallel_jobs as jobs
@@ -18,16 +17,10 @@ PARALLEL = {**SIZES, "model__tensor_parallel": 2}
 
 
 @pytest.fixture(scope="module")
-def pools():
-    with open_ranks(2, "cpu") as two, open_ranks(4, "cpu") as four:
-        yield {2: two, 4: four}
-
-
-@pytest.fixture(scope="module")
-def spd(pools, tmp_path_factory):
+def spd(four, tmp_path_factory):
     """The folder of a run of one sync a block, two tensor-parallel by two data-parallel ranks."""
     folder = tmp_path_factory.mktemp("spd")
-    assert said(pools[4], "--config", write(folder, **PARALLEL), "--sync", "spd") == ""
+    assert said(four, "--config", write(folder, **PARALLEL), "--sync", "spd") == ""
     return folder
 
 
@@ -46,11 +39,11 @@ def refused(capsys, *arguments):
     return capsys.readouterr().err
 
 
-def test_a_sync_after_every_sublayer_is_the_run_of_one_process(pools, tmp_path):
+def test_a_sync_after_every_sublayer_is_the_run_of_one_process(cpu_ranks, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     assert main(["--config", str(write(one, **SIZES))]) == 0
     config = write(two, **PARALLEL)
-    assert said(pools[2], "--config", config) == ""
+    assert said(cpu_ranks, "--config", config) == ""
     assert [row[:2] for row in rows(one)] == [row[:2] for row in rows(two)]
     for mine, other in zip(rows(one), rows(two), strict=True):
         for a, b in zip(mine[2:], other[2:], strict=True):
@@ -64,24 +57,24 @@ def test_a_sync_after_every_sublayer_is_the_run_of_one_process(pools, tmp_path):
     assert [row[0] for row in rows(two)] == list("123456789")
 
 
-def test_a_run_with_fewer_syncs_is_resumed_to_the_bit(spd, pools, tmp_path):
+def test_a_run_with_fewer_syncs_is_resumed_to_the_bit(spd, four, tmp_path):
     losses = [float(row[2]) for row in rows(spd)]
     assert losses[-1] < losses[0]
     assert [bool(row[3]) for row in rows(spd)] == [step % 4 == 0 for step in range(1, 9)]
     steady = {**PARALLEL, "model__sync": "spd", "train__min_lr": 0.01}  # no schedule by the steps
     whole, config = write(tmp_path / "whole", **steady), write(tmp_path, **steady)
-    assert said(pools[4], "--config", whole) == ""
-    assert said(pools[4], "prepare", "--config", config) == ""
+    assert said(four, "--config", whole) == ""
+    assert said(four, "prepare", "--config", config) == ""
     command = "train", "--config", config
-    assert said(pools[4], *command, "--set", "train.steps=4") == ""
-    assert said(pools[4], *command, "--resume") == ""
+    assert said(four, *command, "--set", "train.steps=4") == ""
+    assert said(four, *command, "--resume") == ""
     assert_same_run(tmp_path, tmp_path / "whole")
 
 
 @pytest.mark.parametrize("method", ["flat", "sharded_optimizer"])
-def test_data_parallel_methods_give_the_same_run(spd, pools, tmp_path, method):
+def test_data_parallel_methods_give_the_same_run(spd, four, tmp_path, method):
     config = write(tmp_path, **PARALLEL, model__sync="spd", train__data_parallel=method)
-    assert said(pools[4], "--config", config) == ""
+    assert said(four, "--config", config) == ""
     for mine, other in zip(rows(tmp_path), rows(spd), strict=True):
         assert float(mine[2]) == pytest.approx(float(other[2]), rel=2e-4)
     first, second = (checkpoint.load(f / "run")["optimizer"] for f in (tmp_path, spd))
@@ -110,9 +103,9 @@ def test_ranks_that_are_not_there_are_refused(tmp_path, capsys, arguments, messa
     assert message in refused(capsys, "--config", write(tmp_path), *arguments)
 
 
-def test_what_ranks_cannot_hold_is_refused_in_one_line(pools, tmp_path):
+def test_what_ranks_cannot_hold_is_refused_in_one_line(cpu_ranks, tmp_path):
     config = write(tmp_path, **PARALLEL)
-    pool, base = pools[2], ["--config", config]
+    pool, base = cpu_ranks, ["--config", config]
     assert "sync plan '3': 2 blocks have 1 to 2 syncs, or 4" in said(
         pool, *base, "--sync", "3", code=1
     )

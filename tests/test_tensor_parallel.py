@@ -3,18 +3,11 @@
 import pytest
 import torch
 
-from blockshock.distributed import open_ranks
 from blockshock.transformer import Decoder, TensorParallelDecoder, compile_model, counts, sync
 from tests import tensor_parallel_jobs as jobs
 
 LIMIT = 2e-5  # relative, of float32 sums in another order
 METHODS = ["naive", "flat", "bucketed", "overlapped", "sharded_optimizer", "torch_ddp"]
-
-
-@pytest.fixture(scope="module")
-def four():
-    with open_ranks(4, "cpu") as pool:
-        yield pool
 
 
 @pytest.fixture(params=[2, 4])
@@ -174,3 +167,30 @@ def test_a_compiled_model_alone_is_the_compiled_decoder():
     model = TensorParallelDecoder(c, plan="spd", generator=torch.Generator().manual_seed(0))
     eager = model(tokens, targets)
     assert torch.allclose(compile_model(model, backend="eager")(tokens, targets), eager)
+
+
+def test_replicas_that_fell_apart_are_seen(ranks):
+    for before, after in ranks.run(jobs.apart_on_purpose):
+        assert before == 0
+        assert 0.05 < after < 0.5
+
+
+@pytest.mark.parametrize("plan", ["tp", "2", "desync:2", "parallel"])
+def test_bf16_costs_what_rounding_costs(ranks, plan):
+    found = ranks.run(jobs.low_precision, plan)[0]
+    assert set(found) > {"logits", "embedding.weight", "blocks.3.down.bias"}
+    assert not {name: each for name, each in found.items() if not each[0] < each[1]}
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("reduce", ["auto", "exchange", "two_shot"])
+def test_sums_by_other_ways_give_the_same(ranks, reduce):
+    for answer in ranks.run(jobs.summed, reduce):
+        for plan, found in answer.items():
+            right(found, plan)
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("reduce", ["collective", "auto", "exchange"])
+def test_a_cuda_graph_holds_a_step_with_its_sums(ranks, reduce):
+    assert max(ranks.run(jobs.captured, reduce)) < 1e-6

@@ -30,6 +30,8 @@ from blockshock.lm.tokens import Batches, check_size
 from blockshock.lm.whole import put, whole
 from blockshock.transformer import counts
 
+APART = 1e-4  # relative difference of replicas: thousands of float32 roundings
+
 
 def train(
     config: Config,
@@ -254,6 +256,7 @@ class Run:
 
     def _save(self) -> None:
         """Rank 0 writes; where it cannot, every rank raises."""
+        self._check_replicas()
         weights, optimizer = whole(self.model, self.optimizer)
         state = {
             "step": self.step,
@@ -267,6 +270,17 @@ class Run:
         }
         path = Path(self.config.run) / checkpoint.NAME
         self.ranks.by_first(lambda: checkpoint.save(path, state))
+
+    def _check_replicas(self) -> None:
+        """Sums in another order may differ in the last bits; more is a model that fell apart."""
+        module = self.model.module
+        apart = module.replicas_apart() if self.ranks.tensor_size > 1 else 0.0
+        if not apart <= APART:
+            raise Refused(
+                f"step {self.step}: what all tensor-parallel ranks hold is {apart:.1e} apart, "
+                f"relative, and at most {APART:g} can be rounding. A checkpoint that was written "
+                "before is kept; --resume from it"
+            )
 
 
 def _starting_state(

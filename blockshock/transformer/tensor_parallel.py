@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from blockshock.attention.headed import some_heads
 from blockshock.attention.rules import Pattern
+from blockshock.distributed import collectives
 from blockshock.distributed import reduce as ways
 from blockshock.transformer import sync
 from blockshock.transformer.config import DecoderConfig
@@ -151,14 +152,29 @@ class TensorParallelDecoder(Whole, LanguageModel):
         dense.load_state_dict(self.full_state_dict())
         return dense
 
+    @torch.no_grad()
+    def replicas_apart(self) -> float:
+        """How far the ranks' norm scales and biases of out and down are from the first rank's.
+
+        The largest relative difference, alike on all ranks: 0 where all have the same bits. A
+        collective.
+        """
+        flat = torch.cat([vector for vector in self._vectors() if vector is not None])
+        first = collectives.all_gather(flat, self.sums.group)[0]
+        own = (flat - first).double().norm() / first.double().norm()
+        return float(collectives.all_gather(own[None], self.sums.group).max())
+
     def _embed(self, tokens: Tensor) -> Tensor:
         x = super()._embed(tokens)
         return self.sums.leave(x) if self.vocabulary_parallel else x
 
+    def _vectors(self) -> list[Tensor | None]:
+        norm = self.head.norm.weight
+        return [*(vector for block in self.blocks for vector in block.shared()), norm]
+
     def _shared(self) -> Iterator[Tensor | None]:
         """Of each block what its `shared` lists, then the last norm's scale; entered together."""
-        whole = [vector for block in self.blocks for vector in block.shared()]
-        whole.append(self.head.norm.weight)
+        whole = self._vectors()
         if self.ranks == 1 or not torch.is_grad_enabled():
             return iter(whole)
         flat = self.sums.enter(torch.cat([vector for vector in whole if vector is not None]))

@@ -186,7 +186,10 @@ def figures(case: TransformerCase, run: Run, problem: Problem, experiment, ceili
         "memory": {"weight_bytes": weights},
         "work": found,
         "floor": floor,
-        "paths": {"attention": usual_attention(problem.device.type, case.mask)},
+        "paths": {
+            "attention": usual_attention(problem.device.type, case.mask),
+            "reduce": str(run.model.sums.plan(problem.x)),
+        },
     }
 
 

@@ -58,7 +58,7 @@ KINDS = {
         lambda result, here: 1e3 * result.median,
     ),
     "ratio": Kind(
-        "time over that of a sync after every sublayer",
+        "time over standard",
         "Median time over that of standard tensor parallelism with the backend's all-reduce, in "
         "the same rounds, with 95% intervals. Lower is better.",
         Axis("time over standard", "{:.3f}".format, "ratio", 1.0, least=0.7),

@@ -96,8 +96,9 @@ def spots(axes: Axes, panel: Panel, ids: dict[str, str]) -> dict[str, list]:
 
 def _setting(plans: Sequence[Trained]) -> str:
     seeds = sorted({seed for one in plans for seed in one.runs})
-    words = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {', '.join(map(str, seeds))}"
-    return f"{recipe_words(plans)}, {setting(plans[0].first.case)}, {words}"
+    parts = [recipe_words(plans), setting(plans[0].first.case)]
+    parts += [f"seeds {', '.join(map(str, seeds))}"] * (len(seeds) > 1)
+    return ", ".join(parts)
 
 
 def _standard(plans: Sequence[Trained]) -> Trained:
