@@ -208,7 +208,14 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("pattern", ["band(16)", "causal_band(40)", "random_blocks(64,0.1)"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "band(16)",
+        pytest.param("causal_band(40)", marks=pytest.mark.slow),
+        pytest.param("random_blocks(64,0.1)", marks=pytest.mark.slow),
+    ],
+)
 def test_a_long_pattern_is_checked_and_counted_without_its_mask(monkeypatch, pattern):
     T, device = 512, torch.device(DEVICE)
     chunk = "CHUNK_CPU" if DEVICE == "cpu" else "CHUNK"
