@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -15,7 +16,14 @@ from tools.families.transformer.hybrid import block_is_faster
 from tools.families.transformer.hypotheses import decodes_faster, loses_little
 from tools.families.transformer.losses import trained
 from tools.families.transformer.page import full, readme, tables
-from tools.families.transformer.points import NAMING, by_place, communication, of_phase
+from tools.families.transformer.points import (
+    NAMING,
+    by_place,
+    communication,
+    of_phase,
+    place,
+    seconds_a_sync,
+)
 from tools.family import draw_all
 from tools.files import ToolError
 from tools.results import load
@@ -114,9 +122,21 @@ def test_times_stand_over_the_syncs_of_their_plan(results):
     assert standard == 1.0
     shares = drawings["transformer_decode_communication"].panels[0].lines[0]
     assert 0 < shares.points[0].y < shares.points[-1].y < 100
-    assert communication(result) == pytest.approx(
-        result.regions["allreduce"].avg / result.regions["total"].avg
-    )
+    here = by_place(of_phase(results, "decode"))[place(result.case)]
+    cost = seconds_a_sync([r for r in here if r.case.reduce == "exchange"])
+    assert communication(result, here) == pytest.approx(6 * cost / result.median)
+
+
+def test_what_a_sync_costs_is_the_slope_of_the_row_of_plans():
+    def plan(method, syncs, seconds):
+        return SimpleNamespace(
+            case=SimpleNamespace(method=method), rates={"syncs": syncs}, median=seconds
+        )
+
+    row = [plan("tp", 24, 52e-6), plan("spd", 12, 28e-6), plan("spd_2", 6, 16e-6)]
+    assert seconds_a_sync(row) == pytest.approx(2e-6)
+    assert seconds_a_sync([*row, plan("desync", 24, 1.0)]) == pytest.approx(2e-6)
+    assert seconds_a_sync(row[:2]) is None
 
 
 def test_losses_are_compared_at_the_same_step_and_recipe(results):

@@ -59,7 +59,7 @@ PLACE = (
     Column("setting", "setting"),
 )
 COST = (
-    number("mfu", "MFU", percent),
+    number("mfu", "MFU of matrix rate", percent),
     number("mfu_datasheet", "MFU of data sheet", percent),
     number("efficiency", "scaling efficiency", interval),
     number("over_peer", f"speed over {PEER}", interval),
@@ -122,7 +122,7 @@ def _markdown(found: Sequence[Result], where: Sequence[Column]) -> str:
         Column("method", "method"),
         number("median", "ms", milliseconds),
         number("tokens_per_s", "tokens/s", count),
-        COST[0],
+        COST[1],
         number("peak_bytes", "peak memory", size),
         *COST[2:5],
     )

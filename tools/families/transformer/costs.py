@@ -44,7 +44,7 @@ def _ratio(result: Result, here: Sequence[Result]) -> Point | float | None:
 
 
 def _share(result: Result, here: Sequence[Result]) -> float | None:
-    found = communication(result)
+    found = communication(result, here)
     return None if found is None else 100 * found
 
 
@@ -66,8 +66,8 @@ KINDS = {
     ),
     "communication": Kind(
         "share of communication",
-        "Time of the sums over ranks in a step, as a share of the step, in an instrumented pass. "
-        "Waiting for other ranks is in it.",
+        "Time of the sums over ranks in a step, as a share of the step, in an instrumented pass, "
+        "with waiting for other ranks. Decoding in a graph: syncs times what a further one costs.",
         Axis("%", "{:.1f}%".format, "even"),
         _share,
     ),

@@ -30,7 +30,7 @@ def _speedup(result: Result, here: Sequence[Result]) -> Point | None:
 
 
 def _share(result: Result, here: Sequence[Result]) -> float | None:
-    found = communication(result)
+    found = communication(result, here)
     return None if found is None else 100 * found
 
 

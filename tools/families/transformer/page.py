@@ -188,7 +188,7 @@ def _cells(result: Result, here: Sequence[Result]) -> dict:
         "reduce": case.reduce or USUAL_SUM,
         "setting": result.setting,
         "over_standard": over_baseline(result, here),
-        "communication": communication(result),
+        "communication": communication(result, here),
         "speedup": hybrid.speedup(result, here),
     }
 

@@ -6,6 +6,7 @@ tensor parallelism, summed by the backend's all-reduce.
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from statistics import linear_regression
 
 from tools.cases import Case, Naming, Result, Results, grouped, over
 from tools.stats import Interval
@@ -139,9 +140,22 @@ def over_baseline(result: Result, here: Sequence[Result]) -> Interval | None:
     return None if first in (None, result) else over(result, first)
 
 
-def communication(result: Result) -> float | None:
-    """The share of the sums over ranks in an instrumented step; None where none was made."""
+def communication(result: Result, here: Iterable[Result]) -> float | None:
+    """The share of the sums over ranks in a step; None where it is not known.
+
+    From an instrumented step, with waiting. A decoding step in a graph is mostly launches when it
+    is instrumented: there from what each further sync costs in the plans `here`.
+    """
+    if result.case.phase == "decode" and result.timing.get("mode") == "graph":
+        cost = seconds_a_sync([r for r in here if r.case.reduce == result.case.reduce])
+        return None if cost is None else max(0.0, cost * result.rates["syncs"] / result.median)
     total, sums = result.regions.get("total"), result.regions.get("allreduce")
     if total is None or total.avg <= 0:
         return None
     return sums.avg / total.avg if sums else 0.0
+
+
+def seconds_a_sync(plans: Iterable[Result]) -> float | None:
+    """The slope of the least-squares line of time over syncs; None with fewer than three plans."""
+    points = {r.rates["syncs"]: r.median for r in plans if "syncs" in r.rates and evenly(r)}
+    return linear_regression(list(points), list(points.values())).slope if len(points) > 2 else None
