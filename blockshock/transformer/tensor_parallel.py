@@ -31,11 +31,7 @@ from blockshock.transformer import sync
 from blockshock.transformer.config import DecoderConfig
 from blockshock.transformer.decoder import Block, Decoder, Head, drawn
 from blockshock.transformer.language_model import LanguageModel
-from blockshock.transformer.parts import (
-    ColumnParallelLinear,
-    PartLayer,
-    RowParallelLinear,
-)
+from blockshock.transformer.parts import ColumnParallelLinear, PartLayer, RowParallelLinear
 from blockshock.transformer.sublayers import attention, mlp, rms
 from blockshock.transformer.sums import Sums
 from blockshock.transformer.sync import Plan, advance
