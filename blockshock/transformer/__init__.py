@@ -1,9 +1,11 @@
-"""Models made of the families' methods: `Decoder`, a language model.
+"""Models made of the families' methods: `Decoder`, a language model, whole or on several ranks.
 
 config = DecoderConfig(vocabulary=50304, context=1024, width=768, depth=12, heads=12)
 model = compile_model(Decoder(config).cuda())
 loss = model(tokens, targets)
 counts(config).parameters
+
+model = TensorParallelDecoder(config, plan="spd12", device="cuda")  # on every rank; see `sync`
 """
 
 from blockshock.transformer.config import DecoderConfig
