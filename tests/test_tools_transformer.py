@@ -264,6 +264,17 @@ def test_tables_have_every_case_and_the_readme_the_trade(results):
     assert len(full(results)) == 2 + 4 + 2 + 8
 
 
+def test_the_readme_s_table_needs_no_study(tmp_path):
+    entries = [made.timed("decode", m, reduce=s) for m in ("tp", "spd") for s in made.SUM_SECONDS]
+    written = readme(read(tmp_path, entries))
+    assert written.table.splitlines()[0] == (
+        "| plan | decoding, batch 1, collective | decoding, batch 1, exchange |"
+    )
+    assert written.table.splitlines()[2].startswith("| 24 syncs | 1.000 | 0.5")
+    assert "summed by the backend (collective): 0.402 ms." in written.words
+    assert readme(read(tmp_path, entries[:1])) is None
+
+
 def test_a_file_goes_through_every_tool(file, tmp_path, capsys):
     assert plot.main([str(file), "-o", str(tmp_path), "--only", "transformer_study_trade"]) == 0
     assert verdict.main([str(file), "--out", str(tmp_path)]) == 0

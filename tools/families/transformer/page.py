@@ -19,7 +19,8 @@ from tools.families.transformer.points import (
     plan_words,
     setting,
 )
-from tools.family import README_ROWS, TIMES, Family, Written
+from tools.families.transformer.readme_table import readme
+from tools.family import TIMES, Family, Written
 from tools.tables import (
     Column,
     Table,
@@ -103,20 +104,6 @@ def tables(results: Results) -> list[Table]:
             )
         )
     return [table for table in made if table.rows]
-
-
-def readme(results: Results) -> Written | None:
-    """The README's table: loss and speed of each plan, of the study with the most tokens."""
-    studies = [plans for plans in trained(results) if plans[0].standard]
-    if not studies:
-        return None
-    plans = [one for one in studies[0] if one.evenly][:README_ROWS]
-    return Written(
-        f"Validation loss and speed of each plan: {recipe_words(plans)}. Speeds are over that of a "
-        "sync after every sublayer, with the backend's all-reduce.",
-        setting(plans[0].first.case),
-        _trade(plans, results),
-    )
 
 
 def full(results: Results) -> list[Written]:
