@@ -1,11 +1,13 @@
 """Training on tensor-parallel ranks: the dense model's run, or the plan's; resumed to the bit."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
 
 from blockshock.lm import checkpoint
+from blockshock.lm import ranks as processes
 from blockshock.lm.__main__ import main
 from tests import lm_parallel_jobs as jobs
 from tests.lm_runs import assert_same_run, finish, rows, start, write
@@ -124,6 +126,17 @@ def test_the_command_under_torchrun(tmp_path):
     assert (tmp_path / "run/sample.txt").read_text().startswith("def ")
 
 
+def test_groups_wait_as_long_as_all_ranks_do():
+    ranks = processes.Ranks(3, 4, torch.device("cpu"), None)
+    with mock.patch.object(processes.dist, "new_group", return_value="group") as made:
+        ranks.split(2)
+    assert [call.args[0] for call in made.mock_calls] == [
+        *map(range, (0, 2), (2, 4)),
+        *(range(at, 4, 2) for at in range(2)),
+    ]
+    assert {call.kwargs["timeout"] for call in made.mock_calls} == {processes.DEADLINE}
+
+
 def test_a_checkpoint_is_the_dense_models(spd):
     from blockshock.lm import config as settings
     from blockshock.lm.model import decoder_config
@@ -136,7 +149,7 @@ def test_a_checkpoint_is_the_dense_models(spd):
     assert all(torch.isfinite(value).all() for value in found["model"].values())
 
 
-def test_a_run_says_its_plan_and_where_each_start_was(spd, pools, tmp_path):
+def test_a_run_says_its_plan_and_where_each_start_was(spd, tmp_path):
     record = json.loads((spd / "run/run.json").read_text())
     assert record["plan"] == {"name": "spd", "kind": "group", "syncs": 2}
     (start,) = record["starts"]
