@@ -164,6 +164,10 @@ class TensorParallelDecoder(Whole, LanguageModel):
         own = (flat - first).double().norm() / first.double().norm()
         return float(collectives.all_gather(own[None], self.sums.group).max())
 
+    def _alike(self, token: Tensor) -> Tensor:
+        # The first rank's: generators may differ, and so may the last bits of whole logits.
+        return collectives.all_gather(token, self.sums.group)[0]
+
     def _embed(self, tokens: Tensor) -> Tensor:
         x = super()._embed(tokens)
         return self.sums.leave(x) if self.vocabulary_parallel else x
