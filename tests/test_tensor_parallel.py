@@ -170,13 +170,19 @@ def test_data_parallel_methods_that_would_mix_parts_are_refused(four):
         assert "would shard it again" in fsdp
 
 
-def test_a_compiled_model_alone_is_the_compiled_decoder():
+def test_a_compiled_model_alone_is_the_decoder_at_any_size():
     torch._dynamo.reset()
     c = jobs.config()
     tokens, targets = jobs.batch(c)
-    model = TensorParallelDecoder(c, plan="spd", generator=torch.Generator().manual_seed(0))
-    eager = model(tokens, targets)
-    assert torch.allclose(compile_model(model, backend="eager")(tokens, targets), eager)
+    # Attention alone, first, in the middle and last in its group.
+    plan = "selective:[0,1,6]"
+    model = TensorParallelDecoder(c, plan=plan, generator=torch.Generator().manual_seed(0))
+    eager = [model(tokens[:, :T], targets[:, :T]) for T in (16, 8)]
+    compile_model(model, backend="eager")
+    with torch.no_grad():
+        assert torch.allclose(model(tokens, targets), eager[0])
+    for T, loss in zip((16, 8), eager, strict=True):
+        assert torch.allclose(model(tokens[:, :T], targets[:, :T]), loss)
 
 
 def test_replicas_that_fell_apart_are_seen(ranks):
