@@ -105,6 +105,10 @@ def test_ranks_that_are_not_there_are_refused(tmp_path, capsys, arguments, messa
     assert message in refused(capsys, "--config", write(tmp_path), *arguments)
 
 
+def test_one_process_prepares_the_tokens_for_more(tmp_path):
+    assert main(["prepare", "--config", str(write(tmp_path, **PARALLEL))]) == 0
+
+
 def test_what_ranks_cannot_hold_is_refused_in_one_line(cpu_ranks, tmp_path):
     config = write(tmp_path, **PARALLEL)
     pool, base = cpu_ranks, ["--config", config]
