@@ -200,6 +200,23 @@ def trained_like_simulation(method, plan, steps=3, clip=0.5, **options):
     return max(norms), apart(found, true), same
 
 
+def clipped_beside_none(method):
+    """The norm before clipping, and PyTorch's, where the parts' group is the default one."""
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    c = config(depth=1)
+    state, (tokens, targets) = weights(c), batch(c)
+    norms = []
+    for wrap in (METHODS[method], lambda model, group: model):
+        wrapper = wrap(made(c, state, "spd"), group=alone)
+        wrapper(tokens, targets).backward()
+        if norms:
+            norms.append(torch.nn.utils.clip_grad_norm_(wrapper.parameters(), 1.0))
+        else:
+            wrapper.finish_gradient_sync()
+            norms.append(wrapper.clip_grad_norm_(1.0))
+    return apart(*norms)
+
+
 def refused_methods():
     """What is said where parts of weights would be averaged, or sharded again."""
     tensor, data = groups(2)
@@ -229,6 +246,14 @@ def decoded(c_options, plan, vocabulary_parallel):
         likeliest = model(found[:, :length])[:, -1].argmax(-1)
         assert torch.equal(found[:, length], likeliest)
     return worst, counted.number, collectives.same_on_all_ranks(found)
+
+
+def sampled():
+    """Whether ranks with different seeds write the same text."""
+    c = config()
+    model, (tokens, _) = made(c, weights(c), "spd"), batch(c)
+    torch.manual_seed(dist.get_rank())
+    return collectives.same_on_all_ranks(model.generate(tokens[:, :3], 8))
 
 
 def per_head_pattern(plan):
@@ -276,6 +301,9 @@ def used_otherwise():
     whole = twin.full_state_dict()
     del whole["head.norm.weight"]
     said["a whole state that lacks one"] = refusal(twin.load_full_state_dict, whole)
+    name = "blocks.0.down.weight"
+    narrow = {**twin.full_state_dict(), name: state[name][:, :-1]}
+    said["a whole state of another width"] = refusal(twin.load_full_state_dict, narrow)
     said["over the vocabulary"] = refusal(twin, tokens + 50) if device().type == "cpu" else "index"
     said["a target over it"] = (
         refusal(twin, tokens, targets + 50) if device().type == "cpu" else "index"

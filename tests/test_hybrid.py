@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from blockshock.attention import patterns
-from blockshock.distributed import open_ranks
 from blockshock.transformer import HybridBlock, dense_reference
 from tests import hybrid_jobs as jobs
 
@@ -12,12 +11,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 NAMES = {"output", "x"} | {
     f"{name}.weight" for name in ("attention_norm", "qkv", "out", "mlp_norm", "gate_up", "down")
 }
-
-
-@pytest.fixture(scope="module")
-def four():
-    with open_ranks(4, "cpu") as pool:
-        yield pool
 
 
 def check(answers, sums=2):

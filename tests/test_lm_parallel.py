@@ -1,11 +1,13 @@
 """Training on tensor-parallel ranks: the dense model's run, or the plan's; resumed to the bit."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
 
 from blockshock.lm import checkpoint
+from blockshock.lm import ranks as processes
 from blockshock.lm.__main__ import main
 from tests import lm_parallel_jobs as jobs
 from tests.lm_runs import assert_same_run, finish, rows, start, write
@@ -103,6 +105,10 @@ def test_ranks_that_are_not_there_are_refused(tmp_path, capsys, arguments, messa
     assert message in refused(capsys, "--config", write(tmp_path), *arguments)
 
 
+def test_one_process_prepares_the_tokens_for_more(tmp_path):
+    assert main(["prepare", "--config", str(write(tmp_path, **PARALLEL))]) == 0
+
+
 def test_what_ranks_cannot_hold_is_refused_in_one_line(cpu_ranks, tmp_path):
     config = write(tmp_path, **PARALLEL)
     pool, base = cpu_ranks, ["--config", config]
@@ -122,6 +128,17 @@ def test_the_command_under_torchrun(tmp_path):
     assert code == 0, out
     assert "2 ranks, 2 hold a model: plan desync:1, 1 syncs (none)" in out
     assert (tmp_path / "run/sample.txt").read_text().startswith("def ")
+
+
+def test_groups_wait_as_long_as_all_ranks_do():
+    ranks = processes.Ranks(3, 4, torch.device("cpu"), None)
+    with mock.patch.object(processes.dist, "new_group", return_value="group") as made:
+        ranks.split(2)
+    assert [call.args[0] for call in made.mock_calls] == [
+        *map(range, (0, 2), (2, 4)),
+        *(range(at, 4, 2) for at in range(2)),
+    ]
+    assert {call.kwargs["timeout"] for call in made.mock_calls} == {processes.DEADLINE}
 
 
 def test_a_checkpoint_is_the_dense_models(spd):

@@ -120,6 +120,10 @@ def test_a_step_with_kept_keys_is_the_next_position(ranks, plan, vocabulary_para
         assert same
 
 
+def test_ranks_with_different_seeds_write_the_same_text(ranks):
+    assert all(ranks.run(jobs.sampled))
+
+
 def test_uses_outside_the_laboratory_are_right_or_one_error(ranks):
     for said in ranks.run(jobs.used_otherwise):
         for name in ("a copy", "parts after a cast", "norm to clip by", "all targets ignored"):
@@ -129,6 +133,7 @@ def test_uses_outside_the_laboratory_are_right_or_one_error(ranks):
         assert 'Missing key(s) in state_dict: "head.norm.weight"' in said.pop(
             "a whole state that lacks one"
         )
+        assert "split_with_sizes" in said.pop("a whole state of another width")
         assert all("index" in text for text in said.values()), said
 
 
@@ -155,6 +160,11 @@ def test_beside_data_parallel_ranks_steps_are_those_of_one_process(four, method)
         assert same
 
 
+@pytest.mark.parametrize("method", ["overlapped", "sharded_optimizer"])
+def test_parts_of_the_default_group_are_clipped_by_the_norm_of_the_whole(ranks, method):
+    assert max(ranks.run(jobs.clipped_beside_none, method)) < LIMIT
+
+
 def test_data_parallel_methods_that_would_mix_parts_are_refused(four):
     for mixed, sharded, fsdp in four.run(jobs.refused_methods):
         assert "give group= the ranks that hold the same part" in mixed
@@ -173,6 +183,17 @@ def test_models_of_all_plans_can_be_compiled_in_one_process():
         assert torch.allclose(model(tokens, targets), eager)
         with torch.no_grad():
             assert torch.allclose(model(tokens, targets), eager)
+
+
+def test_a_plan_of_many_places_compiles_beyond_the_usual_limit():
+    torch._dynamo.reset()
+    c = jobs.config()
+    tokens, targets = jobs.batch(c)
+    model = TensorParallelDecoder(c, plan="2", generator=torch.Generator().manual_seed(0))
+    eager = model(tokens, targets)
+    # Attention is first in its group, and in the middle: more compilations than PyTorch may keep.
+    with torch._dynamo.config.patch(recompile_limit=1):
+        assert torch.allclose(compile_model(model, backend="eager")(tokens, targets), eager)
 
 
 def test_replicas_that_fell_apart_are_seen(ranks):

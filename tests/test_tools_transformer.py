@@ -293,10 +293,11 @@ def test_runs_become_a_file_that_the_tools_read(run, tmp_path, capsys):
         run("c", seed=4),
         run("d", sync="selective:[3, 9, 23]", syncs=3),
         run("e", sync="desync:12", kind="desync"),
+        run("f", sync="5", syncs=5),
     ]
     out = tmp_path / "study.json"
     assert study.main([*map(str, folders), "--out", str(out)]) == 0
-    assert "has 5 runs" in capsys.readouterr().out
+    assert "has 6 runs" in capsys.readouterr().out
     results = load(out)
     assert results.commits == ("0123456",)
     assert results.device == CPU
@@ -316,6 +317,7 @@ def test_runs_become_a_file_that_the_tools_read(run, tmp_path, capsys):
         ("24 syncs", True, 1),
         ("12 syncs", True, 2),
         ("desync, 12 syncs", False, 1),
+        ("spd5, 5 syncs", False, 1),
         ("selective:[3, 9, 23], 3 syncs", False, 1),
     ]
 

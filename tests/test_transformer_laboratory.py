@@ -176,6 +176,8 @@ def test_what_cannot_run_is_told_before_it_is_run():
     told = case(method="spd_3").unsupported("cpu")
     assert told == "spd_3 needs a depth that is a multiple of 3, and depth = 4"
     assert "heads = 4 is no multiple of 8 ranks" in case(ranks=8).unsupported("cpu")
+    odd = case(vocabulary=63, vocabulary_parallel=True)
+    assert "vocabulary = 63 is no multiple of 2 ranks; choose another" in odd.unsupported("cpu")
     assert "needs GPUs" in case(reduce="exchange").unsupported("cpu")
     assert case(reduce="exchange").unsupported("cuda") is None
 

@@ -159,15 +159,16 @@ class ShardedOptimizer(Wrapper):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         pieces = {n: piece for n, piece in self.trained().items() if piece.grad is not None}
         parameters = dict(self.module.named_parameters())
-        groups = {n: p.group if isinstance(p, PartWeight) else None for n, p in parameters.items()}
+        # A part's group may be None, the default one.
+        held = {n: (p.group,) if isinstance(p, PartWeight) else () for n, p in parameters.items()}
         first = next(iter(parameters.values()))
         total = torch.zeros((), dtype=torch.float64, device=first.device)
-        for group in {id(group): group for group in groups.values()}.values():
-            own = [piece.grad for name, piece in pieces.items() if groups[name] is group]
+        for group in dict.fromkeys(held.values()):
+            own = [piece.grad for name, piece in pieces.items() if held[name] == group]
             with torch._C.DisableTorchFunctionSubclass():
                 square = get_total_norm(own).to(first.device, torch.float64).square()
             dist.all_reduce(square, group=self.group)
-            total += square if group is None else collectives.all_reduce(square, group)
+            total += collectives.all_reduce(square, *group) if group else square
         norm = total.sqrt().to(torch.promote_types(first.dtype, torch.float32))
         clip_grads_with_norm_(list(pieces.values()), max_norm, norm)
         return norm

@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         from blockshock.lm import ranks as processes
 
         ranks = processes.join(config.device)
-        ranks = ranks.split(config.model.tensor_parallel)
+        if options.command != "prepare":  # which one process can do for any number of ranks
+            ranks = ranks.split(config.model.tensor_parallel)
         rank = f" rank {ranks.rank}:" if ranks.size > 1 else ""
         _run(config, ranks, options)
     except Refused as error:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,8 +70,10 @@ class Ranks:
         if tensor == self.size:
             return replace(self, tensor_size=tensor)
         every = range(self.size)
-        tensors = [dist.new_group(every[at : at + tensor]) for at in every[::tensor]]
-        datas = [dist.new_group(every[at::tensor]) for at in range(tensor)]
+        # NCCL's own deadline is shorter than the one of all ranks, and is not passed on.
+        made = partial(dist.new_group, timeout=DEADLINE)
+        tensors = [made(every[at : at + tensor]) for at in every[::tensor]]
+        datas = [made(every[at::tensor]) for at in range(tensor)]
         found = tensors[self.rank // tensor], datas[self.rank % tensor]
         return replace(self, tensor=found[0], data=found[1], tensor_size=tensor)
 

@@ -78,9 +78,9 @@ class LanguageModel(nn.Module):
         """tokens int64 [B, T] followed by n sampled ones: [B, T + n], at most the context.
 
         temperature: divides the logits; 0 takes the most probable token. top_k: samples from so
-        many of the most probable ones. generator: on the model's device. Keys and values are kept,
-        so each token costs one position; with a pattern, which counts queries from 0, all positions
-        are computed again.
+        many of the most probable ones. generator: on the model's device; of ranks that hold the
+        model together the first one's draws count. Keys and values are kept, so each token costs
+        one position; with a pattern, which counts queries from 0, all positions are computed again.
 
         Raises:
             ValueError: n, temperature or top_k out of range, no token to begin with, or more tokens
@@ -101,7 +101,8 @@ class LanguageModel(nn.Module):
         caches, start = self.cache(B, T + n) if cached else None, 0
         for _ in range(n):
             logits = self._last_logits(tokens[:, start:], caches, start)
-            tokens = torch.cat([tokens, _sample(logits, temperature, top_k, generator)], dim=1)
+            token = self._alike(_sample(logits, temperature, top_k, generator))
+            tokens = torch.cat([tokens, token], dim=1)
             start = tokens.shape[1] - 1 if cached else 0
         return tokens
 
@@ -161,6 +162,10 @@ class LanguageModel(nn.Module):
             return self.compute(tokens, self._rope(stop), last=True)[:, 0]
         rope = tuple(part[start:stop] for part in caches.rope)
         return self.compute(tokens, rope, caches=caches.blocks, start=start, last=True)[:, 0]
+
+    def _alike(self, token: Tensor) -> Tensor:
+        """A sampled token, the same on all ranks that hold the model together."""
+        return token
 
     def _check(self, tokens: Tensor, targets: Tensor | None) -> None:
         if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[1] < 1:

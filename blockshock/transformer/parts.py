@@ -58,8 +58,8 @@ class Columns:
         return None
 
     def take(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
-        """A rank's part of a matrix [N, K]."""
-        return whole.chunk(ranks, dim=1)[rank].contiguous()
+        """A rank's part of a matrix [N, K]; RuntimeError, on every rank, for another K."""
+        return whole.split([self.width // ranks] * ranks, dim=1)[rank].contiguous()
 
     def join(self, parts: Tensor) -> Tensor:
         """The whole of the parts of all ranks, [R, N, K/R]."""

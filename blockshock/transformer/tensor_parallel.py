@@ -15,6 +15,7 @@ vocabulary_parallel, they are in parts (`vocabulary`).
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -39,6 +40,9 @@ from blockshock.transformer.vocabulary import VocabularyEmbedding, VocabularyHea
 from blockshock.transformer.whole import Whole, check_even, told
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "TensorParallelDecoder"]
+# Of a sublayer: up to 4 places in a group, with and without a backward, for each kind of sizes;
+# PyTorch's usual limit is 8.
+COMPILATIONS = 64
 
 LOOKS = 2  # first calls whose tokens and targets are compared
 
@@ -109,6 +113,7 @@ class TensorParallelDecoder(Whole, LanguageModel):
             facts["the arguments"] = _facts(self, generator)
         self.pattern = _own_heads(config.pattern, config.heads // self.ranks, self.sums.rank)
         self.steps = self.cached_steps = _attention_step, _mlp_step
+        self.compiling = nullcontext
 
         def block():
             return ParallelBlock(Block(config, False, generator), group)
@@ -125,7 +130,8 @@ class TensorParallelDecoder(Whole, LanguageModel):
         self._look(tokens, targets)
         shared = self._shared()
         steps, biases = self._sublayers(rope, shared, caches, start)
-        x = sync.run(self.plan, self._embed(tokens), steps, biases, self.sums)
+        with self.compiling():
+            x = sync.run(self.plan, self._embed(tokens), steps, biases, self.sums)
         x, scale = x[:, -1:] if last else x, next(shared)
         if self.vocabulary_parallel:
             return self.head(x, targets, scale)
@@ -135,6 +141,7 @@ class TensorParallelDecoder(Whole, LanguageModel):
     def compile_parts(self, compiler: Callable) -> None:
         """The sublayers, and what the head computes between collectives."""
         self.steps = tuple(map(compiler, (_attention_step, _mlp_step)))
+        self.compiling = _compiling
         if self.vocabulary_parallel:
             self.head.compile_parts(compiler)
         else:
@@ -148,6 +155,7 @@ class TensorParallelDecoder(Whole, LanguageModel):
         """
         compiler = partial(torch.compile, fullgraph=True, dynamic=False, **options)
         self.cached_steps = tuple(map(compiler, (_attention_step, _mlp_step)))
+        self.compiling = _compiling
 
     def to_dense(self) -> Decoder:
         """The whole weights in a `Decoder` on every rank, which is "tp" in one. A collective."""
@@ -168,6 +176,10 @@ class TensorParallelDecoder(Whole, LanguageModel):
         first = collectives.all_gather(flat, self.sums.group)[0]
         own = (flat - first).double().norm() / first.double().norm()
         return float(collectives.all_gather(own[None], self.sums.group).max())
+
+    def _alike(self, token: Tensor) -> Tensor:
+        # The first rank's: generators may differ, and so may the last bits of whole logits.
+        return collectives.all_gather(token, self.sums.group)[0]
 
     def _embed(self, tokens: Tensor) -> Tensor:
         x = super()._embed(tokens)
@@ -221,6 +233,12 @@ class TensorParallelDecoder(Whole, LanguageModel):
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(step, *arguments, use_reentrant=False)
         return step(*arguments)
+
+
+def _compiling() -> AbstractContextManager:
+    from torch._dynamo import config  # seconds to import
+
+    return config.patch(recompile_limit=COMPILATIONS)
 
 
 def _attention_step(

@@ -142,9 +142,12 @@ class TransformerCase(Case):
         """Why the case cannot run, or None: what is needed and what was found."""
         if self.dtype == "fp16":
             return "fp16 needs a scale for its loss, which is not measured; use bf16 or fp32"
-        for what, size in (("heads", self.heads), ("hidden", self.config.hidden)):
+        sizes = {"heads": self.heads, "hidden": self.config.hidden}
+        if self.vocabulary_parallel:
+            sizes["vocabulary"] = self.vocabulary
+        for what, size in sizes.items():
             if size % self.ranks:
-                return f"{what} = {size} is no multiple of {self.ranks} ranks; choose another width"
+                return f"{what} = {size} is no multiple of {self.ranks} ranks; choose another"
         if self.method in plans.PLANS:
             reason = plans.unsupported(self.method, self.depth)
         else:

@@ -143,11 +143,13 @@ def _config(folder: Path) -> dict:
 
 
 def _rule(plan: dict, depth: int) -> str:
-    """The rule of a plan as the laboratory names it; of one that follows none, its own name."""
+    """The rule of a plan as the laboratory names it; of one that follows none, a plan's name."""
     a_block = Fraction(plan["syncs"], depth)
     if plan["kind"] != "group":
         return plan["kind"] if a_block == 1 else plan["name"]
-    return plan["name"] if plan["name"].startswith("selective") else RULES[a_block]
+    if plan["name"].startswith("selective"):
+        return plan["name"]
+    return RULES.get(a_block, f"spd{plan['syncs']}")
 
 
 def _recipe(config: dict, tokenizer: str) -> str:
