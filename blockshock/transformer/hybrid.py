@@ -34,7 +34,7 @@ from blockshock.transformer.config import usual_attention, usual_hidden
 from blockshock.transformer.parts import ColumnParallelLinear, RowParallelLinear
 from blockshock.transformer.sublayers import mlp, rms
 from blockshock.transformer.sums import Sums
-from blockshock.transformer.whole import Whole, check_alike, check_even
+from blockshock.transformer.whole import Whole, check_alike, check_even, seed_of
 
 EPS = 1e-5  # of the norms
 STD = 0.02  # of initial weights; out and down, which write to the stream, have STD / √2
@@ -89,8 +89,8 @@ class HybridBlock(Whole):
         _check_methods(self, heads, kv_heads, pattern, device.type, dtype)
         sizes = {"width": width, "heads": heads, "kv_heads": kv_heads, "hidden": hidden}
         more = {"pattern": pattern and pattern.name, "causal": causal, "attention": attention}
-        alike = {**sizes, **more, "reduce": reduce, "dtype": dtype}
-        check_alike(alike, generator, group, about="making a HybridBlock")
+        alike = {**sizes, **more, "reduce": reduce, "dtype": dtype, **seed_of(generator)}
+        check_alike(alike, group, about="making a HybridBlock")
         self.own_heads, self.own_kv_heads = heads // ranks, kv_heads // ranks
         first = rank * self.own_heads
         self.pattern = pattern and some_heads(pattern, first, first + self.own_heads)

@@ -26,6 +26,7 @@ from blockshock.attention.headed import some_heads
 from blockshock.attention.rules import Pattern
 from blockshock.distributed import collectives
 from blockshock.distributed import reduce as ways
+from blockshock.linear.alike import digest
 from blockshock.transformer import sync
 from blockshock.transformer.config import DecoderConfig
 from blockshock.transformer.decoder import Block, Decoder, Head, drawn
@@ -35,7 +36,7 @@ from blockshock.transformer.sublayers import attention, mlp, rms
 from blockshock.transformer.sums import Sums
 from blockshock.transformer.sync import Plan, advance
 from blockshock.transformer.vocabulary import VocabularyEmbedding, VocabularyHead
-from blockshock.transformer.whole import Whole, check_alike, check_even
+from blockshock.transformer.whole import Whole, check_alike, check_even, seed_of
 
 __all__ = ["ColumnParallelLinear", "RowParallelLinear", "TensorParallelDecoder"]
 
@@ -98,7 +99,7 @@ class TensorParallelDecoder(Whole, LanguageModel):
         super().__init__()
         self.config, self.checkpointed = config, checkpoint_blocks
         self.vocabulary_parallel = vocabulary_parallel
-        self.plan = sync.plan(plan, config.depth) if isinstance(plan, str) else plan
+        self.plan = plan if isinstance(plan, Plan) else sync.plan(plan, config.depth)
         self.sums = Sums(group, reduce)
         self.ranks = self.sums.ranks
         _check(self, torch.device(device or "cpu").type)
@@ -115,6 +116,42 @@ class TensorParallelDecoder(Whole, LanguageModel):
             tied = self.embedding.weight if config.tied else None
             self.head = VocabularyHead(self.head, tied, self.sums)
         self.to(device)
+        self._compared: set[bool] = set()
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """As in `LanguageModel`. The first calls, in training and in eval, compare the batches.
+
+        The host waits there. Raises ValueError on all ranks where their batches differ.
+        """
+        self._check(tokens, targets)
+        self._compare(tokens, targets)
+        return super().forward(tokens, targets)
+
+    def generate(
+        self,
+        tokens: Tensor,
+        n: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """As in `LanguageModel`. ValueError on all ranks that differ in arguments or seeds."""
+        facts = {"tokens": _batch(tokens), "n": n, "temperature": temperature, "top_k": top_k}
+        if temperature != 0:
+            facts |= seed_of(generator or _default_generator(tokens.device))
+        check_alike(facts, self.sums.group, about="generate")
+        options = {"temperature": temperature, "top_k": top_k, "generator": generator}
+        return super().generate(tokens, n, **options)
+
+    @torch.compiler.disable(reason="ranks talk to each other between compiled computations")
+    def _compare(self, tokens: Tensor, targets: Tensor | None) -> None:
+        capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self.ranks == 1 or self.training in self._compared or capturing or tokens.is_meta:
+            return
+        self._compared.add(self.training)
+        facts = {"tokens": _batch(tokens), "targets": targets is not None and _batch(targets)}
+        check_alike(facts, self.sums.group, about="the first call of a TensorParallelDecoder")
 
     def compute(self, tokens, rope, targets=None, *, caches=None, start=0, last=False) -> Tensor:
         """As in `LanguageModel`."""
@@ -221,6 +258,17 @@ def _mlp_step(scale, gate_up, gate_up_bias, down, bias, eps, h, D, place):
     return advance(h, D, found, bias, place)
 
 
+def _batch(tokens: Tensor) -> str:
+    return f"{list(tokens.shape)} with digest {digest(tokens):x}"
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    """The one that sampling on a device draws from."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index]
+    return torch.default_generator
+
+
 def _own_heads(pattern: Pattern | None, heads: int, rank: int) -> Pattern | None:
     return pattern and some_heads(pattern, heads * rank, heads * (rank + 1))
 
@@ -250,4 +298,5 @@ def _agree(model: TensorParallelDecoder, generator: torch.Generator | None) -> N
     config = {**vars(model.config), "pattern": getattr(model.config.pattern, "name", None)}
     facts = config | {"plan": model.plan, "reduce": model.sums.reduce}
     facts["vocabulary_parallel"] = model.vocabulary_parallel
-    check_alike(facts, generator, model.sums.group, about="making a TensorParallelDecoder")
+    about = "making a TensorParallelDecoder"
+    check_alike(facts | seed_of(generator), model.sums.group, about=about)

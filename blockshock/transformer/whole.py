@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from blockshock.distributed import agree
+from blockshock.linear.alike import PATIENCE
 from blockshock.transformer.parts import PartLayer
 
 _EXTRA = "_extra_state"
@@ -47,8 +48,15 @@ class Whole(nn.Module):
         }
 
     def restrict(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's parts of whole tensors, by the names of the parameters that they are like."""
+        """This rank's parts of whole tensors, by the names of the parameters that they are like.
+
+        RuntimeError for a tensor of another size than the whole parameter.
+        """
         cuts = dict(self._cuts())
+        for name, (layer, own) in cuts.items():
+            reason = name in tensors and layer.cuts[own].unlike(tensors[name])
+            if reason:
+                raise RuntimeError(f"{name}: {reason}")
         return {
             n: cuts[n][0].restrict(cuts[n][1], t) if n in cuts else t for n, t in tensors.items()
         }
@@ -71,19 +79,21 @@ def check_even(ranks: int, **sizes: int) -> None:
             )
 
 
-def check_alike(
-    facts: dict[str, object], generator: torch.Generator | None, group, *, about: str
-) -> None:
-    """Raises ValueError on all ranks where they differ in facts, told as text, or in seeds."""
+def seed_of(generator: torch.Generator | None) -> dict[str, str]:
+    """The state of a generator (None: PyTorch's default one of the CPU), for `check_alike`."""
     state = (generator or torch.default_generator).get_state()
+    return {"the seed of the generator": f"digest {zlib.crc32(state.numpy().tobytes()):x}"}
+
+
+def check_alike(facts: dict[str, object], group, *, about: str) -> None:
+    """Raises ValueError on all ranks where they differ in facts, told as text."""
     own = {name: str(value) for name, value in facts.items()}
-    own["the seed of the generator"] = f"digest {zlib.crc32(state.numpy().tobytes()):x}"
-    told = agree.told_by_all(json.dumps(own), group, about=about)
+    told = agree.told_by_all(json.dumps(own), group, about=about, seconds=PATIENCE)
     first, *others = map(json.loads, told)
     for rank, other in enumerate(others, 1):
         for name, value in first.items():
             if other[name] != value:
                 raise ValueError(
-                    f"the ranks differ in {name}: rank 0 has {value}, rank {rank} has "
-                    f"{other[name]}; make the same one on every rank, with the same seed"
+                    f"{about}: the ranks differ in {name}: rank 0 has {value}, rank {rank} has "
+                    f"{other[name]}; call it alike on every rank, with the same seed"
                 )
