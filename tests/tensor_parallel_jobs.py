@@ -308,6 +308,11 @@ def used_otherwise():
     said["a target over it"] = (
         refusal(twin, tokens, targets + 50) if device().type == "cpu" else "index"
     )
+    said["a wider model's state"] = refusal(
+        twin.load_full_state_dict, Decoder(config(depth=1, hidden=48)).state_dict()
+    )
+    own_norm = torch.nn.utils.parametrizations.spectral_norm
+    said["a norm of a part"] = refusal(own_norm, twin.blocks[0].out)
     said["all targets ignored"] = twin(tokens, torch.full_like(tokens, -100)).isnan().item()
     return said
 
@@ -321,6 +326,7 @@ def refused():
     odd = config(vocabulary=63)
     said["vocabulary"] = refusal(TensorParallelDecoder, odd, vocabulary_parallel=True)
     said["plan"] = refusal(TensorParallelDecoder, c, plan=named_plan("spd", 3))
+    said["no name"] = refusal(TensorParallelDecoder, c, plan=12)
     said["reduce"] = refusal(TensorParallelDecoder, c, reduce="quick")
     linear = config(linear="dense_single")
     said["linear"] = refusal(TensorParallelDecoder, linear)
@@ -416,6 +422,21 @@ def low_precision(plan):
         )
         for name, value in true.items()
     }
+
+
+def wrong_steps():
+    """What is said of steps of decoding that cannot be right."""
+    c = config(depth=2)
+    model, said = made(c, weights(c), "spd"), {}
+    token, caches = torch.zeros(2, 1, dtype=torch.int64, device=device()), model.cache(2, 4)
+    said["room"] = refusal(model.decode_step, token, caches, 4)
+    said["position"] = refusal(model.decode_step, token, caches, torch.tensor(0))
+    said["heads"] = refusal(model.decode_step, token, Decoder(c, device=device()).cache(2, 4), 0)
+    with torch.autocast(device().type, torch.bfloat16):
+        said["dtype"] = refusal(model.decode_step, token, caches, 0)
+    model.decode_step(token, caches, 0)
+    said["a position left out"] = model.decode_step(token, caches, 2).isnan().all().item()
+    return said
 
 
 def summed(reduce):

@@ -133,8 +133,20 @@ def test_uses_outside_the_laboratory_are_right_or_one_error(ranks):
         assert 'Missing key(s) in state_dict: "head.norm.weight"' in said.pop(
             "a whole state that lacks one"
         )
-        assert "split_with_sizes" in said.pop("a whole state of another width")
+        assert "columns, and the whole one has" in said.pop("a whole state of another width")
+        wider = said.pop("a wider model's state")
+        assert "gate_up.weight: 96 rows, and the whole one has 48" in wider
+        assert "one rank's part" in said.pop("a norm of a part")
         assert all("index" in text for text in said.values()), said
+
+
+def test_steps_of_decoding_that_cannot_be_right_are_refused_or_nan(ranks):
+    for said in ranks.run(jobs.wrong_steps):
+        assert "position = 4: the cache has room for the ints 0 to 3" in said["room"]
+        assert "position = tensor(0)" in said["position"]
+        assert "make it with this model's `cache`" in said["heads"]
+        assert "under the same autocast" in said["dtype"]
+        assert said["a position left out"]
 
 
 def test_what_ranks_cannot_hold_together_is_refused(ranks):
@@ -143,6 +155,7 @@ def test_what_ranks_cannot_hold_together_is_refused(ranks):
             assert f"{name} = " in said[name]
             assert "is not a multiple of 2 ranks" in said[name]
         assert "plan 'spd' is of 3 blocks, the model has 4" in said["plan"]
+        assert "sync plan 12: give a name, such as 'spd'" in said["no name"]
         assert "unknown sum 'quick'; use one of auto" in said["reduce"]
         assert "use linear=None" in said["linear"]
         assert "the ranks disagree about the arguments, the generator's state" in said["seed"]

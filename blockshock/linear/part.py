@@ -25,10 +25,10 @@ _OTHER_NORMS = {torch.linalg.norm, torch.linalg.matrix_norm, torch.renorm, Tenso
 _PRODUCTS = {
     torch.nn.functional.linear,
     torch.nn.functional.embedding,
-    *(getattr(torch, name) for name in ("mm", "matmul", "addmm", "bmm", "einsum", "t")),
+    *(getattr(torch, name) for name in ("mm", "mv", "matmul", "addmm", "bmm", "einsum", "t")),
     *(
         getattr(Tensor, name)
-        for name in ("mm", "matmul", "__matmul__", "__rmatmul__", "addmm", "t")
+        for name in ("mm", "mv", "matmul", "__matmul__", "__rmatmul__", "addmm", "t")
     ),
     *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
 }

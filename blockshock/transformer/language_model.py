@@ -112,17 +112,15 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: tokens below 1, or beyond the context.
         """
-        config, weight = self.config, self.embedding.weight
+        config, weight, dtype = self.config, self.embedding.weight, self._products_dtype()
         if not 1 <= tokens <= config.context:
             raise ValueError(
                 f"a cache of {tokens} tokens: 1 to context = {config.context} are needed"
             )
-        kind, dtype = weight.device.type, weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
         size = B, config.kv_heads // self.ranks, tokens, config.head_width
+        # NaN, so that a position that was left out is seen in the logits.
         rooms = [
-            tuple(torch.empty(size, dtype=dtype, device=weight.device) for _ in range(2))
+            tuple(torch.full(size, torch.nan, dtype=dtype, device=weight.device) for _ in range(2))
             for _ in range(config.depth)
         ]
         return Caches(rooms, self._rope(tokens))
@@ -131,22 +129,25 @@ class LanguageModel(nn.Module):
     def decode_step(self, token: Tensor, caches: Caches, position: int) -> Tensor:
         """token int64 [B, 1] at `position` -> logits [B, vocabulary] of the token after it.
 
-        caches: made by `cache`, filled by a step for each position before this one; the token's
-        keys and values are written into it. A CUDA graph can hold a step of one position.
+        caches: made by `cache`, filled by a step for each position before this one (else the logits
+        are NaN); the token's keys and values are written into it. A CUDA graph can hold a step of
+        one position.
 
         Raises:
-            ValueError: another dtype or shape, no room at the position, or a model with a pattern.
+            ValueError: another dtype or shape, another model's cache, no room at the position, or a
+                model with a pattern.
         """
         self._check(token, None)
+        self._check_caches(caches)
         B = len(caches.blocks[0][0])
         if token.shape != (B, 1):
             raise ValueError(
                 f"token {list(token.shape)}: int64 [{B}, 1], like the cache, is needed"
             )
-        if not 0 <= position < caches.tokens:
+        if not isinstance(position, int) or not 0 <= position < caches.tokens:
             raise ValueError(
-                f"position = {position}: the cache has room for 0 to {caches.tokens - 1}; make a "
-                "larger one"
+                f"position = {position!r}: the cache has room for the ints 0 to "
+                f"{caches.tokens - 1}; give one of them, or make a larger cache"
             )
         if self.config.pattern is not None:
             raise ValueError(
@@ -184,10 +185,25 @@ class LanguageModel(nn.Module):
                 f"{list(tokens.shape)} like the tokens is needed"
             )
 
+    def _check_caches(self, caches: Caches) -> None:
+        config, kept = self.config, caches.blocks[0][0]
+        own = config.depth, config.kv_heads // self.ranks, config.head_width, self._products_dtype()
+        given = len(caches.blocks), kept.shape[1], kept.shape[3], kept.dtype
+        if given != own:
+            names = "blocks, kv_heads, head width, dtype"
+            raise ValueError(
+                f"a cache with ({names}) = {given}, and the model here has {own}; make it with "
+                "this model's `cache`, under the same autocast"
+            )
+
+    def _products_dtype(self) -> torch.dtype:
+        weight = self.embedding.weight
+        kind = weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
     def _embed(self, tokens: Tensor) -> Tensor:
         """The residual stream's beginning, in the products' dtype: autocast leaves it float32."""
-        x, kind = self.embedding(tokens), tokens.device.type
-        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+        return self.embedding(tokens).to(self._products_dtype())
 
     def _rope(self, tokens: int) -> Rope:
         """Of the first positions. No buffer: `.to(bfloat16)` would round it."""

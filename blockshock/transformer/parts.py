@@ -34,6 +34,11 @@ class Rows:
                 return f"{rows} rows are not a multiple of {ranks} ranks; use fewer ranks"
         return None
 
+    def unlike(self, whole: Tensor) -> str | None:
+        """Why a tensor cannot be the whole of such parts, or None."""
+        rows = sum(self.sections)
+        return None if len(whole) == rows else f"{len(whole)} rows, and the whole one has {rows}"
+
     def take(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
         """A rank's part of a matrix [N, K], or of a vector [N]."""
         return torch.cat([s.chunk(ranks)[rank] for s in whole.split(self.sections)])
@@ -57,9 +62,14 @@ class Columns:
             return f"{self.width} columns are not a multiple of {ranks} ranks; use fewer ranks"
         return None
 
+    def unlike(self, whole: Tensor) -> str | None:
+        """Why a tensor cannot be the whole of such parts, or None."""
+        found, wanted = whole.shape[-1], self.width
+        return None if found == wanted else f"{found} columns, and the whole one has {wanted}"
+
     def take(self, whole: Tensor, rank: int, ranks: int) -> Tensor:
-        """A rank's part of a matrix [N, K]; RuntimeError, on every rank, for another K."""
-        return whole.split([self.width // ranks] * ranks, dim=1)[rank].contiguous()
+        """A rank's part of a matrix [N, K]."""
+        return whole.chunk(ranks, dim=1)[rank].contiguous()
 
     def join(self, parts: Tensor) -> Tensor:
         """The whole of the parts of all ranks, [R, N, K/R]."""

@@ -91,6 +91,8 @@ def plan(name: str, depth: int) -> Plan:
     Raises:
         ValueError: no such plan for this depth.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"sync plan {name!r}: give a name, such as 'spd' or '12', or a Plan")
     if name == "parallel":
         return Plan(name, plan("spd", depth).groups, "parallel")
     if name.startswith("desync:"):

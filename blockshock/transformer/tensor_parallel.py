@@ -105,7 +105,7 @@ class TensorParallelDecoder(Whole, LanguageModel):
         super().__init__()
         self.config, self.checkpointed, self.looks = config, checkpoint_blocks, LOOKS
         self.vocabulary_parallel = vocabulary_parallel
-        self.plan = sync.plan(plan, config.depth) if isinstance(plan, str) else plan
+        self.plan = plan if isinstance(plan, Plan) else sync.plan(plan, config.depth)
         self.sums = Sums(group, reduce)
         self.ranks = self.sums.ranks
         with together(group, "making a TensorParallelDecoder") as facts:

@@ -45,8 +45,15 @@ class Whole(nn.Module):
         }
 
     def restrict(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's parts of whole tensors, by the names of the parameters that they are like."""
+        """This rank's parts of whole tensors, by the names of the parameters that they are like.
+
+        RuntimeError for a tensor of another size than the whole parameter.
+        """
         cuts = dict(self._cuts())
+        for name, (layer, own) in cuts.items():
+            reason = name in tensors and layer.cuts[own].unlike(tensors[name])
+            if reason:
+                raise RuntimeError(f"{name}: {reason}")
         return {
             n: cuts[n][0].restrict(cuts[n][1], t) if n in cuts else t for n, t in tensors.items()
         }
