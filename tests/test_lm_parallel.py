@@ -73,6 +73,28 @@ def test_a_run_with_fewer_syncs_is_resumed_to_the_bit(spd, four, tmp_path):
     assert_same_run(tmp_path, tmp_path / "whole")
 
 
+def test_a_run_goes_on_with_other_ranks_and_methods(four, tmp_path):
+    steady = {**PARALLEL, "train__min_lr": 0.01}
+    whole, config = write(tmp_path / "whole", **steady), write(tmp_path, **steady)
+    for path in (whole, config):
+        assert said(four, "prepare", "--config", path) == ""
+    assert said(four, "train", "--config", whole) == ""
+    parts = (4, "overlapped", 2, 2), (6, "fully_sharded", 1, 1), (8, "sharded_optimizer", 2, 2)
+    for steps, method, tensor, accumulate in parts:
+        changed = (
+            f"train.steps={steps}",
+            f"train.data_parallel={method}",
+            f"model.tensor_parallel={tensor}",
+            f"train.accumulate={accumulate}",
+        )
+        options = [word for each in changed for word in ("--set", each)]
+        options += ["--resume"] * (steps > 4)
+        assert said(four, "train", "--config", config, *options) == ""
+    for mine, other in zip(rows(tmp_path), rows(tmp_path / "whole"), strict=True):
+        for a, b in zip(mine[2:], other[2:], strict=True):
+            assert "" in (a, b) or float(a) == pytest.approx(float(b), rel=2e-4)
+
+
 @pytest.mark.parametrize("method", ["flat", "sharded_optimizer"])
 def test_data_parallel_methods_give_the_same_run(spd, four, tmp_path, method):
     config = write(tmp_path, **PARALLEL, model__sync="spd", train__data_parallel=method)

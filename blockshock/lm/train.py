@@ -122,10 +122,12 @@ class Run:
         # Asked for before the first step, not after the last.
         check_size(data.validation, config.model.context, options.batch, ranks.data_size)
         torch.manual_seed(options.seed + ranks.data_rank)
-        self.model = _wrapped(config, ranks)
+        module = make(config, ranks)
+        vectors = _vectors(module)  # asked before a method cuts the parameters into flat pieces
+        self.model = _wrapped(module, config, ranks)
         self.optimizer = self.model.optimizer(
             torch.optim.AdamW,
-            [{"names": _vectors(self.model.module), "weight_decay": 0.0}],
+            [{"names": vectors, "weight_decay": 0.0}],
             lr=options.lr,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
@@ -302,7 +304,7 @@ def _starting_state(
     return state
 
 
-def _wrapped(config: Config, ranks: Ranks) -> Any:
+def _wrapped(module: torch.nn.Module, config: Config, ranks: Ranks) -> Any:
     """The model in its data-parallel method; on one data-parallel rank that is `none`."""
     name = config.train.data_parallel
     if name not in METHODS:
@@ -311,12 +313,12 @@ def _wrapped(config: Config, ranks: Ranks) -> Any:
     if size > 1 and name == "none":
         raise Refused(f"train.data_parallel = none: {size} ranks would train apart; name one")
     if size == 1:
-        return METHODS["none"](make(config, ranks))
+        return METHODS["none"](module)
     options = {}
     if config.train.bucket_mib is not None:
         options["bucket_mib"] = config.train.bucket_mib
     try:
-        return METHODS[name](make(config, ranks), group=ranks.data, **options)
+        return METHODS[name](module, group=ranks.data, **options)
     except (TypeError, ValueError) as error:
         raise Refused(f"train.data_parallel = {name}, {options}: {error}") from error
 
