@@ -95,6 +95,18 @@ def test_a_run_goes_on_with_other_ranks_and_methods(four, tmp_path):
             assert "" in (a, b) or float(a) == pytest.approx(float(b), rel=2e-4)
 
 
+@pytest.mark.parametrize("name", ["2", "spd2", "selective:[1]", "parallel", "1", None])
+def test_a_checkpoint_goes_on_under_any_name_of_its_plan(spd, name):
+    state = checkpoint.load(spd / "run")
+    data = state["config"]["data"]["vocabulary"], state["tokenizer"]
+    model = {**state["config"]["model"], "sync": name}
+    if name in ("2", "spd2", "selective:[1]"):
+        checkpoint.fits(state, model, *data)
+    else:
+        with pytest.raises(ValueError, match="was trained as plan spd on 2 tensor-parallel ranks"):
+            checkpoint.fits(state, model, *data)
+
+
 @pytest.mark.parametrize("method", ["flat", "sharded_optimizer"])
 def test_data_parallel_methods_give_the_same_run(spd, four, tmp_path, method):
     config = write(tmp_path, **PARALLEL, model__sync="spd", train__data_parallel=method)
@@ -187,6 +199,9 @@ def test_a_run_says_its_plan_and_where_each_start_was(spd, tmp_path):
     record = json.loads((tmp_path / "run/run.json").read_text())
     assert record["plan"] is None
     assert [start["step"] for start in record["starts"]] == [0, 4, 6]
+    first, second, _ = record["starts"]
+    assert (first["init_from"], first["skip_data"], first["changed"]) == (None, 0, {})
+    assert second["changed"] == {"train.steps": 4}
 
 
 def test_runs_become_cases_of_the_study(spd, tmp_path):

@@ -317,7 +317,7 @@ def test_runs_become_a_file_that_the_tools_read(run, tmp_path, capsys):
         ("24 syncs", True, 1),
         ("12 syncs", True, 2),
         ("desync, 12 syncs", False, 1),
-        ("spd5, 5 syncs", False, 1),
+        ("5 syncs", True, 1),
         ("selective:[3, 9, 23], 3 syncs", False, 1),
     ]
 
@@ -355,6 +355,64 @@ def test_losses_of_several_machines_stand_together_and_speeds_do_not(run, tmp_pa
 def test_runs_that_cannot_be_compared_are_one_line(run, changes, message):
     with pytest.raises(ToolError, match=message):
         study.gathered([run("first"), run("second", **{"seed": 4, **changes})])
+
+
+@pytest.mark.parametrize(
+    ("started", "message"),
+    [
+        ([{"init_from": "runs/a"}], "trained with --init-from"),
+        ([{"skip_data": 5}], "trained with --skip-data"),
+        ([{}, {"changed": {"train.lr": 0.1}}], "train.lr = 0.1 before it was resumed"),
+        ([{}, {"changed": {"train.seed": 1}}], "train.seed = 1 before it was resumed"),
+        ([{}, {"ranks": 4}], "2 and then 4 ranks"),
+        ([{}, {"changed": {"run": "x", "log.every": 1, "train.checkpoint_every": 5}}], None),
+    ],
+)
+def test_a_run_whose_settings_do_not_say_its_course_is_refused(run, started, message):
+    folder = run("a", devices=(CPU,) * len(started))
+    record = json.loads((folder / "run.json").read_text())
+    for start, more in zip(record["starts"], started, strict=True):
+        start["machine"]["ranks"] = more.pop("ranks", 2)
+        start.update(more)
+    (folder / "run.json").write_text(json.dumps(record))
+    if message is None:
+        study.entry(folder)
+        return
+    with pytest.raises(ToolError, match=message):
+        study.entry(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("run.json", "[]"),
+        ("run.json", '{"plan": {"name": "tp", "kind": "group", "syncs": 24}}'),
+        ("run.json", '{"plan": "tp", "tokenizer": "", "starts": []}'),
+        ("config.yaml", "[1]"),
+        ("config.yaml", "train: {steps: 20}"),
+    ],
+)
+def test_files_that_no_run_wrote_are_one_line(run, file, text):
+    folder = run("a")
+    (folder / file).write_text(text)
+    with pytest.raises(ToolError, match=f"{file} has no .* where a run writes it"):
+        study.gathered([folder])
+
+
+def test_any_number_of_syncs_is_judged_like_those_with_a_rule(run, tmp_path):
+    folders = [run(str(syncs), sync=str(syncs), syncs=syncs) for syncs in (24, 5, 1)]
+    out = tmp_path / "study.json"
+    study.main([*map(str, folders), "--out", str(out)])
+    results = load(out)
+    assert {r.case.method for r in results.results} == {"tp", "syncs_5", "syncs_1"}
+    told = loses_little(results).sentence
+    assert told.startswith("1 sync is the fewest within 2% of 24 syncs")
+    draw_all(results, FAMILY)
+
+
+def test_the_baseline_alone_is_no_verdict(tmp_path):
+    told = loses_little(read(tmp_path, [made.study("tp")])).sentence
+    assert told.startswith("Not measured")
 
 
 def test_a_folder_that_is_no_run_under_a_plan_is_one_line(run, tmp_path):

@@ -76,11 +76,12 @@ def fits(
             f"the checkpoint is of another model: {'; '.join(other)}. Set these as they were, or "
             "begin a new run"
         )
-    if goes_on and _computed(saved) != _computed(model):
+    (computed, was), (here, words) = _computed(saved), _computed(model)
+    if goes_on and computed != here:
         raise Refused(
-            f"the checkpoint was trained as {_computed(saved)}, here it would be "
-            f"{_computed(model)}: that computes something else from the same weights. Set "
-            "model.sync and model.tensor_parallel as they were, or begin a new run (--init-from)"
+            f"the checkpoint was trained as {was}, here it would be {words}: that computes "
+            "something else from the same weights. Set model.sync and model.tensor_parallel as "
+            "they were, or begin a new run (--init-from)"
         )
     if state["tokenizer"] != digest:
         raise Refused(
@@ -89,12 +90,17 @@ def fits(
         )
 
 
-def _computed(model: dict[str, Any]) -> str:
-    """What a section of a config makes of weights: with fewer syncs it depends on the ranks."""
+def _computed(model: dict[str, Any]) -> tuple[tuple, str]:
+    """What a section of a config makes of weights, and in words.
+
+    With fewer syncs it depends on the ranks. A plan may have several names.
+    """
     name, ranks = model.get("sync"), model.get("tensor_parallel", 1)
-    if name is None or plan(name, model["depth"]).dense:
-        return "the dense model"
-    return f"plan {name} on {ranks} tensor-parallel ranks"
+    made = plan(name or "tp", model["depth"])
+    if made.dense:
+        return (), "the dense model"
+    words = f"plan {name} on {ranks} tensor-parallel ranks"
+    return (made.kind, made.groups, ranks), words
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor | None]:

@@ -3,11 +3,14 @@
 plan        name, kind and syncs of a forward; null for a model that one rank holds
 tokenizer   its digest
 starts      one entry for each time the run was started: the step, the machine with its
-            versions (`measure.environment.describe`), and the commit of the checkout
+            versions (`measure.environment.describe`), the commit of the checkout, and what else
+            decides the losses: `init_from`, `skip_data`, and `changed`, the settings that are
+            not those of the start before, with their old values
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from blockshock.lm.config import Config
 from blockshock.lm.files import written_whole
@@ -19,7 +22,9 @@ from blockshock.transformer.sync import plan
 NAME = "run.json"
 
 
-def write(config: Config, data: Prepared, ranks: Ranks, begun: int) -> None:
+def write(
+    config: Config, data: Prepared, ranks: Ranks, begun: int, choices: dict[str, Any]
+) -> None:
     """Adds a start at step `begun`, and drops earlier ones from there on, whose rows go as well."""
     path, model = Path(config.run) / NAME, config.model
     starts = json.loads(path.read_bytes())["starts"] if begun and path.is_file() else []
@@ -31,6 +36,7 @@ def write(config: Config, data: Prepared, ranks: Ranks, begun: int) -> None:
         "step": begun,
         "machine": environment.describe(kind=ranks.device.type, ranks=ranks.size),
         "commit_info": environment.commit(),
+        **choices,
     }
     starts = [*(one for one in starts if one["step"] < begun), start]
     record = {"plan": found, "tokenizer": data.digest, "starts": starts}

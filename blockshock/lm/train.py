@@ -87,6 +87,7 @@ def _train(
     elif state:
         put(run.model, state["model"])
     run.position += skip_data
+    run.choices |= {"init_from": init_from, "skip_data": skip_data}
     tell(run.about())
     ranks.by_first(run.open_log)
     try:
@@ -110,6 +111,7 @@ class Run:
         self.config, self.data, self.ranks = config, data, ranks
         self.step, self.position, self.seconds = 0, 0, 0.0
         self.log: Log | None = None
+        self.choices: dict[str, Any] = {"changed": {}}  # of this start, for `record`
         options = config.train
         self.batches = Batches(
             data.train,
@@ -142,7 +144,7 @@ class Run:
         """Writes the settings and what else is told of the run, and opens the log."""
         with written_whole(Path(self.config.run) / "config.yaml") as out:
             out.write(settings.dump(self.config).encode())
-        record.write(self.config, self.data, self.ranks, self.step)
+        record.write(self.config, self.data, self.ranks, self.step, self.choices)
         self.log = Log(self.config, self.step)
 
     def about(self) -> str:
@@ -184,8 +186,13 @@ class Run:
         put(self.model, state["model"], self.optimizer, state["optimizer"])
         self.step, self.position = state["step"], state["position"]
         self.seconds = state["seconds"]
-        changed = _changes(state["config"], settings.to_dict(self.config))
-        lines = [f"changed since the checkpoint: {change}" for change in changed]
+        before, after = _flat(state["config"]), _flat(settings.to_dict(self.config))
+        changed = {key: before.get(key) for key in after if before.get(key) != after[key]}
+        self.choices["changed"] = changed
+        lines = [
+            f"changed since the checkpoint: {key} = {after[key]}, was {was}"
+            for key, was in changed.items()
+        ]
         if not checkpoint.restore_rng(state["rng"], self.ranks):
             lines.append(
                 f"the checkpoint is of {len(state['rng'])} ranks, this run has {self.ranks.size}: "
@@ -332,11 +339,10 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _changes(before: dict[str, Any], after: dict[str, Any], place: str = "") -> list[str]:
-    found = []
-    for key, value in after.items():
-        if isinstance(value, dict):
-            found += _changes(before.get(key, {}), value, f"{place}{key}.")
-        elif before.get(key) != value:
-            found.append(f"{place}{key} = {value}, was {before.get(key)}")
+def _flat(config: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Settings by key, such as train.lr."""
+    found = {}
+    for key, value in config.items():
+        of_section = isinstance(value, dict)
+        found |= _flat(value, f"{place}{key}.") if of_section else {f"{place}{key}": value}
     return found

@@ -77,7 +77,7 @@ def loses_little(results: Results) -> Verdict:
     """T1."""
     judgements, told = [], []
     for plans in trained(results):
-        if not plans[0].standard:
+        if not plans[0].standard or len(plans) == 1:
             continue
         found = [_loss(one, plans) for one in plans if not one.is_standard]
         judgements += found
@@ -147,8 +147,9 @@ def _fewest(plans: Sequence[Trained], found: Sequence[Judgement]) -> str:
     best = min(good, key=lambda one: one.syncs)
     worst = max(best.above)
     seeds = len(best.above)
+    verb = "is" if best.syncs == 1 else "are"
     told = (
-        f"{best.words} are the fewest within {WITHIN:.0%} of {standard.words}: {worst:+.2%} "
+        f"{best.words} {verb} the fewest within {WITHIN:.0%} of {standard.words}: {worst:+.2%} "
         f"({where}, {'one seed' if seeds == 1 else f'the worst of {seeds} seeds'})."
     )
     noise = [one.noise for one in plans if one.noise is not None]

@@ -30,6 +30,7 @@ RULES = {
     Fraction(1, 4): "spd_4",
     Fraction(1, 6): "spd_6",
 }
+OTHER_RULE = "syncs_"  # begins the name of any other number of them
 SUMS = {
     "collective": ("#0072b2", "o"),
     "exchange": ("#d55e00", "P"),
@@ -102,9 +103,15 @@ NAMING = Naming(
 )
 
 
+def rule(syncs: int, depth: int) -> str:
+    """The name of the plan that spreads so many syncs evenly over so many blocks."""
+    return RULES.get(Fraction(syncs, depth), f"{OTHER_RULE}{syncs}")
+
+
 def evenly(result: Result) -> bool:
     """Whether its plan is one of the row from every sublayer to every few blocks."""
-    return result.case.method in RULES.values()
+    method = result.case.method
+    return method in RULES.values() or method.startswith(OTHER_RULE)
 
 
 def place(case: Case) -> tuple:

@@ -4,15 +4,15 @@
 
 RUN is the folder of a finished run of `blockshock.lm`. Each becomes a case of phase `study`: its
 samples are seconds a step, one for each row of the log; `curves` has the losses. Runs that differ
-in more than plan and seed have another `recipe`, and no tool compares them. Losses may come from
-several kinds of machine, but speeds are those of the first run's: a run that was somewhere else as
-well has none, and `timing` says where it was.
+in more than plan and seed have another `recipe`, and no tool compares them. A run whose settings do
+not say all of its course is refused: one with --init-from or --skip-data, or resumed with other
+settings or ranks. Losses may come from several kinds of machine, but speeds are those of the first
+run's: a run that was somewhere else as well has none, and `timing` says where it was.
 """
 
 import hashlib
 import json
 from datetime import datetime, timezone
-from fractions import Fraction
 from pathlib import Path
 from statistics import median
 
@@ -20,7 +20,7 @@ import yaml
 
 from tools.compact import compacted
 from tools.curves import number, read_rows
-from tools.families.transformer.points import RULES
+from tools.families.transformer.points import rule
 from tools.files import ToolError, parser, read_text, run, save
 from tools.results import SCHEMA
 
@@ -48,6 +48,7 @@ def entry(folder: Path, device: str | None = None) -> dict:
     measured = [row for row in rows if row.get("val_loss")]
     if not measured or measured[-1] is not rows[-1]:
         raise ToolError(f"{log} has no val_loss at the last step: it is not comparable")
+    _check_starts(folder, record["starts"])
     tokens = number(rows[-1], "tokens", log) / ended
     rates = [number(row, "tokens_per_s", log) for row in rows]
     machine = record["starts"][-1]["machine"]
@@ -121,6 +122,33 @@ def gathered(folders: list[Path]) -> dict:
     }
 
 
+def _check_starts(folder: Path, starts: list[dict]) -> None:
+    """Raises ToolError for a run whose losses are not those of its settings alone."""
+    why = [f"--{key.replace('_', '-')}" for key in ("init_from", "skip_data") if _any(starts, key)]
+    changed = {key: was for start in starts for key, was in start.get("changed", {}).items()}
+    why += [f"{key} = {was} before it was resumed" for key, was in changed.items() if _counts(key)]
+    ranks = list(dict.fromkeys(start["machine"]["ranks"] for start in starts))
+    if len(ranks) > 1:
+        why.append(f"{' and then '.join(map(str, ranks))} ranks")
+    if why:
+        raise ToolError(
+            f"{folder} was trained with {', '.join(why)}: other runs were not, and its settings do "
+            "not say so; leave it out"
+        )
+
+
+def _any(starts: list[dict], key: str) -> bool:
+    return any(start.get(key) for start in starts)
+
+
+def _counts(key: str) -> bool:
+    """Whether a setting decides the losses: what is in the recipe, and the seed."""
+    section, _, name = key.partition(".")
+    return section not in NO_RECIPE and (
+        key == "train.seed" or name not in NO_RECIPE_OF.get(section, ())
+    )
+
+
 def _record(folder: Path) -> dict:
     """What the run wrote about itself."""
     path = folder / "run.json"
@@ -128,8 +156,13 @@ def _record(folder: Path) -> dict:
         record = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ToolError(f"{path} is not JSON: copy the run again") from error
-    if not record.get("plan"):
+    _check_keys(path, record, {"plan": dict | None, "tokenizer": str, "starts": list})
+    if not record["plan"]:
         raise ToolError(f"{path} names no plan: {folder} was not trained with --sync")
+    _check_keys(path, record["plan"], {"name": str, "kind": str, "syncs": int})
+    for start in record["starts"] or [None]:
+        _check_keys(path, start, {"machine": dict, "commit_info": dict | None})
+        _check_keys(path, start["machine"], {"device": str, "kind": str, "ranks": int})
     return record
 
 
@@ -137,19 +170,26 @@ def _config(folder: Path) -> dict:
     """The run's settings, all of them."""
     path = folder / "config.yaml"
     try:
-        return yaml.safe_load(read_text(path))
+        config = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise ToolError(f"{path} is not YAML: copy the run again") from error
+    _check_keys(path, config, dict.fromkeys(("data", "model", "train"), dict))
+    return config
+
+
+def _check_keys(path: Path, found: object, kinds: dict[str, type]) -> None:
+    """Raises ToolError for what no run wrote."""
+    for key, kind in kinds.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key, ...), kind):
+            raise ToolError(f"{path} has no {key} where a run writes it: copy the run again")
 
 
 def _rule(plan: dict, depth: int) -> str:
-    """The rule of a plan as the laboratory names it; of one that follows none, a plan's name."""
-    a_block = Fraction(plan["syncs"], depth)
+    """The rule of a plan as the laboratory names it; of one that follows none, its own name."""
     if plan["kind"] != "group":
-        return plan["kind"] if a_block == 1 else plan["name"]
-    if plan["name"].startswith("selective"):
-        return plan["name"]
-    return RULES.get(a_block, f"spd{plan['syncs']}")
+        return plan["kind"] if plan["syncs"] == depth else plan["name"]
+    named = plan["name"].startswith("selective")
+    return plan["name"] if named else rule(plan["syncs"], depth)
 
 
 def _recipe(config: dict, tokenizer: str) -> str:
@@ -179,7 +219,7 @@ def main(argv: list[str]) -> int:
     slow = sum("tokens_per_s" not in made["extra_info"]["rates"] for made in runs)
     device = content["machine_info"]["blockshock"]["device"]
     told = f", {slow} of them without a speed: not on {device} alone" if slow else ""
-    print(f"{options.out} has {len(runs)} runs{told}")
+    print(f"{options.out} has {len(runs)} run{'s' * (len(runs) != 1)}{told}")
     return 0
 
 
