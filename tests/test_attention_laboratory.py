@@ -164,8 +164,13 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("scores", [2**25, 1000, 300], ids=["whole", "parts", "rows"])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("mask", "scores"),
+    [
+        *((mask, scores) for mask in MASKS for scores in (2**25, 1000)),
+        *((mask, 300) for mask in ("causal", "grouped", "both")),  # cut inside a head's rows
+    ],
+)
 def test_the_truth_is_the_reference_in_float64_however_it_is_cut(monkeypatch, mask, scores):
     monkeypatch.setattr(attention_problem, "SCORES", scores)
     case = make(**MASKS[mask])
