@@ -172,6 +172,19 @@ def compiled():
     return {name: relative_error(got[name], want[name]) for name in want}
 
 
+def another_x():
+    """What is said where each rank has its own x, in training and in eval."""
+    block, said = made(), []
+    x = torch.randn(1, T, WIDTH, generator=torch.Generator().manual_seed(collectives.group_rank()))
+    for training in (True, False):
+        try:
+            block.train(training)(x.to(place()))
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) == 2, said
+    return said
+
+
 def refused(seeds=False, windows=False, **options):
     """What making a block says. seeds, windows: each rank has its own."""
     rank = collectives.group_rank()

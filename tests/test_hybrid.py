@@ -126,6 +126,8 @@ def test_the_reference_is_the_definition():
         ({"pattern": patterns.from_mask(torch.ones(3, 9, 9) > 0)}, "heads 8: pattern mask"),
         ({"reduce": "some"}, "unknown sum 'some'; use one of auto, collective"),
         ({"causal": "yes"}, "causal = 'yes'"),
+        ({"pattern": "band"}, "pattern 'band': make one with a builder"),
+        ({"pattern": torch.ones(9, 9) > 0}, "give a mask to from_mask"),
     ],
 )
 def test_what_cannot_be_is_refused(options, message):
@@ -151,6 +153,12 @@ def test_what_cannot_be_is_refused(options, message):
 def test_ranks_that_cannot_share_it_are_told(cpu_ranks, options, message):
     for told in cpu_ranks.run(jobs.refused, **options):
         assert message in told
+
+
+def test_ranks_with_other_x_are_an_error(ranks):
+    for training in ranks.run(jobs.another_x):
+        for said in training:
+            assert "x of layer 'HybridBlock' is not the same on all ranks" in said
 
 
 def test_x_of_another_width_is_refused():

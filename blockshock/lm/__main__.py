@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     add("command", nargs="?", choices=COMMANDS, help="without it: all, skipping what is done")
     add("--config", default="small", metavar="C", help=f"a .yaml file, or one of {names}")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.lr=3e-4")
-    add("--sync", metavar="PLAN", help="short for --set model.sync=PLAN: tp, spd12, 6, desync:6, …")
+    add("--sync", metavar="PLAN", help="sets model.sync: tp, spd12, 6, desync:6, …")
     add("--resume", action="store_true", help="go on from the run's checkpoint")
     add("--init-from", metavar="PATH", help="begin with the weights of a checkpoint")
     add("--skip-data", type=_count, default=0, metavar="N", help="leave out N sequences of data")

@@ -226,7 +226,14 @@ def _value(value: Any, hint: Any, rule: Any, key: str) -> Any:
             value = float(value)  # YAML reads 3e-4, which has no dot, as a string
     if type(value) is not kind:
         also = " or null" if optional else ""
-        raise Refused(f"{key} = {value!r}: it takes {kind.__name__}{also}, not {_named(value)}")
+        fix = (
+            f"""; quote it: {key}='"{value}"'"""
+            if kind is str and type(value) in (int, float)
+            else ""
+        )
+        raise Refused(
+            f"{key} = {value!r}: it takes {kind.__name__}{also}, not {_named(value)}{fix}"
+        )
     if "valid" in rule and value not in rule["valid"]:
         raise Refused(f"{key} = {value!r}: use one of {', '.join(rule['valid'])}")
     low, below = rule.get("least"), rule.get("below")

@@ -29,7 +29,7 @@ from blockshock import attention as family
 from blockshock.attention.headed import some_heads
 from blockshock.attention.rules import Pattern
 from blockshock.distributed import reduce as ways
-from blockshock.linear.alike import together
+from blockshock.linear.alike import Check, together
 from blockshock.measure.regions import region
 from blockshock.transformer.config import usual_attention, usual_hidden
 from blockshock.transformer.parts import ColumnParallelLinear, RowParallelLinear
@@ -87,11 +87,11 @@ class HybridBlock(Whole):
         self.sums = Sums(group, reduce)
         ranks, rank = self.sums.ranks, self.sums.rank
         sizes = {"width": width, "heads": heads, "kv_heads": kv_heads, "hidden": hidden}
-        more = {"pattern": pattern and pattern.name, "causal": causal, "attention": attention}
-        alike = {**sizes, **more, "reduce": reduce, "dtype": dtype}
+        more = {"causal": causal, "attention": attention, "reduce": reduce, "dtype": dtype}
         with together(group, "making a HybridBlock") as facts:
             _check_sizes(ranks, width, heads, kv_heads, hidden)
             _check_methods(self, heads, kv_heads, pattern, device.type, dtype)
+            alike = {**sizes, **more, "pattern": pattern and pattern.name}
             facts["the arguments"] = told(alike, generator)
         self.own_heads, self.own_kv_heads = heads // ranks, kv_heads // ranks
         first = rank * self.own_heads
@@ -107,17 +107,31 @@ class HybridBlock(Whole):
             setattr(self, name, layer.to(device, dtype))  # before the next whole one is drawn
         self.to(device, dtype)
         self.compile_parts(lambda part: part)
+        self._first_calls = Check("HybridBlock")
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, width], alike on all ranks, in the weights' dtype (or any inside an autocast).
 
+        The first calls, in training and in eval, compare the ranks' x; the host waits there.
+
         Raises:
-            ValueError: another shape.
+            ValueError: another shape, or x that differ by more than rounding.
         """
         if x.dim() != 3 or x.shape[-1] != self.width:
             raise ValueError(f"x {list(x.shape)}: [batch, tokens, {self.width}] is needed")
+        self._compare(x)
         x = x + self.attention(x)
         return x + self.mlp(x)
+
+    @property
+    def group(self):
+        """Of the ranks that hold the block; None for the default one."""
+        return self.sums.group
+
+    @torch.compiler.disable(reason="ranks talk to each other between compiled computations")
+    def _compare(self, x: Tensor) -> None:
+        if self.sums.ranks > 1 and not x.is_meta:
+            self._first_calls.look("x", x.flatten(0, 1), self)
 
     def attention(self, x: Tensor) -> Tensor:
         """What the attention half adds to x, the same bits on all ranks."""
@@ -236,7 +250,7 @@ def _check_sizes(ranks: int, width: int, heads: int, kv_heads: int, hidden: int)
 def _check_methods(block: HybridBlock, heads, kv_heads, pattern, device_type: str, dtype) -> None:
     """Raises ValueError where attention, or the sum over ranks, cannot run there."""
     name = block.attention_method or usual_attention(device_type, pattern)
-    batch, _, T, _ = (None,) * 4 if pattern is None else pattern.sizes
+    batch, _, T, _ = getattr(pattern, "sizes", (None,) * 4)
     q = batch or 1, heads, T or 1, block.width // heads  # those that are free do not matter
     k = batch or 1, kv_heads, T or 1, block.width // heads
     reason = family.unsupported(
