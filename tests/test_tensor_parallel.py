@@ -49,8 +49,12 @@ def test_one_rank_is_the_dense_decoder_whatever_the_plan(plan):
     assert jobs.apart(model.gather_gradients(), true) < LIMIT
 
 
-def test_every_plan_is_its_simulation_with_as_many_collectives_as_it_says(some):
-    check(some.run(jobs.all_plans))
+def test_every_plan_is_its_simulation_with_as_many_collectives_as_it_says(ranks):
+    check(ranks.run(jobs.all_plans))
+
+
+def test_four_ranks_are_their_simulation_as_well(four):
+    check(four.run(jobs.all_plans, ("tp", "selective:[0,3,4]", "desync:2", "parallel")))
 
 
 def test_with_embedding_and_head_in_parts_as_well(some):
