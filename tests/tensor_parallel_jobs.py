@@ -99,7 +99,9 @@ def apart(found, true):
 
 
 def against_truth(c, plan, *, dtype=torch.float32, seed=0, **options):
-    """The collectives of a step, whether replicas are equal, and errors, which rank 0 finds."""
+    """The collectives of forward and backward, errors, which rank 0 finds, and whether replicas are
+    equal, after a step as well.
+    """
     state, (tokens, targets) = weights(c, seed, dtype), batch(c, seed + 1)
     model = made(c, state, plan, **options)
     ranks = dist.get_world_size()
@@ -108,9 +110,11 @@ def against_truth(c, plan, *, dtype=torch.float32, seed=0, **options):
     with Counted() as backward:
         found.backward()
     logits, whole = model(tokens).detach(), model.gather_gradients()
+    same = same_on_all(model, found.detach(), logits)
+    torch.optim.AdamW(model.parameters()).step()
     answer = {
         "collectives": (forward.number, backward.number),
-        "same": same_on_all(model, found.detach(), logits),
+        "same": same and same_on_all(model),
     }
     if dist.get_rank() == 0:
         true_logits, loss, gradients = truth(c, state, plan, ranks, tokens, targets)
