@@ -17,6 +17,7 @@ from tools.families.data_parallel.points import (
     of_phase,
     over_peer,
 )
+from tools.families.data_parallel.scaling import SCALING
 from tools.family import README_ROWS, TIMES, Family, Written
 from tools.tables import (
     Column,
@@ -145,5 +146,6 @@ FAMILY = Family(
     tables,
     readme=readme,
     full=full,
+    scaling=SCALING,
     naming=NAMING,
 )

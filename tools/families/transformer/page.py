@@ -21,6 +21,7 @@ from tools.families.transformer.points import (
     setting,
 )
 from tools.families.transformer.readme_table import readme
+from tools.families.transformer.scaling import SCALING
 from tools.family import TIMES, Family, Written
 from tools.tables import (
     Column,
@@ -180,5 +181,6 @@ FAMILY = Family(
     judge=judge_all,
     readme=readme,
     full=full,
+    scaling=SCALING,
     naming=NAMING,
 )

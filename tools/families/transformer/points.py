@@ -41,7 +41,8 @@ SUMS = {
 
 def setting(case: Case) -> str:
     """What the plans of one figure share beside the model and its batch, in words."""
-    parts = [case.dtype or "", f"{case.ranks} rank" + "s" * (case.ranks != 1)]
+    parts = [case.dtype or ""]
+    parts += [f"{case.ranks} rank" + "s" * (case.ranks != 1)] if case.ranks else []
     if case.tensor_ranks not in (None, case.ranks):
         parts.append(f"{case.tensor_ranks} of them share a model")
     for name, words in (("compiled", "compiled"), ("checkpointed", "checkpointed")):
@@ -118,6 +119,11 @@ def place(case: Case) -> tuple:
     """Which model does what: equal for the plans of a point, and the seeds of a study."""
     sizes = tuple(getattr(case, name) for name in SIZES)
     return (*sizes, case.heads or 0, case.steps or 0, case.recipe or "", setting(case))
+
+
+def without_ranks(case: Case) -> Case:
+    """The same for every number of ranks: its place and setting are those of all of them."""
+    return case.but(ranks=None)
 
 
 def model(case: Case) -> str:

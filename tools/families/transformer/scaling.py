@@ -1,27 +1,27 @@
-"""How the hybrid block scales over ranks: a table from result files of several numbers of ranks.
-
-    python -m tools.families.transformer.scaling FILE...
+"""How the hybrid block scales over ranks.
 
 With t(R, b) the time of b sequences on R ranks, and Q the fewest ranks that were measured:
 
-    strong   Q t(Q, b) / (R t(R, b))         the same work on more ranks; 100% where all of it helps
+    strong   Q t(Q, b) / (R t(R, b))         the same work on more ranks; 1 where all of it helps
     weak     t(Q, b Q / R) / t(R, b)         the same work for each rank
-
-Files of different machines are put together, which is meant: GPUs of one kind, in hosts of 1 to 8.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
-from tools.cases import Result, grouped
+from tools.cases import Result, Results, grouped
+from tools.drawing import series, style
+from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point
+from tools.drawing.looks import line_style
+from tools.drawing.series import Words
+from tools.families.transformer import plans_over_ranks
 from tools.families.transformer.hybrid import HYBRID
-from tools.families.transformer.points import plan_words
-from tools.files import ToolError, parser, run
-from tools.results import load
+from tools.families.transformer.points import of_phase, plan_words, setting, without_ranks
+from tools.family import Scaling, Written
 from tools.stats import Interval, combine
 from tools.tables import Column, as_markdown, interval, milliseconds, number
 
 COLUMNS = (
-    Column("phase", "phase"),
     number("width", "width"),
     number("T", "T"),
     Column("attention", "attention"),
@@ -32,14 +32,50 @@ COLUMNS = (
     number("weak", "weak", interval),
 )
 SAME = ("width", "heads", "T", "dtype", "causal", "compiled", "reduce", "seed")
+AXIS = Axis("efficiency", "{:.3f}".format, "even", 1.0)
+MOST = 2  # batches that a figure shows of each kind of scaling
+
+
+def tables(results: Results) -> list[Written]:
+    """A table of each phase and setting."""
+    made = []
+    for phase, words in HYBRID.items():
+        for text, found in _settings(results, phase).items():
+            told = (
+                f"{words.capitalize()}, over ranks: strong scaling keeps the batch, weak scaling "
+                "that of a rank."
+            )
+            made.append(Written(told, text, as_markdown(COLUMNS, rows(found))))
+    return made
+
+
+def by_ranks(results: Results, phase: str) -> list[Drawing]:
+    """Both kinds of scaling against ranks, a panel for a batch, a line for each attention."""
+    words = Words(
+        f"transformer_{phase}_vs_ranks",
+        f"{HYBRID[phase].capitalize()}: scaling over ranks",
+        "Speed on R ranks over that on the fewest ranks that were measured, for each rank, with "
+        "95% intervals. Strong: of the same batch. Weak: of a batch that grows with the ranks. "
+        "Higher is better.",
+    )
+    groups = {}
+    for text, found in _settings(results, phase).items():
+        made = rows(found)
+        panels = [*_panels(made, "strong", "batch"), *_panels(made, "weak", "share")]
+        if panels:
+            groups[text] = panels
+    if not groups:
+        raise Absent(f"{HYBRID[phase]}: a line needs two numbers of ranks")
+    return [series.drawn(results, words, text, groups, panels) for text, panels in groups.items()]
 
 
 def rows(results: Iterable[Result]) -> list[dict]:
-    """A row for each result of the block; `strong` and `weak` are Intervals, or None."""
-    found = [r for r in results if r.case.phase in HYBRID]
-    found.sort(key=_order)
+    """A row for each result of one phase of the block; `strong` and `weak` are Intervals, or None.
+
+    share: the batch that the fewest ranks have in weak scaling; None where it is not whole.
+    """
     made = []
-    for group in grouped(found, _what).values():
+    for group in grouped(sorted(results, key=_order), _what).values():
         made += [_row(result, group) for result in group]
     return made
 
@@ -63,7 +99,9 @@ def _row(result: Result, group: Sequence[Result]) -> dict:
     share, rest = divmod(case.batch * fewest, case.ranks)
     smaller = times.get((fewest, share)) if not rest else None
     return {
-        "phase": HYBRID[case.phase],
+        "result": result,
+        "fewest": fewest,
+        "share": None if rest else share,
         "width": case.width,
         "T": case.T,
         "attention": plan_words(result),
@@ -81,20 +119,41 @@ def _efficiency(first: Result | None, result: Result, share: float) -> Interval 
     return combine(lambda t, own: share * t / own, [first.samples, result.samples])
 
 
-def main(argv: list[str]) -> int:
-    command = parser("families.transformer.scaling", __doc__)
-    options = command.parse_args(argv)
-    loaded = [load(path) for path in options.files]
-    made = rows(result for results in loaded for result in results.results)
-    if len({row["ranks"] for row in made}) < 2:
-        raise ToolError(
-            f"{', '.join(options.files)}: scaling needs the hybrid block on two numbers of ranks; "
-            "measure bench/bench_hybrid.py with --ranks 1, 2, …"
-        )
-    print(", ".join(dict.fromkeys(results.title for results in loaded)))
-    print(as_markdown(COLUMNS, made))
-    return 0
+def _settings(results: Results, phase: str) -> dict[str, list[Result]]:
+    """The results of each setting that has several numbers of ranks."""
+    groups = grouped(of_phase(results, phase), lambda r: setting(without_ranks(r.case)))
+    return {text: found for text, found in groups.items() if len({r.case.ranks for r in found}) > 1}
 
 
-if __name__ == "__main__":
-    run(main)
+def _panels(made: Sequence[dict], kind: str, batch: str) -> list[Panel]:
+    """batch: the key of what is the same along a line."""
+    places: dict[tuple, dict[str, list[dict]]] = {}
+    for row in made:
+        if row["ranks"] == row["fewest"] or row[kind] is not None:
+            place = row["width"], row["T"], row[batch], row["fewest"]
+            places.setdefault(place, {}).setdefault(row["attention"], []).append(row)
+    panels = []
+    for (width, T, sequences, fewest), lines in sorted(places.items()):
+        drawn = tuple(_line(label, found, kind) for label, found in lines.items() if found[1:])
+        if drawn:
+            on = "" if kind == "strong" else f" on {fewest} rank" + "s" * (fewest != 1)
+            title = f"{kind}: width {width}, T {T}, batch {sequences}{on}"
+            panels.append(Panel(title, drawn, "ranks", AXIS))
+    return style.spread(panels, MOST)
+
+
+def _line(label: str, found: Sequence[dict], kind: str) -> Line:
+    points = [
+        Point(row["ranks"], 1.0)
+        if row[kind] is None
+        else Point(row["ranks"], row[kind].value, row[kind].low, row[kind].high)
+        for row in found
+    ]
+    return Line(label, tuple(sorted(points)), line_style(found[0]["result"]))
+
+
+SCALING = Scaling(
+    lambda results: [*plans_over_ranks.tables(results), *tables(results)],
+    plans_over_ranks.FIGURES
+    | {f"transformer_{phase}_vs_ranks": partial(by_ranks, phase=phase) for phase in HYBRID},
+)
