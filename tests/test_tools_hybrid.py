@@ -5,7 +5,6 @@ import pytest
 from tests import synthetic_transformer as made
 from tools.families.transformer import scaling
 from tools.families.transformer.attended import by_keys
-from tools.files import ToolError
 from tools.results import load
 
 
@@ -83,18 +82,3 @@ def test_another_mask_is_scaled_by_itself(tmp_path):
     found += read(tmp_path, [block(0.006, ranks=2)], "2.json").results
     strong = [row["strong"] for row in scaling.rows(found)]
     assert [one and round(one.value, 3) for one in strong] == [None, 0.833, None, None]
-
-
-def test_one_number_of_ranks_is_no_scaling(tmp_path):
-    path = made.write(tmp_path / "r.json", [block(0.01)])
-    with pytest.raises(ToolError, match="needs the hybrid block on two numbers of ranks"):
-        scaling.main([str(path)])
-
-
-def test_the_table_is_printed(tmp_path, capsys):
-    files = [
-        str(made.write(tmp_path / f"{ranks}.json", [block(0.01 / ranks, ranks=ranks)]))
-        for ranks in (1, 2)
-    ]
-    assert scaling.main(files) == 0
-    assert "hybrid block, forward | 4096 | 32768 | dense_attention" in capsys.readouterr().out

@@ -80,9 +80,9 @@ def by_ranks(results: Results, phase: str) -> list[Drawing]:
 
     def value(result: Result) -> Point:
         found = over(first[result.id], result)
-        return Point(0, 100 * found.value, 100 * found.low, 100 * found.high)
+        return Point(0, found.value, found.low, found.high)
 
-    axis = Axis("%", "{:.1f}%".format, "even", 100.0)
+    axis = Axis("efficiency", "{:.3f}".format, "ratio", 1.0, least=0.8)
     return series.charts(results, groups, words, axis, value)
 
 

@@ -32,7 +32,7 @@ COLUMNS = (
     number("weak", "weak", interval),
 )
 SAME = ("width", "heads", "T", "dtype", "causal", "compiled", "reduce", "seed")
-AXIS = Axis("efficiency", "{:.3f}".format, "even", 1.0)
+AXIS = Axis("efficiency", "{:.3f}".format, "ratio", 1.0, least=0.8)
 MOST = 2  # batches that a figure shows of each kind of scaling
 
 
@@ -139,7 +139,13 @@ def _panels(made: Sequence[dict], kind: str, batch: str) -> list[Panel]:
             on = "" if kind == "strong" else f" on {fewest} rank" + "s" * (fewest != 1)
             title = f"{kind}: width {width}, T {T}, batch {sequences}{on}"
             panels.append(Panel(title, drawn, "ranks", AXIS))
-    return style.spread(panels, MOST)
+    longest = max((_reach(panel) for panel in panels), default=0)
+    return style.spread([panel for panel in panels if _reach(panel) == longest], MOST)
+
+
+def _reach(panel: Panel) -> int:
+    """On how many numbers of ranks it has points."""
+    return max(len(line.points) for line in panel.lines)
 
 
 def _line(label: str, found: Sequence[dict], kind: str) -> Line:
