@@ -3,10 +3,11 @@
 import pytest
 
 from tests import synthetic_data_parallel, synthetic_transformer
-from tools import scaling
+from tools import scaling, summary
 from tools.families import FAMILIES
 from tools.files import ToolError
-from tools.results import load_by_card
+from tools.results import load, load_by_card
+from tools.verdict import judged
 
 PARALLEL, TRANSFORMER = FAMILIES["data_parallel"].scaling, FAMILIES["transformer"].scaling
 
@@ -130,6 +131,44 @@ def test_the_hybrid_block_has_a_panel_for_strong_and_one_for_weak_scaling(tmp_pa
     }
     (written,) = TRANSFORMER.tables(results)
     assert written.words.startswith("Hybrid block, forward, over ranks")
+
+
+def test_fewer_syncs_have_a_limit_of_their_own_on_eight_ranks(tmp_path):
+    def verdicts(ranks):
+        plans = {"tp": 0.005, "spd": 0.0043, "spd_2": 0.003}
+        times = {ranks: {(plan, "collective"): t for plan, t in plans.items()}}
+        (path,) = decoding(tmp_path, times)
+        return {one.name: one for one in judged(load(path))}
+
+    found = {name: [one.status for one in v.deciding] for name, v in verdicts(8).items()}
+    assert found == {"T1": [], "T2": ["holds", "holds"], "T3": [], "T4": ["fails", "holds"]}
+    assert "batch 1 on 8 ranks" in verdicts(4)["T4"].sentence
+
+
+@pytest.mark.parametrize(("ranks", "decides"), [(8, True), (4, False)])
+def test_training_on_eight_ranks_is_held_to_none_and_to_the_peer(tmp_path, ranks, decides):
+    times = {"none": 0.090, "overlapped": 0.098, "sharded_optimizer": 0.104, "torch_ddp": 0.099}
+    (path,) = training(tmp_path, {ranks: times})
+    (verdict,) = judged(load(path))
+    statuses = {
+        (one.line.partition(" ")[0], one.opponent): one.status for one in verdict.judgements
+    }
+    assert statuses == {
+        ("overlapped", "none"): "holds",
+        ("overlapped", "torch_ddp"): "holds",
+        ("sharded_optimizer", "none"): "fails",
+        ("sharded_optimizer", "torch_ddp"): "fails",
+    }
+    assert {one.decides for one in verdict.judgements} == {decides}
+    assert verdict.sentence.startswith("Not measured") == (not decides)
+
+
+def test_the_page_of_results_has_a_part_over_ranks(tmp_path, capsys):
+    files = training(tmp_path, {1: {"none": 0.1}, 2: {"none": 0.1}})
+    assert summary.main(files) == 0
+    assert "## NVIDIA H200, over ranks\n\nData parallel over ranks" in capsys.readouterr().out
+    assert summary.main(files[:1]) == 0
+    assert "over ranks" not in capsys.readouterr().out
 
 
 def test_the_command_prints_tables_and_writes_plots(tmp_path, capsys):

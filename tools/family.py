@@ -66,8 +66,8 @@ class Family:
     tables: every case, in the tables of the report.
     judge: the verdicts on its hypotheses at a threshold; None without a hypothesis. readme: one
     table of at most README_ROWS and README_COLUMNS, or None where nothing fits. full: every table
-    of results/README.md. scaling: None where ranks are not compared. naming: how its cases are
-    named, ordered and compared.
+    of results/README.md. naming: how its cases are named, ordered and compared. scaling: None where
+    ranks are not compared.
 
     Each is given the results of this family alone. The defaults serve a family that the tools do
     not know.
@@ -83,8 +83,8 @@ class Family:
     judge: Callable[[Results, float], list[Verdict]] | None = None
     readme: Callable[[Results], Written | None] = lambda results: None
     full: Callable[[Results], list[Written]] = lambda results: []
-    scaling: Scaling | None = None
     naming: Naming = PLAIN
+    scaling: Scaling | None = None
 
 
 def draw_all(results: Results, family: Family | Scaling) -> tuple[list[Drawing], dict[str, str]]:

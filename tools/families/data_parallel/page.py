@@ -6,6 +6,7 @@ from functools import partial
 from tools.case_table import by_phase
 from tools.cases import Result, Results
 from tools.families.data_parallel.figures import FIGURES
+from tools.families.data_parallel.hypotheses import judge_all
 from tools.families.data_parallel.points import (
     NAMING,
     PEER,
@@ -144,8 +145,9 @@ FAMILY = Family(
     READING,
     FIGURES,
     tables,
+    judge=judge_all,
     readme=readme,
     full=full,
-    scaling=SCALING,
     naming=NAMING,
+    scaling=SCALING,
 )

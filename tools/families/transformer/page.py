@@ -181,6 +181,6 @@ FAMILY = Family(
     judge=judge_all,
     readme=readme,
     full=full,
-    scaling=SCALING,
     naming=NAMING,
+    scaling=SCALING,
 )
