@@ -1,0 +1,1 @@
+"""Linear layers that keep whole tiles of their weight."""
