@@ -24,17 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from blockshock.distributed import collectives
-from blockshock.linear import METHODS, alike, extras, trainers
+from blockshock.linear import METHODS, alike, encoders, extras, trainers
 from blockshock.linear.dense import DenseSingle
 from blockshock.linear.split import Split
 
 _CLASSES = tuple(METHODS.values())
-_NESTED = "_nested_before_convert"  # an encoder's flag, for `revert`
 
 
 @dataclass
 class Conversion:
-    """What `convert` did.
+    """What `convert`, or another change of a whole model, did.
 
     replaced: names of layers; left: name -> reason; parameters: old parameter -> new one, for as
     long as somebody holds the old one, as an optimizer does that was made before.
@@ -46,7 +45,7 @@ class Conversion:
     parameters: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} linear layers are now {self.method}"]
+        lines = [f"{len(self.replaced)} layers are now {self.method}"]
         lines += [f"  {name}" for name in self.replaced]
         if self.left:
             lines.append(f"{len(self.left)} were left:")
@@ -95,7 +94,7 @@ def convert(
     for name, layer in built.items():  # nothing is replaced before all ranks could build all
         _replace(model, name, layer)
         report.replaced.append(name)
-    _avoid_fused_encoders(model, built)
+    encoders.avoid_fused(model, built.values())
     if built and collectives.group_size(group) == collectives.group_size():
         trainers.ignore_in_ddp(model)
     old = [parameter for layer in wanted.values() for parameter in layer.parameters()]
@@ -130,10 +129,7 @@ def revert(model: nn.Module) -> list[str]:
         plain = {layer: _reverted(layer) for layer in dict.fromkeys(found.values())}
     for name, layer in found.items():
         _replace(model, name, plain[layer])
-    for encoder in model.modules():
-        if hasattr(encoder, _NESTED):
-            encoder.use_nested_tensor = getattr(encoder, _NESTED)
-            delattr(encoder, _NESTED)
+    encoders.restore(model)
     trainers.forget(model)
     _warn_of_holders([p for layer in plain for p in layer.parameters()], "revert")
     return list(found)
@@ -304,19 +300,3 @@ def _holding(lost: set[int]) -> Iterator[torch.optim.Optimizer | DistributedData
             continue
         if any(id(parameter) in lost for parameter in held):
             yield one
-
-
-def _avoid_fused_encoders(model: nn.Module, built: dict[str, nn.Module]) -> None:
-    """PyTorch's encoder, in eval, hands its layers' weights to one kernel and never calls them.
-
-    It does so for no module that has a hook, and for no encoder without nested tensors.
-    """
-    for name, layer in built.items():
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            layer.register_forward_pre_hook(extras.must_be_called)
-    new = set(built.values())
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and new & set(encoder.modules()):
-            if not hasattr(encoder, _NESTED):
-                setattr(encoder, _NESTED, encoder.use_nested_tensor)
-            encoder.use_nested_tensor = False
