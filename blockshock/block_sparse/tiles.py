@@ -50,6 +50,12 @@ def check(block: int | Block, sparsity: float, shape: tuple[int, int]) -> Block:
     return block
 
 
+def check_sparsity(sparsity: float) -> None:
+    """Raises ValueError where the share of the tiles that is dropped is not in [0, 1)."""
+    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity = {sparsity}: a number from 0 to below 1 is needed")
+
+
 def kept(tiles: int, sparsity: float) -> int:
     """How many tiles stay: tiles − ⌊sparsity · tiles⌋, so at least (1 − sparsity) of them.
 
@@ -58,8 +64,7 @@ def kept(tiles: int, sparsity: float) -> int:
     Raises:
         ValueError: sparsity outside [0, 1), or (1 − sparsity) · tiles is less than one.
     """
-    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity = {sparsity}: a number from 0 to below 1 is needed")
+    check_sparsity(sparsity)
     dropped = round(sparsity * tiles, 6)
     if tiles - dropped < 1:
         raise ValueError(
