@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blockshock.lm import checkpoint, files, tokens
+from blockshock.lm import checkpoint, tokens
 from blockshock.lm.__main__ import main
+from blockshock.runs import files
 from tests import lm_runs
 from tests.lm_runs import assert_same_run, rows, write
 

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise Refused(f"{', '.join(lacks)} not installed; pip install 'blockshock[lm]'")
         _check_options(options)
         config = settings.load(options.config, options.set)
-        from blockshock.lm import ranks as processes
+        from blockshock.runs import ranks as processes
 
         ranks = processes.join(config.device)
         rank = f" rank {ranks.rank}:" if ranks.size > 1 else ""
@@ -106,8 +106,8 @@ def _is_trained(config: Config, options: argparse.Namespace, tell: Callable) -> 
 
 def _evaluate(model, step: int, config: Config, data, ranks, tell: Callable) -> None:
     """The loss over all validation tokens, shown and written to `<run>/evaluation.json`."""
-    from blockshock.lm.files import written_whole
     from blockshock.lm.model import mean_loss
+    from blockshock.runs.files import written_whole
 
     found = mean_loss(model, data.validation, config, ranks)
     found = {"step": step, **found, "perplexity": math.exp(min(found["loss"], 700.0))}
@@ -122,8 +122,8 @@ def _evaluate(model, step: int, config: Config, data, ranks, tell: Callable) -> 
 
 def _sample(model, config: Config, data, tell: Callable) -> None:
     """Text, shown and written to `<run>/sample.txt`."""
-    from blockshock.lm.files import written_whole
     from blockshock.lm.sample import sample
+    from blockshock.runs.files import written_whole
 
     text = sample(model, data, config.sample)
     tell(text)

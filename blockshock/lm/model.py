@@ -11,8 +11,8 @@ from blockshock.lm import checkpoint
 from blockshock.lm import config as settings
 from blockshock.lm.config import Config, Refused
 from blockshock.lm.prepare import Prepared
-from blockshock.lm.ranks import Ranks
 from blockshock.lm.tokens import TokenFile, check_size
+from blockshock.runs.ranks import Ranks
 from blockshock.transformer import Decoder, DecoderConfig, compile_model
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from blockshock.lm.config import Refused
-from blockshock.lm.files import written_whole
+from blockshock.runs.files import written_whole
 
 DTYPES = {"uint16": (torch.uint16, "H"), "uint32": (torch.uint32, "I")}
 

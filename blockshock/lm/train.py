@@ -20,13 +20,15 @@ from blockshock.data_parallel import METHODS
 from blockshock.lm import checkpoint
 from blockshock.lm import config as settings
 from blockshock.lm.config import Config, Refused
-from blockshock.lm.files import alone, written_whole
-from blockshock.lm.log import Log, memory_mib, peak_flops
+from blockshock.lm.log import open_log, peak_flops
 from blockshock.lm.model import autocast, decoder_config, make, mean_loss, to_device
 from blockshock.lm.prepare import Prepared
-from blockshock.lm.ranks import Ranks, Stop
-from blockshock.lm.schedule import learning_rate
 from blockshock.lm.tokens import Batches, check_size
+from blockshock.runs.files import alone, written_whole
+from blockshock.runs.log import Log, memory_mib
+from blockshock.runs.ranks import Ranks, Stop
+from blockshock.runs.schedule import learning_rate
+from blockshock.runs.settings import changes
 from blockshock.transformer import counts
 
 
@@ -137,7 +139,7 @@ class Run:
         """Writes the settings and opens the log."""
         with written_whole(Path(self.config.run) / "config.yaml") as out:
             out.write(settings.dump(self.config).encode())
-        self.log = Log(self.config, self.step)
+        self.log = open_log(self.config, self.step)
 
     def about(self) -> str:
         """A line: the model, the ranks, the tokens of a step."""
@@ -174,7 +176,7 @@ class Run:
         self.model.load_full_optimizer_state(self.optimizer, state["optimizer"])
         self.step, self.position = state["step"], state["position"]
         self.seconds = state["seconds"]
-        changed = _changes(state["config"], settings.to_dict(self.config))
+        changed = changes(state["config"], settings.to_dict(self.config))
         lines = [f"changed since the checkpoint: {change}" for change in changed]
         if not checkpoint.restore_rng(state["rng"], self.ranks):
             lines.append(
@@ -305,13 +307,3 @@ def _vectors(model: torch.nn.Module) -> list[str]:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _changes(before: dict[str, Any], after: dict[str, Any], place: str = "") -> list[str]:
-    found = []
-    for key, value in after.items():
-        if isinstance(value, dict):
-            found += _changes(before.get(key, {}), value, f"{place}{key}.")
-        elif before.get(key) != value:
-            found.append(f"{place}{key} = {value}, was {before.get(key)}")
-    return found
