@@ -9,11 +9,13 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from blockshock.lm import config as settings
 from blockshock.lm.config import CONFIGS, Config, Refused
+from blockshock.runs.command import answer
 
 COMMANDS = ("prepare", "train", "evaluate", "sample")
 
@@ -21,27 +23,16 @@ COMMANDS = ("prepare", "train", "evaluate", "sample")
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, or 1 after one line that says what is wrong."""
     options = _parser().parse_args(arguments)
-    ranks, rank, code = None, "", 0
-    try:  # torch is imported in here, so that Ctrl-C is one line from the start
-        lacks = [name for name in ("tokenizers", "tqdm") if find_spec(name) is None]
-        if lacks:
-            raise Refused(f"{', '.join(lacks)} not installed; pip install 'blockshock[lm]'")
-        _check_options(options)
-        config = settings.load(options.config, options.set)
-        from blockshock.runs import ranks as processes
+    return answer("blockshock.lm", partial(_command, options))
 
-        ranks = processes.join(config.device)
-        rank = f" rank {ranks.rank}:" if ranks.size > 1 else ""
-        _run(config, ranks, options)
-    except Refused as error:
-        print(f"blockshock.lm:{rank} {error}", file=sys.stderr, flush=True)
-        code = 1
-    except KeyboardInterrupt:  # training ends by itself; the rest is made again
-        print(f"blockshock.lm:{rank} interrupted", file=sys.stderr, flush=True)
-        return 130
-    if ranks:
-        ranks.leave()
-    return code
+
+def _command(options: argparse.Namespace, join: Callable) -> None:
+    lacks = [name for name in ("tokenizers", "tqdm") if find_spec(name) is None]
+    if lacks:
+        raise Refused(f"{', '.join(lacks)} not installed; pip install 'blockshock[lm]'")
+    _check_options(options)
+    config = settings.load(options.config, options.set)
+    _run(config, join(config.device), options)
 
 
 def _check_options(options: argparse.Namespace) -> None:

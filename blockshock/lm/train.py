@@ -16,18 +16,19 @@ from typing import Any
 
 import torch
 
-from blockshock.data_parallel import METHODS
 from blockshock.lm import checkpoint
 from blockshock.lm import config as settings
 from blockshock.lm.config import Config, Refused
 from blockshock.lm.log import open_log, peak_flops
-from blockshock.lm.model import autocast, decoder_config, make, mean_loss, to_device
+from blockshock.lm.model import decoder_config, make, mean_loss
 from blockshock.lm.prepare import Prepared
 from blockshock.lm.tokens import Batches, check_size
+from blockshock.runs.device import autocast, to_device
 from blockshock.runs.files import alone, written_whole
 from blockshock.runs.log import Log, memory_mib
+from blockshock.runs.parallel import wrapped
 from blockshock.runs.ranks import Ranks, Stop
-from blockshock.runs.schedule import learning_rate
+from blockshock.runs.schedule import due, learning_rate
 from blockshock.runs.settings import changes
 from blockshock.transformer import counts
 
@@ -121,7 +122,7 @@ class Run:
         # Asked for before the first step, not after the last.
         check_size(data.validation, config.model.context, options.batch, ranks.size)
         torch.manual_seed(options.seed + ranks.rank)
-        self.model = _wrapped(config, ranks)
+        self.model = wrapped(lambda: make(config, ranks.device), options, ranks.size)
         self.optimizer = self.model.optimizer(
             torch.optim.AdamW,
             [{"names": _vectors(self.model.module), "weight_decay": 0.0}],
@@ -159,9 +160,9 @@ class Run:
             stop.ask()
             self._take_step()
             last, stopping = self.step == options.steps, stop.decided()
-            saving = last or stopping or _due(self.step, options.checkpoint_every)
-            evaluating = last or _due(self.step, options.evaluate_every)
-            if saving or evaluating or _due(self.step, self.config.log.every):
+            saving = last or stopping or due(self.step, options.checkpoint_every)
+            evaluating = last or due(self.step, options.evaluate_every)
+            if saving or evaluating or due(self.step, self.config.log.every):
                 self._report(evaluating)
                 if saving:
                     self._save()
@@ -195,7 +196,7 @@ class Run:
             self.position += options.batch * self.ranks.size
             last = turn == options.accumulate - 1
             with nullcontext() if last else model.no_sync():
-                with autocast(self.config, self.ranks.device):
+                with autocast(options.autocast, self.ranks.device):
                     loss = model(x, y) / options.accumulate
                 loss.backward()
             self.losses += loss.detach()
@@ -282,28 +283,6 @@ def _starting_state(
     return state
 
 
-def _wrapped(config: Config, ranks: Ranks) -> Any:
-    """The model in its data-parallel method; without a process group that is `none`."""
-    name = config.train.data_parallel
-    if name not in METHODS:
-        raise Refused(f"train.data_parallel = {name!r}: use one of {', '.join(METHODS)}")
-    if ranks.size > 1 and name == "none":
-        raise Refused(f"train.data_parallel = none: {ranks.size} ranks would train apart; name one")
-    if ranks.size == 1:
-        return METHODS["none"](make(config, ranks.device))
-    options = {}
-    if config.train.bucket_mib is not None:
-        options["bucket_mib"] = config.train.bucket_mib
-    try:
-        return METHODS[name](make(config, ranks.device), **options)
-    except (TypeError, ValueError) as error:
-        raise Refused(f"train.data_parallel = {name}, {options}: {error}") from error
-
-
 def _vectors(model: torch.nn.Module) -> list[str]:
     """Parameters without weight decay: the norms' scales."""
     return [name for name, p in model.named_parameters() if p.dim() < 2]
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
