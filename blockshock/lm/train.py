@@ -3,14 +3,13 @@
     step s:  for each of `accumulate` batches: loss / accumulate, backward (sent with the last one)
              gradients = mean over ranks; clip; AdamW at learning_rate(s)
 
-The host waits for the device only where a row is logged, a loss is measured or a checkpoint is
-written. There a loss or a norm that is not finite ends the run, before anything is overwritten.
+`runs.loop` says when the host waits for the device.
 """
 
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,12 @@ from blockshock.lm.model import decoder_config, make, mean_loss
 from blockshock.lm.prepare import Prepared
 from blockshock.lm.tokens import Batches, check_size
 from blockshock.runs.device import autocast, to_device
-from blockshock.runs.files import alone, written_whole
+from blockshock.runs.files import written_whole
 from blockshock.runs.log import Log, memory_mib
+from blockshock.runs.loop import check_finite, loop, only_here
 from blockshock.runs.parallel import wrapped
-from blockshock.runs.ranks import Ranks, Stop
-from blockshock.runs.schedule import due, learning_rate
+from blockshock.runs.ranks import Ranks
+from blockshock.runs.schedule import learning_rate
 from blockshock.runs.settings import changes
 from blockshock.transformer import counts
 
@@ -54,16 +54,8 @@ def train(
         Refused: a checkpoint that is there without `resume`, is missing or does not fit; a run that
             another process trains; too little data; a loss that is not finite; a full disk.
     """
-    with ExitStack() as held:
-        ranks.by_first(lambda: held.enter_context(alone(Path(config.run), lambda: _busy(config))))
+    with only_here(config.run, ranks):
         return _train(config, data, ranks, tell, resume, init_from, skip_data)
-
-
-def _busy(config: Config) -> None:
-    raise Refused(
-        f"run = {config.run}: another process is training there; wait for its end, or choose "
-        "another folder (--set run=FOLDER)"
-    )
 
 
 def _train(
@@ -90,8 +82,7 @@ def _train(
     tell(run.about())
     ranks.by_first(run.open_log)
     try:
-        with Stop(ranks) as stop:
-            done = run.loop(stop)
+        done = loop(run, ranks, config.train, config.log.every)
     finally:
         if run.log:
             run.log.close()
@@ -134,7 +125,7 @@ class Run:
         self.counts = counts(decoder_config(config))
         self.peak = peak_flops(config, ranks.device)
         self.norm = torch.zeros(())
-        self._begin_window()
+        self.begin_window()
 
     def open_log(self) -> None:
         """Writes the settings and opens the log."""
@@ -153,24 +144,6 @@ class Run:
             f"{self.step} of {t.steps}"
         )
 
-    def loop(self, stop: Stop) -> bool:
-        """Steps until the last one (True) or a signal (False); both leave a checkpoint."""
-        options = self.config.train
-        while self.step < options.steps:
-            stop.ask()
-            self._take_step()
-            last, stopping = self.step == options.steps, stop.decided()
-            saving = last or stopping or due(self.step, options.checkpoint_every)
-            evaluating = last or due(self.step, options.evaluate_every)
-            if saving or evaluating or due(self.step, self.config.log.every):
-                self._report(evaluating)
-                if saving:
-                    self._save()
-                self._begin_window()
-            if stopping:
-                break
-        return self.step == options.steps
-
     def restore(self, state: dict[str, Any]) -> list[str]:
         """Goes on from a checkpoint; returns lines on what is not as it was."""
         self.model.load_full_state_dict(state["model"])
@@ -186,7 +159,8 @@ class Run:
             )
         return lines
 
-    def _take_step(self) -> None:
+    def take_step(self) -> None:
+        """One step of all ranks."""
         options, model = self.config.train, self.model
         rate = learning_rate(self.step + 1, options)
         for group in self.optimizer.param_groups:
@@ -207,18 +181,13 @@ class Run:
         self.step += 1
         self.steps += 1
 
-    def _report(self, evaluating: bool) -> None:
+    def report(self, evaluating: bool) -> None:
         """Waits for the device, checks the loss, writes a row."""
         # Each rank has the same norm, so its mean is the norm.
         loss, norm = self.ranks.mean(torch.stack([self.losses / self.steps, self.norm.float()]))
         seconds = time.perf_counter() - self.began
         self.seconds += seconds
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Refused(
-                f"step {self.step}: loss = {loss}, norm of the gradient = {norm}: the run "
-                "diverged. A checkpoint that was written before is kept; lower train.lr, or raise "
-                "train.warmup, and begin anew or --resume from it"
-            )
+        check_finite(self.step, loss, norm)
         options, context = self.config.train, self.config.model.context
         tokens = options.batch * options.accumulate * self.ranks.size * context * self.steps
         rate = tokens / seconds
@@ -244,12 +213,12 @@ class Run:
                 memory_mib=memory_mib(self.ranks.device),
             )
 
-    def _begin_window(self) -> None:
+    def begin_window(self) -> None:
         """The steps whose mean the next row tells begin here."""
         self.losses = torch.zeros((), device=self.ranks.device)
         self.steps, self.began = 0, time.perf_counter()
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Rank 0 writes; where it cannot, every rank raises."""
         state = {
             "step": self.step,

@@ -38,8 +38,3 @@ def learning_rate(step: int, train: Rates) -> float:
         return train.lr * step / train.warmup
     part = min(1.0, (step - train.warmup) / max(1, train.steps - train.warmup))
     return train.min_lr + (train.lr - train.min_lr) * (1 + math.cos(math.pi * part)) / 2
-
-
-def due(step: int, every: int) -> bool:
-    """Whether something that comes every so many steps comes at this one; 0: never."""
-    return every > 0 and step % every == 0
