@@ -54,7 +54,7 @@ def apply_supermask(
     report, covered = Conversion("supermask"), []
     users, skipped = _users(model), _skipped(model, skip)
     for name, layer in _layers(model):
-        wanted = settings[_kind(layer)]
+        wanted = settings[kind(layer)]
         reason = skipped.get(name) or _why_left(layer, wanted, users)
         if reason:
             report.left[name] = reason
@@ -98,7 +98,8 @@ def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, plain)]
 
 
-def _kind(layer: nn.Module) -> str:
+def kind(layer: nn.Module) -> str:
+    """Which settings of `apply_supermask` are a layer's: "linear", "conv1x1" or "conv"."""
     if isinstance(layer, nn.Linear):
         return "linear"
     return "conv1x1" if layer.kernel_size == (1, 1) else "conv"
@@ -108,7 +109,7 @@ def _why_left(layer: nn.Module, settings: Settings | None, users: Counter) -> st
     if isinstance(layer, Supermask):
         return "it has a supermask already; fold it first"
     if settings is None:
-        return f"no settings for {_kind(layer)} layers"
+        return f"no settings for {kind(layer)} layers"
     if type(layer) not in COVERED:
         return f"a subclass ({type(layer).__name__}), which may be used by its weight"
     weight = layer._parameters.get("weight")

@@ -113,10 +113,12 @@ class Run:
         # Asked for before the first step, not after the last.
         check_size(data.validation, config.model.context, options.batch, ranks.size)
         torch.manual_seed(options.seed + ranks.rank)
-        self.model = wrapped(lambda: make(config, ranks.device), options, ranks.size)
+        model = make(config, ranks.device)
+        vectors = _vectors(model)  # before a method makes pieces without a shape of them
+        self.model = wrapped(model, options, ranks.size)
         self.optimizer = self.model.optimizer(
             torch.optim.AdamW,
-            [{"names": _vectors(self.model.module), "weight_decay": 0.0}],
+            [{"names": vectors, "weight_decay": 0.0}],
             lr=options.lr,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,

@@ -6,9 +6,9 @@
     logits = linear(norm(x)[:, 0])                       [B, classes]
 
 A patch is a convolution of its own size and stride. LayerNorm stands before each part; every
-projection has a bias. Initial weights are normal with standard deviation 0.02, cut at two of
-these; a patch's have 1 / √fan-in, the head's and all biases are 0, so that each class is equally
-probable at first.
+projection has a bias. Initial weights [n, k] are normal with standard deviation √(2 / (n + k))
+(Glorot and Bengio), positions with 0.02, both cut at two of these; the head's and all biases are 0,
+so that each class is equally probable at first.
 """
 
 from collections import OrderedDict
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from blockshock import attention as family
 from blockshock.transformer.config import ATTENTION
 
-STD = 0.02
+POSITIONS_STD = 0.02
 
 SHAPES = {
     "b_16": {"patch": 16, "width": 768, "depth": 12, "heads": 12, "hidden": 3072},
@@ -141,10 +141,9 @@ class VisionTransformer(nn.Module):
         self.config = config
         width, patch = config.width, config.patch
         self.patches = nn.Conv2d(config.channels, width, patch, stride=patch, device="meta")
-        fan_in = config.channels * patch**2
-        _give(self.patches, _normal(self.patches.weight.shape, fan_in**-0.5, generator))
+        _give(self.patches, _projection(width, config.channels * patch**2, generator))
         self.class_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.positions = nn.Parameter(_normal((1, config.tokens, width), STD, generator))
+        self.positions = nn.Parameter(_normal((1, config.tokens, width), POSITIONS_STD, generator))
         self.blocks = nn.ModuleList(VisionBlock(config, generator) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width, config.eps)
         head = nn.Linear(width, config.classes, device="meta")
@@ -195,10 +194,15 @@ def _normal(shape, std: float, generator) -> Tensor:
 def _linear(rows: int, columns: int, *, generator) -> nn.Linear:
     # On the meta device first: nn.Linear would draw weights of its own.
     layer = nn.Linear(columns, rows, device="meta")
-    return _give(layer, _normal((rows, columns), STD, generator))
+    return _give(layer, _projection(rows, columns, generator))
+
+
+def _projection(rows: int, columns: int, generator) -> Tensor:
+    return _normal((rows, columns), (2 / (rows + columns)) ** 0.5, generator)
 
 
 def _give(layer: nn.Module, weight: Tensor) -> nn.Module:
-    """The layer with this weight and a bias of zeros."""
-    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(torch.zeros(len(weight)))
+    """The layer with this weight, as a matrix, and a bias of zeros."""
+    layer.weight = nn.Parameter(weight.view(layer.weight.shape))
+    layer.bias = nn.Parameter(torch.zeros(len(weight)))
     return layer
