@@ -29,7 +29,7 @@ class Side:
 
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """Both sides. int32 [kept]: numbers of the entries of `columns`; lines: the row of each tile."""
+    """Both sides. int32 [kept]: numbers, of the entries of `columns`; lines, the row of a tile."""
 
     rows: Side
     columns: Side
@@ -49,18 +49,22 @@ class Lists:
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
+        return sum(x.nbytes for x in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """All of them; `of` makes the lists again."""
         sides = (getattr(side, f.name) for side in (self.rows, self.columns) for f in fields(Side))
-        return sum(x.nbytes for x in (*sides, self.numbers, self.lines))
+        return [*sides, self.numbers, self.lines]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> "Lists":
+        """From `tensors`."""
+        return cls(Side(*tensors[:3]), Side(*tensors[3:6]), *tensors[6:])
 
     def to(self, device) -> "Lists":
         """On another device; itself where it is there."""
-        if self.lines.device == torch.device(device):
-            return self
-        sides = (
-            Side(*(getattr(side, f.name).to(device) for f in fields(Side)))
-            for side in (self.rows, self.columns)
-        )
-        return Lists(*sides, self.numbers.to(device), self.lines.to(device))
+        moved = [x.to(device) for x in self.tensors()]
+        return self if moved[0] is self.rows.starts else Lists.of(moved)
 
     def mask(self) -> Tensor:
         """The tile mask again: bool [R, C]."""
@@ -87,14 +91,15 @@ def lists(mask: Tensor, kept: int | None = None) -> Lists:
 def lists_reference(mask: Tensor, kept: int) -> Lists:
     """Plain-PyTorch `lists`."""
     number = (mask.flatten().cumsum(0) - 1).view(mask.shape)
-    rows, line, column = _side(mask, kept)
-    columns, other, row = _side(mask.t(), kept)
-    return Lists(rows, columns, number[row, other].int(), line.int())
+    rows, line = _side(mask, kept)
+    columns, column = _side(mask.t(), kept)
+    return Lists(rows, columns, number[columns.others.long(), column].int(), line.int())
 
 
-def _side(mask: Tensor, kept: int) -> tuple[Side, Tensor, Tensor]:
+def _side(mask: Tensor, kept: int) -> tuple[Side, Tensor]:
+    """The tiles line by line, and the line of each entry."""
     counts = mask.sum(1)
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     line, other = torch.nonzero_static(mask, size=kept).unbind(1)
     turns = counts.argsort(descending=True, stable=True)
-    return Side(starts.int(), other.int(), turns.int()), line, other
+    return Side(starts.int(), other.int(), turns.int()), line

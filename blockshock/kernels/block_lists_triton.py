@@ -10,7 +10,7 @@ from blockshock.kernels.block_lists import Lists, Side
 
 @triton.jit
 def _count(mask, counts, before, R, C, WIDE: tl.constexpr):
-    """counts [R + C] of the rows, then of the columns; before [R, C]: of the row, left of a tile."""
+    """counts [R + C] of the rows and the columns; before [R, C]: in its row, left of a tile."""
     line = tl.program_id(0)
     at = tl.arange(0, WIDE)
     if line < R:
