@@ -1,1 +1,19 @@
-"""Linear layers that keep whole tiles of their weight."""
+"""Linear layers that keep whole tiles of their weight.
+
+A method of `METHODS` is an `nn.Module` of Y = act(X Wᵀ + b), with, besides `forward`,
+
+    method                              its name
+    from_dense(weight, bias=None, *, block, sparsity or mask, activation)
+    unsupported(N, K, *, dtype, device_type, block, sparsity, activation)
+                                        why it cannot run, or None
+    to_dense()                          the dense [N, K]
+    restrict(source)                    what its parameter would be for another dense [N, K]
+    cost(batch)                         arithmetic and bytes of one product
+    policies                            ways to train it; the first is the usual one
+"""
+
+from blockshock.block_sparse.linear import BlockSparseLinear
+from blockshock.block_sparse.peers import Dense, TorchBSR
+from blockshock.block_sparse.semi_structured import SemiStructured
+
+METHODS = {cls.method: cls for cls in (Dense, TorchBSR, BlockSparseLinear, SemiStructured)}

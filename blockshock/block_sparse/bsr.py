@@ -7,9 +7,6 @@ The transposed order holds numbers of tiles and no second copy of the values, so
 values is seen by Y = X Wᵀ and by dX = dY W alike.
 """
 
-import json
-import zlib
-
 import torch
 from torch import Tensor
 
@@ -29,79 +26,59 @@ def pack(
     many). mask: bool [⌈N / b⌉, ⌈K / b⌉], the tiles to keep. Neither: those that are not zero.
 
     Raises:
-        ValueError: as `check`; a weight that is not finite; a mask of another shape or dtype; no
-            tile is kept; sparsity and mask.
+        ValueError: a weight that is not finite; a mask of another shape or dtype; no tile is kept;
+            sparsity and mask; what `unsupported` names.
     """
-    check(block, sparsity, tuple(weight.shape))
-    masks.check_finite(weight)
-    mask = choose(weight, block, sparsity, mask)
-    lists = block_lists.lists(mask)
-    if not lists.kept:
-        raise ValueError(
-            f"none of the {mask.numel()} tiles of {block} x {block} is kept; a layer needs one"
-        )
+    lists = block_lists.lists(choose(weight, block, sparsity, mask))
     return block_product.gather(weight, lists, block), lists
 
 
-def check(block: int, sparsity: float | None, shape: tuple[int, int]) -> None:
-    """Raises ValueError for a block that is none of BLOCKS, or a sparsity that leaves no tile."""
+def unsupported(
+    shape: tuple[int, int], block: int, sparsity: float | None, activation: str | None = None
+) -> str | None:
+    """Why no layer can have these options, or None: block, sparsity and activation."""
     if type(block) is not int or block not in BLOCKS:
-        raise ValueError(f"block = {block!r}: use one of {', '.join(map(str, BLOCKS))}")
+        return f"block = {block!r}: use one of {', '.join(map(str, BLOCKS))}"
+    if activation not in block_product.ACTIVATIONS:
+        return f"activation = {activation!r}: use one of {list(block_product.ACTIVATIONS)}"
     if sparsity is not None:
-        tiles.check(block, sparsity, shape)
+        try:
+            tiles.check(block, sparsity, shape)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def check(cls, weight: Tensor, **options) -> None:
+    """Raises ValueError where a method cannot hold the weight with these options."""
+    like = {"dtype": weight.dtype, "device_type": weight.device.type}
+    if reason := cls.unsupported(*weight.shape, **like, **options):
+        raise ValueError(reason)
 
 
 def choose(weight: Tensor, block: int, sparsity: float | None, mask: Tensor | None) -> Tensor:
     """The tile mask that `pack` takes."""
-    grid = tiles.grid(weight.shape, (block, block))
-    if mask is None:
-        weight = weight.detach()
-        if sparsity is None:
-            return tiles.tile_sums(weight.abs(), (block, block)) > 0
-        return tiles.keep_top(tiles.magnitude(weight, (block, block)), sparsity)
-    if sparsity is not None:
+    if reason := unsupported(tuple(weight.shape), block, sparsity):
+        raise ValueError(reason)
+    if mask is not None and sparsity is not None:
         raise ValueError(f"sparsity = {sparsity} and a mask: the mask says what is kept; give one")
-    if mask.dtype != torch.bool or tuple(mask.shape) != grid:
+    weight, square = weight.detach(), (block, block)
+    masks.check_finite(weight)
+    grid = tiles.grid(weight.shape, square)
+    if mask is not None:
+        if mask.dtype != torch.bool or tuple(mask.shape) != grid:
+            raise ValueError(
+                f"a mask of {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}: bool "
+                f"{list(grid)} is needed, one for each {block} x {block} tile of "
+                f"{list(weight.shape)}"
+            )
+        mask = mask.to(weight.device)
+    elif sparsity is not None:
+        mask = tiles.keep_top(tiles.magnitude(weight, square), sparsity)
+    else:
+        mask = tiles.tile_sums(weight.abs(), square) > 0
+    if not mask.any():
         raise ValueError(
-            f"a mask of {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}: bool "
-            f"{list(grid)} is needed, one for each {block} x {block} tile of {list(weight.shape)}"
+            f"none of the {mask.numel()} tiles of {block} x {block} is kept; a layer needs one"
         )
-    return mask.to(weight.device)
-
-
-def save(lists: Lists, about: dict) -> Tensor:
-    """Lists for a state_dict: uint8, so that what copies tensors copies them.
-
-    A line of JSON with `about` and a digest of the tile mask, then the mask, a byte a tile. It is
-    no buffer, so what averages buffers cannot change it.
-    """
-    mask = lists.mask().view(torch.uint8).flatten()
-    line = json.dumps(about | {"digest": _digest(mask)}).encode() + b"\n"
-    return torch.cat([torch.frombuffer(bytearray(line), dtype=torch.uint8).to(mask.device), mask])
-
-
-def load(state: Tensor, grid: tuple[int, int], about: dict) -> Tensor:
-    """The tile mask of what `save` wrote, on the CPU.
-
-    Raises:
-        ValueError: another thing was saved, or the mask was changed since.
-    """
-    try:
-        line, _, rest = state.cpu().numpy().tobytes().partition(b"\n")
-        told = json.loads(line)
-        digest = told.pop("digest")
-    except (ValueError, AttributeError, TypeError, KeyError):
-        raise ValueError(
-            "the state does not say which tiles it holds, as a dense layer's; load that before the "
-            "layer is made block-sparse"
-        ) from None
-    if told != about:
-        raise ValueError(f"the state is of {told}, the layer is {about}; make the layer like it")
-    mask = torch.frombuffer(bytearray(rest), dtype=torch.uint8)
-    if len(rest) != grid[0] * grid[1] or digest != _digest(mask):
-        raise ValueError("the state's tile mask was changed after it was saved; save it again")
-    return mask.view(torch.bool).view(grid)
-
-
-def _digest(mask: Tensor) -> int:
-    return zlib.crc32(mask.cpu().numpy().tobytes())
+    return mask

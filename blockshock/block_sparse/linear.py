@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from blockshock.block_sparse import bsr, products
+from blockshock.block_sparse import bsr, products, state
 from blockshock.kernels import block_lists, block_product
 from blockshock.kernels.block_lists import Lists
 from blockshock.linear import parts
@@ -57,15 +57,10 @@ class BlockSparseLinear(nn.Module):
         N, K, *, dtype, device_type, block=64, sparsity=None, activation=None, kernel="auto"
     ) -> str | None:
         """Why a weight [N, K] cannot be held so, or None."""
-        if activation is not None and activation not in block_product.ACTIVATIONS:
-            known = ", ".join(map(repr, block_product.ACTIVATIONS))
-            return f"activation = {activation!r}: use None, {known}"
+        if reason := bsr.unsupported((N, K), block, sparsity, activation):
+            return reason
         if kernel not in KERNELS:
             return f"kernel = {kernel!r}: use one of {', '.join(KERNELS)}"
-        try:
-            bsr.check(block, sparsity, (N, K))
-        except ValueError as error:
-            return str(error)
         return block_product.unsupported(dtype, device_type) if kernel == "triton" else None
 
     @classmethod
@@ -87,20 +82,11 @@ class BlockSparseLinear(nn.Module):
 
         Raises ValueError for what cannot be held, and as `bsr.pack`.
         """
-        reason = cls.unsupported(
-            *weight.shape,
-            dtype=weight.dtype,
-            device_type=weight.device.type,
-            block=block,
-            sparsity=sparsity,
-            activation=activation,
-            kernel=kernel,
-        )
-        if reason:
-            raise ValueError(reason)
+        options = {"activation": activation, "kernel": kernel}
+        bsr.check(cls, weight, block=block, sparsity=sparsity, **options)
         with torch.inference_mode(False), torch.no_grad():
             values, lists = bsr.pack(weight, block, sparsity=sparsity, mask=mask)
-        return cls(values, lists, tuple(weight.shape), bias, activation=activation, kernel=kernel)
+        return cls(values, lists, tuple(weight.shape), bias, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N], in the dtype of the values, or in autocast's.
@@ -156,21 +142,23 @@ class BlockSparseLinear(nn.Module):
         )
 
     def get_extra_state(self) -> Tensor:
-        """Which tiles are kept: `bsr.save`."""
-        return bsr.save(self.lists, self._about())
+        """Which tiles are kept: `state.save`."""
+        return state.save(self.lists.mask().view(torch.uint8), self._about())
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def set_extra_state(self, kept: Tensor) -> None:
         """The tiles are taken before the values, which are as many."""
 
-    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
-        if f"{prefix}values" in state:
-            told, values = state.get(f"{prefix}_extra_state"), state[f"{prefix}values"]
+    def _load_from_state_dict(self, states, prefix, *others) -> None:
+        if f"{prefix}values" in states:
+            told, values = states.get(f"{prefix}_extra_state"), states[f"{prefix}values"]
             try:
-                self._take_tiles(bsr.load(told, self.lists.grid, self._about()), values)
+                mask = state.load(told, self.lists.grid, self._about()).view(torch.bool)
+                self._take_tiles(mask, values)
             except ValueError as error:
+                errors = others[-1]
                 errors.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")
                 return
-        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(states, prefix, *others)
 
     def _take_tiles(self, mask: Tensor, values: Tensor) -> None:
         """Makes room for the tiles of a state; its values are copied afterwards."""

@@ -45,6 +45,8 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(x if of_values else None, values if of_x else None, known, *lists)
         ctx.options = x.shape[1], values.shape[-1], transposed, activation
         ctx.set_materialize_grads(False)
+        if not keep:
+            ctx.mark_non_differentiable(z)
         return y, z
 
     @staticmethod
@@ -52,12 +54,13 @@ class _Product(torch.autograd.Function):
         x, values, known, *lists = ctx.saved_tensors
         width, block, transposed, activation = ctx.options
         dx = dvalues = dbias = None
+        of_z = dz if activation == "gelu" else None
         if dy is not None:
             if activation == "relu":
                 dy = torch.ops.aten.threshold_backward(dy, known, 0)
             elif activation == "gelu":
                 dy = torch.ops.aten.gelu_backward(dy, known)
-            dz = dy if dz is None else dz + dy
+        dz = dy if of_z is None else of_z if dy is None else dy + of_z
         if dz is not None:
             if ctx.needs_input_grad[0]:
                 dx, _ = _Product.apply(dz, values, None, width, not transposed, None, *lists)

@@ -11,8 +11,7 @@ Programs that begin in the order of `turns` end at about the same time. Two Trit
 of it on a GPU: a mask may be new in every step.
 """
 
-import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -53,7 +52,8 @@ class Lists:
 
     def tensors(self) -> list[Tensor]:
         """All of them; `of` makes the lists again."""
-        sides = (getattr(side, f.name) for side in (self.rows, self.columns) for f in fields(Side))
+        r, c = self.rows, self.columns
+        sides = [r.starts, r.others, r.turns, c.starts, c.others, c.turns]
         return [*sides, self.numbers, self.lines]
 
     @classmethod
@@ -81,7 +81,7 @@ def lists(mask: Tensor, kept: int | None = None) -> Lists:
     """
     if kept is None:
         kept = int(mask.sum())
-    if not kept or not (mask.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
+    if not kept or not mask.is_cuda:
         return lists_reference(mask, kept)
     from blockshock.kernels import block_lists_triton  # no Triton beside PyTorch's CPU build
 

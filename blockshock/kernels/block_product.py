@@ -19,7 +19,7 @@ from blockshock.kernels.block_lists import Lists
 from blockshock.kernels.block_plans import Plan, gradients, pieces, products
 
 DTYPES = (torch.bfloat16, torch.float16)
-ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu}
 
 
 def unsupported(dtype: torch.dtype, device: torch.device | str) -> str | None:
@@ -73,8 +73,7 @@ def product_reference(
     activation: str | None = None,
 ) -> Tensor:
     """Y in plain PyTorch, with all gradients by autograd. x [..., K] -> [..., N]."""
-    z = F.linear(x, expand(values, lists, shape), bias)
-    return z if activation is None else ACTIVATIONS[activation](z)
+    return ACTIVATIONS[activation](F.linear(x, expand(values, lists, shape), bias))
 
 
 def product(
