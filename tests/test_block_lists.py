@@ -49,9 +49,7 @@ def test_the_reference_names_each_tile_once_on_either_side(mask):
 @given(mask=masks())
 def test_the_kernels_make_the_same_lists(mask):
     pytest.importorskip("triton", reason="needs Triton; it is in the extra `dev`")
-    from blockshock.kernels import block_lists_triton
-
-    check(block_lists_triton.lists(mask, int(mask.sum())), mask)
+    check(block_lists.lists_by_triton(mask, int(mask.sum())), mask)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1)])

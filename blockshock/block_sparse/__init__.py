@@ -12,8 +12,11 @@ A method of `METHODS` is an `nn.Module` of Y = act(X Wᵀ + b), with, besides `f
     policies                            ways to train it; the first is the usual one
 """
 
+from blockshock.block_sparse.convert import sparsify
 from blockshock.block_sparse.linear import BlockSparseLinear
 from blockshock.block_sparse.peers import Dense, TorchBSR
 from blockshock.block_sparse.semi_structured import SemiStructured
+
+__all__ = ["METHODS", "BlockSparseLinear", "sparsify"]
 
 METHODS = {cls.method: cls for cls in (Dense, TorchBSR, BlockSparseLinear, SemiStructured)}

@@ -76,9 +76,14 @@ def choose(weight: Tensor, block: int, sparsity: float | None, mask: Tensor | No
     elif sparsity is not None:
         mask = tiles.keep_top(tiles.magnitude(weight, square), sparsity)
     else:
-        mask = tiles.tile_sums(weight.abs(), square) > 0
+        mask = nonzero(weight, block)
     if not mask.any():
         raise ValueError(
             f"none of the {mask.numel()} tiles of {block} x {block} is kept; a layer needs one"
         )
     return mask
+
+
+def nonzero(weight: Tensor, block: int) -> Tensor:
+    """The tile mask of what is not zero in a dense weight [N, K]; NaN is not."""
+    return tiles.tile_sums(weight.detach().ne(0).to(torch.float32), (block, block)) > 0

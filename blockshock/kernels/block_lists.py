@@ -81,11 +81,18 @@ def lists(mask: Tensor, kept: int | None = None) -> Lists:
     """
     if kept is None:
         kept = int(mask.sum())
-    if not kept or not mask.is_cuda:
-        return lists_reference(mask, kept)
+    return lists_by_triton(mask, kept) if mask.is_cuda and kept else lists_reference(mask, kept)
+
+
+def lists_by_triton(mask: Tensor, kept: int) -> Lists:
+    """`lists` by two launches, or under Triton's interpreter; kept > 0."""
     from blockshock.kernels import block_lists_triton  # no Triton beside PyTorch's CPU build
 
-    return block_lists_triton.lists(mask, kept)
+    R, C = mask.shape
+    sizes = (R + 1, kept, R, C + 1, kept, C, kept, kept)
+    made = [torch.empty(size, dtype=torch.int32, device=mask.device) for size in sizes]
+    block_lists_triton.fill(mask, made)
+    return Lists.of(made)
 
 
 def lists_reference(mask: Tensor, kept: int) -> Lists:

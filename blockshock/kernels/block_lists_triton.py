@@ -5,8 +5,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blockshock.kernels.block_lists import Lists, Side
-
 
 @triton.jit
 def _count(mask, counts, before, R, C, WIDE: tl.constexpr):
@@ -72,14 +70,12 @@ def _place(counts, line, at, lines, starts, turns):
     return start
 
 
-def lists(mask: Tensor, kept: int) -> Lists:
-    """mask bool [R, C], of which `kept` are True."""
+def fill(mask: Tensor, made: list[Tensor]) -> None:
+    """Writes the tensors of `block_lists.Lists` for a mask bool [R, C]."""
     R, C = mask.shape
     mask = mask.contiguous().view(torch.uint8)
-    sizes = (R + C, R * C, R + 1, kept, R, C + 1, kept, C, kept, kept)
-    made = [torch.empty(size, dtype=torch.int32, device=mask.device) for size in sizes]
+    counts, before = (mask.new_empty(size, dtype=torch.int32) for size in (R + C, R * C))
     wide = triton.next_power_of_2(max(R, C))
     with torch.cuda.device_of(mask):
-        _count[(R + C,)](mask, *made[:2], R, C, WIDE=wide)
-        _fill[(R + C,)](mask, *made, R, C, WIDE=wide)
-    return Lists(Side(*made[2:5]), Side(*made[5:8]), *made[8:])
+        _count[(R + C,)](mask, counts, before, R, C, WIDE=wide)
+        _fill[(R + C,)](mask, counts, before, *made, R, C, WIDE=wide)
