@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 PROCESSORS = 132  # of an H200, and of an H100
 SHARED = 227 * 1024 - 1024  # bytes of a program
+SUMS = 128  # float32 of a thread
 BLOCKS = (16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """ROWS of X a program, STEP columns of a tile at a time, for a product; for dW, HEIGHT rows of
-    a tile a program, and STEP rows of X and dY at a time.
+    """Of a product: `rows` rows of X a program, `step` columns of a tile at a time. Of dW: `rows`
+    rows of a tile a program, `step` rows of X and dZ at a time. stages: of the pipeline of loads.
     """
 
     rows: int
@@ -24,36 +25,33 @@ class Plan:
         return f"{self.rows}x{self.step}, {self.warps} warps, {self.stages} stages"
 
 
+# Reading X from L2 bounds the product, and a program reads the values once for all its rows: so as
+# many rows as the sums of 4 warps have room for, twice on a processor; of 8 warps from 128 on.
+USUAL = {
+    16: Plan(256, 16, 4, 4),
+    32: Plan(256, 32, 4, 3),
+    64: Plan(256, 64, 4, 2),
+    128: Plan(256, 64, 8, 4),
+    256: Plan(128, 64, 8, 4),
+}
+
+
 def products(block: int, B: int) -> list[Plan]:
     """Plans for the product of B rows; the first one by rule."""
-    rows = min({16: 256, 32: 256, 64: 256, 128: 256, 256: 128}[block], _rows(B))
-    step = min(block, 64)
-    found = [
-        Plan(rows, step, warps, stages)
-        for rows in (64, 128, 256, 512)
-        for warps in (4, 8)
-        for stages in (2, 3, 4, 5)
-        if _fits(rows, block, step, warps, stages) and rows <= max(64, 2 * B)
-    ]
-    first = [plan for plan in found if plan.rows == rows]
-    usual = 8 if rows * block > 16384 else 4
-    first.sort(key=lambda plan: (plan.warps != usual, abs(plan.stages - 3)))
-    return [first[0], *(plan for plan in found if plan != first[0])]
+    enough = max(64, 1 << (B - 1).bit_length())
+    usual, found = USUAL[block], []
+    if enough < usual.rows:
+        usual = Plan(enough, usual.step, 8 if enough * block > 32 * 4 * SUMS else 4, 3)
+    for rows in (64, 128, 256, 512):
+        if min(enough, 512) // 4 <= rows <= enough:
+            found += _all(rows, block, usual.step, (2, 3, 4))
+    return [usual, *(plan for plan in found if plan != usual)]
 
 
 def gradients(block: int) -> list[Plan]:
     """Plans for dW at the kept tiles; the first one by rule."""
-    height = min(block, 128)
-    found = [
-        Plan(height, depth, warps, stages)
-        for depth in (128, 64)
-        for warps in (4, 8)
-        for stages in (3, 4, 2)
-        if _fits(height, block, depth, warps, stages)
-    ]
-    usual = 8 if height * block > 16384 else 4
-    found.sort(key=lambda plan: plan.warps != usual)
-    return found
+    rows = min(block, 128)
+    return [plan for step in (128, 64) for plan in _all(rows, block, step, (3, 4, 2))]
 
 
 def pieces(programs: int, B: int, plan: Plan) -> int:
@@ -61,11 +59,13 @@ def pieces(programs: int, B: int, plan: Plan) -> int:
     return max(1, min(2 * PROCESSORS // programs, B // (4 * plan.step)))
 
 
-def _rows(B: int) -> int:
-    return max(64, 1 << (B - 1).bit_length())
-
-
-def _fits(rows: int, block: int, step: int, warps: int, stages: int) -> bool:
-    """Sums in registers, a warpgroup's 64 rows, and stages in shared memory; two bytes an entry."""
-    sums = rows * block // (32 * warps)
-    return sums <= 128 and (rows + block) * step * 2 * stages <= SHARED
+def _all(rows: int, block: int, step: int, stages: tuple[int, ...]) -> list[Plan]:
+    """Those whose sums and stages fit; 8 warps where there is work for them."""
+    return [
+        Plan(rows, step, warps, number)
+        for warps in (4, 8)
+        for number in stages
+        if rows * block <= 32 * warps * SUMS
+        and (warps == 4 or (rows >= 128 and rows * block >= 16384))
+        and (rows + block) * step * 2 * number <= SHARED
+    ]
