@@ -208,9 +208,14 @@ def _that_run(kinds: dict, trials: Mapping[str, Step], race: Race) -> dict:
 
 
 def _store(question: str, answer: Answer, *, replace: bool = False) -> None:
+    found = {question: entry(answer), "holds for": holds_for()}
+    cache.add(cache_file(), found, replace=replace)
+
+
+def entry(answer: Answer) -> dict:
+    """An answer as a file holds it."""
     times = {name: float(f"{seconds:.4g}") for name, seconds in answer.seconds.items()}
-    entry = {"way": answer.name, "seconds": dict(sorted(times.items(), key=lambda t: t[1]))}
-    cache.add(cache_file(), {question: entry, "holds for": holds_for()}, replace=replace)
+    return {"way": answer.name, "seconds": dict(sorted(times.items(), key=lambda t: t[1]))}
 
 
 def _tell(question: str, group) -> None:
