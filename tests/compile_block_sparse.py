@@ -25,7 +25,7 @@ def compiled(kernel, constants: dict, tiles: dict, warps: int):
         if argument in tiles:
             dtype = constants.get("OUT", "bf16") if argument == "out" else "bf16"
             return f"tensordesc<{dtype}{list(tiles[argument])}>"
-        if argument in ("count", "N", "B", "piece", "R", "C"):
+        if argument in ("count", "parts", "group", "N", "B", "piece", "R", "C"):
             return "i32"
         return POINTERS.get(argument, "*i32")
 

@@ -12,6 +12,7 @@ A method of `METHODS` is an `nn.Module` of Y = act(X Wᵀ + b), with, besides `f
     policies                            ways to train it; the first is the usual one
 """
 
+from blockshock.block_sparse import alike  # noqa: F401  compares the masks of wrapped models
 from blockshock.block_sparse.convert import sparsify
 from blockshock.block_sparse.linear import BlockSparseLinear
 from blockshock.block_sparse.peers import Dense, TorchBSR

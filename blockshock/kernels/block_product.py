@@ -19,6 +19,7 @@ from blockshock.kernels.block_lists import Lists
 from blockshock.kernels.block_plans import Plan, gradients, pieces, products
 
 DTYPES = (torch.bfloat16, torch.float16)
+IN_L2 = 1 << 24  # bytes of X that programs share at a time, of an L2 of 50 MB
 ACTIVATIONS = {None: lambda z: z, "relu": F.relu, "gelu": F.gelu}
 
 
@@ -100,10 +101,10 @@ def product(
     side = lists.columns if transposed else lists.rows
     if B:
         plan = plan or products(block, B)[0]
-        lines = len(side.turns)
+        lines, parts = len(side.turns), -(-B // plan.rows)
         values = _readable(values.reshape(-1, block))
         with _device_of(x):
-            block_product_triton.product[(-(-B // plan.rows) * lines,)](
+            block_product_triton.product[(parts * lines,)](
                 _tiled(_readable(x), plan.rows, plan.step),
                 _tiled(values, *((plan.step, block) if transposed else (block, plan.step))),
                 _tiled(y, plan.rows, block),
@@ -114,6 +115,8 @@ def product(
                 lists.numbers,
                 side.turns,
                 lines,
+                parts,
+                max(1, IN_L2 // (plan.rows * x.shape[1] * x.element_size())),
                 width,
                 BLOCK=block,
                 ROWS=plan.rows,

@@ -11,19 +11,23 @@ import triton.language as tl
 # fmt: off
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "parts", "group"])
 def product(
-    x, values, y, z, bias, starts, others, numbers, turns, count, N, BLOCK: tl.constexpr,
-    ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ACTIVATION: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
+    x, values, y, z, bias, starts, others, numbers, turns, count, parts, group, N,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
 ):
-    """Grid: for each tile of ROWS rows of X a program for each of `count` lines, longest first.
+    """Grid: a program for each of `count` lines and each of `parts` parts of ROWS rows of X.
 
+    After `group` parts, which L2 has room for, come the next; in a group the longest lines begin.
     TRANSPOSED: lines are columns of W. KEEP: also z, without the activation.
     """
     STEPS: tl.constexpr = BLOCK // STEP
-    row = tl.program_id(0) // count * ROWS
-    line = tl.load(turns + tl.program_id(0) % count)
+    first_part = tl.program_id(0) // (group * count) * group
+    height = tl.minimum(parts - first_part, group)
+    inside = tl.program_id(0) % (group * count)
+    row = (first_part + inside % height) * ROWS
+    line = tl.load(turns + inside // height)
     first, last = tl.load(starts + line) * STEPS, tl.load(starts + line + 1) * STEPS
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     other, number = _entry(others, numbers, first // STEPS, last // STEPS, TRANSPOSED)
