@@ -162,6 +162,22 @@ def test_any_leading_dimensions(shape):
     assert layer.values.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_what_a_layer_returns_can_be_written(activation):
+    for N in (96, 100):  # rows at 16 bytes, and not
+        layer = made(N=N, dtype=HALVES[0], kernel="triton", activation=activation)
+        x = normal(5, 70, dtype=HALVES[0])
+        once = layer(x)
+        if activation == "relu":  # its gradient is made of its output
+            once = once.clone()
+        once += x[:, :1]
+        once.mul_(2).sum().backward()
+        found = layer.values.grad.clone()
+        layer.zero_grad()
+        (2 * layer(x)).sum().backward()
+        assert torch.equal(found, layer.values.grad)
+
+
 def test_the_tiles_that_are_kept():
     weight = whole(64, 64, dtype=torch.float64)
     layer = BlockSparseLinear.from_dense(weight, block=16, sparsity=0.75)

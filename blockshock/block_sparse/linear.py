@@ -95,7 +95,8 @@ class BlockSparseLinear(nn.Module):
         cannot run.
         """
         values, bias = self.values, self.bias
-        if torch.is_autocast_enabled(x.device.type):
+        # As F.linear does, which leaves float64 alone.
+        if torch.is_autocast_enabled(x.device.type) and values.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
         flat = parts.flatten(x, self.in_features, values)
@@ -109,7 +110,7 @@ class BlockSparseLinear(nn.Module):
     def to_dense(self) -> Tensor:
         """The weight [N, K], zeros where no tile is kept."""
         shape = self.out_features, self.in_features
-        return block_product.expand(self.values.detach(), self.lists, shape).clone()
+        return block_product.expand(self.values.detach(), self.lists, shape).contiguous()
 
     def restrict(self, source: Tensor) -> dict[str, Tensor]:
         """What its parameter would be for another dense [N, K], such as a gradient."""

@@ -109,7 +109,7 @@ def product(
                 _tiled(values, *((plan.step, block) if transposed else (block, plan.step))),
                 _tiled(y, plan.rows, block),
                 _tiled(z, plan.rows, block),
-                y if bias is None else bias,
+                y if bias is None else bias.contiguous(),
                 side.starts,
                 side.others,
                 lists.numbers,
@@ -169,7 +169,8 @@ def gradient(
 def _aligned(rows: int, columns: int, like: Tensor) -> Tensor:
     """Room for [rows, columns] whose rows begin at 16 bytes, as the memory accelerator needs."""
     entries = 16 // like.element_size()
-    return like.new_empty(rows, -(-columns // entries) * entries)[:, :columns]
+    room = like.new_empty(rows, -(-columns // entries) * entries)
+    return room if room.shape[1] == columns else room[:, :columns]
 
 
 def _readable(x: Tensor) -> Tensor:
