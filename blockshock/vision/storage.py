@@ -1,5 +1,6 @@
 """A trained model as it is used: masks folded in, and its pruned layers in a faster form."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,9 +43,15 @@ def hold(
     Raises Refused where none can be.
     """
     if storage != "dense":
-        options = {"block": config.sparse.block} if storage == "bsr" else {}
         try:
-            report = sparsify(model, lambda name, layer: name in names, storage, **options)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "sparsify changed nothing")  # an error follows
+                report = sparsify(
+                    model,
+                    lambda name, layer: name in names,
+                    storage=storage,
+                    block=config.sparse.block,
+                )
         except ValueError as error:
             raise Refused(f"use.storage = {storage}: {error}") from error
         tell(str(report))

@@ -1,0 +1,74 @@
+"""Putting another layer in the place of one in a model, and who else holds its parameters."""
+
+import gc
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from blockshock.linear import extras
+
+OR_PUT = ", or, in an optimizer, put report.parameters[old] for old"  # what else can be done
+
+
+def users(model: nn.Module) -> Counter:
+    """How many names each module, and each parameter's memory, has in the model."""
+    found = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    found.update(
+        place(parameter)
+        for module in model.modules()
+        for parameter in module._parameters.values()
+        if parameter is not None
+    )
+    return found
+
+
+def why_left(layer: nn.Linear, users: Counter) -> str | None:
+    """Why another layer cannot stand for this one, of the model of these users, or None."""
+    own = (layer, *layer._parameters.values())
+    if any(users[place(one)] > 1 for one in own if one is not None):
+        return "it, its weight or its bias is shared with another module"
+    return extras.why_not(layer)
+
+
+def place(one: nn.Module | nn.Parameter):
+    """What two names of the same thing have in common; parameters may share memory alone."""
+    if type(one) is nn.Parameter and one.data_ptr():
+        return "at", one.data_ptr()
+    return id(one)
+
+
+def put(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Sets the submodule of this name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def warn_of_holders(old: list[nn.Parameter], step: str, else_: str = "") -> None:
+    """Optimizers and DDP only: any other holder of a parameter is not to be told from a list."""
+    lost = {id(parameter) for parameter in old}
+    if not any(_holding(lost)):
+        return
+    gc.collect()  # one that nobody uses any more is not meant
+    for name in sorted({type(holder).__name__ for holder in _holding(lost)}):
+        warnings.warn(
+            f"{name} holds parameters that {step} has replaced, and not the new ones; make "
+            f"it after {step}{else_}",
+            stacklevel=3,
+        )
+
+
+def _holding(lost: set[int]) -> Iterator[torch.optim.Optimizer | DistributedDataParallel]:
+    """What trains one of these parameters, given by its id."""
+    for one in gc.get_objects():
+        if issubclass(type(one), torch.optim.Optimizer):
+            held = (p for group in vars(one).get("param_groups", ()) for p in group["params"])
+        elif issubclass(type(one), DistributedDataParallel):
+            held = vars(one).get("_module_parameters", ())
+        else:
+            continue
+        if any(id(parameter) in lost for parameter in held):
+            yield one
