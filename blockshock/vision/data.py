@@ -165,7 +165,8 @@ class Folders:
         return self._read(self._val, indices)
 
     def _read(self, photographs: "_Photographs", numbers: Iterable[list[int]]) -> Batches:
-        return iter(DataLoader(photographs, batch_sampler=numbers, num_workers=self._workers))
+        workers = {"num_workers": self._workers, "generator": torch.Generator()}  # not the run's
+        return iter(DataLoader(photographs, batch_sampler=numbers, **workers))
 
 
 class _Photographs(Dataset):

@@ -54,7 +54,15 @@ def hold(
                 )
         except ValueError as error:
             raise Refused(f"use.storage = {storage}: {error}") from error
-        tell(str(report))
+        left = {
+            name: report.left.get(name, "no nn.Linear")
+            for name in names
+            if name not in report.replaced
+        }
         if not report.replaced:
-            raise Refused(f"use.storage = {storage}: no layer can be held so; use dense")
+            name, reason = next(iter(left.items()), ("every layer", "none had a mask"))
+            raise Refused(f"use.storage = {storage}: {name} cannot be held so: {reason}")
+        tell(f"{len(report.replaced)} of {len(names)} pruned layers are now {storage}")
+        for name, reason in left.items():
+            tell(f"  {name} stays dense: {reason}")
     return compiled(model, config)
