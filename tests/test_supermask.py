@@ -265,6 +265,13 @@ def test_a_state_loads_whole_and_is_refused_by_another_block():
         other.load_state_dict(nn.Linear(12, 12).state_dict())
 
 
+def test_a_share_of_the_scores_has_no_mask():
+    layer = SupermaskLinear(12, 12, block=4, sparsity=0.5)
+    layer.scores.data = layer.scores.data.flatten()[:5]
+    with pytest.raises(RuntimeError, match=r"scores \[5\] are a share of \[3, 3\]"):
+        _ = layer.mask
+
+
 def test_a_deep_copy_is_independent():
     layer = SupermaskLinear(12, 12, block=4, sparsity=0.5)
     twin = copy.deepcopy(layer)

@@ -47,7 +47,7 @@ class Made:
     def __init__(self, config):
         generator = torch.Generator().manual_seed(0)
         self.labels = torch.arange(self.train + self.val) % 3
-        self.images = torch.randn(len(self.labels), 1, 8, 8, generator=generator) / 2
+        self.images = torch.randn(len(self.labels), 1, 8, 8, generator=generator) / 4
         self.images[torch.arange(len(self.labels)), 0, 2 * self.labels + 1] += 2
         self.order = Order(self.train, config.train.seed)
 

@@ -19,6 +19,7 @@ a tile's weights help or hurt, so that here the factor stays in both.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -60,10 +61,11 @@ class Settings:
 class Supermask:
     """What the two layers add to the ordinary ones.
 
-    scores: nn.Parameter [rows, columns], float32 (float64 under a float64 weight); at first the
-    mean of |W| in each tile, over the mean of these, so that a step means the same in every layer.
-    A model that was trained dense keeps its largest tiles so. The mask is found anew in every
-    forward, on the device, so a captured or compiled step follows the scores and the sparsity.
+    scores: nn.Parameter [rows, columns], the `grid` of tiles; float32, or float64 under a float64
+    weight. At first the mean of |W| in each tile, over the mean of these, so that a step means the
+    same in every layer; a model that was trained dense keeps its largest tiles so. The mask is
+    found anew in every forward, on the device, so a captured or compiled step follows the scores
+    and the sparsity.
     """
 
     plain: ClassVar[type[nn.Module]]  # the ordinary layer
@@ -89,17 +91,25 @@ class Supermask:
         It may be set at any time, also between the replays of a CUDA graph. Raises ValueError as
         `tiles.kept`.
         """
-        return 1 - int(self.kept // 2) / self.scores.numel()
+        return 1 - int(self.kept // 2) / math.prod(self.grid)
 
     @sparsity.setter
     def sparsity(self, value: float) -> None:
         # Twice the count and one: where a model's buffers are averaged, PyTorch cuts off the
         # fractions of whole numbers, and the count must not lose one.
-        self.kept.fill_(2 * tiles.kept(self.scores.numel(), value) + 1)
+        self.kept.fill_(2 * tiles.kept(math.prod(self.grid), value) + 1)
 
     @property
     def mask(self) -> Tensor:
-        """The tiles that are kept, bool [rows, columns]."""
+        """The tiles that are kept, bool [rows, columns].
+
+        Raises RuntimeError where this rank holds a share of the scores and not all.
+        """
+        if self.scores.shape != self.grid:
+            raise RuntimeError(
+                f"scores {list(self.scores.shape)} are a share of {list(self.grid)}: the mask is "
+                "known inside the layer's forward; outside read full_state_dict()"
+            )
         return tiles.keep_most(self.scores, self.kept // 2)
 
     def masked_weight(self) -> Tensor:
@@ -123,7 +133,7 @@ class Supermask:
         The mask is multiplied into the weight, so what was dropped is zero from here on.
         """
         self.weight.copy_(self.masked_weight())
-        del self.scores, self.kept, self.block, self.gradient
+        del self.scores, self.kept, self.block, self.grid, self.gradient
         self.__class__ = self.plain
         return self
 
@@ -213,8 +223,9 @@ def cover(layer: nn.Module, settings: Settings) -> Supermask:
     tiles.check(settings.block, settings.sparsity, weight.shape[:2])
     layer.__class__ = COVERED.get(type(layer), type(layer))
     layer.block, layer.gradient = settings.block, settings.gradient
+    layer.grid = tiles.grid(weight.shape[:2], layer.block)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    scores = weight.new_empty(tiles.grid(weight.shape[:2], layer.block), dtype=wide)
+    scores = weight.new_empty(layer.grid, dtype=wide)
     layer.scores = nn.Parameter(scores, requires_grad=not settings.fixed_mask)
     layer.register_buffer("kept", torch.zeros((), dtype=torch.int64, device=weight.device))
     layer.sparsity = settings.sparsity
