@@ -1,7 +1,6 @@
 """A model under supermasks computes what its masked layers say, and folds into an ordinary one."""
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import blockshock
 from blockshock.block_sparse.model import apply_supermask, fold, set_sparsity, supermasks
 from blockshock.block_sparse.schedule import cubic
 from blockshock.block_sparse.supermask import Settings, SupermaskConv2d, SupermaskLinear
+from blockshock.data_parallel import METHODS
 
 HALF = Settings(block=4, sparsity=0.5)
 
@@ -154,8 +154,7 @@ def test_folding_gives_ordinary_layers_with_the_same_outputs_and_parameters():
 def test_an_optimizer_made_before_goes_on_after_covering_and_folding():
     model = made()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning, match="SGD was made before apply_supermask"):
         apply_supermask(model, linear=HALF)
     optimizer.add_param_group({"params": [layer.scores for _, layer in supermasks(model)]})
     before = copy.deepcopy(model.state_dict())
@@ -184,6 +183,29 @@ def test_the_encoders_of_pytorch_call_their_covered_layers():
         torch.testing.assert_close(model(x), trained)
     assert model.use_nested_tensor
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_wrapper_made_before_is_a_warning_and_fixed_masks_are_none():
+    model = made()
+    wrapper = METHODS["none"](model)
+    fixed = Settings(block=4, sparsity=0.5, fixed_mask=True)
+    assert len(apply_supermask(wrapper.module, linear=fixed).replaced) == 7
+    fold(model)
+    with pytest.warns(UserWarning, match="NoSync was made before apply_supermask"):
+        apply_supermask(wrapper.module, linear=HALF)
+
+
+def test_folding_leaves_the_encoders_of_other_converted_layers_alone():
+    layer = nn.TransformerEncoderLayer(16, 2, 64, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1).eval()
+    blockshock.convert(model, "dense_single", where="*.linear1")
+    apply_supermask(model, linear=HALF)
+    fold(model)
+    converted, folded = model.layers[0].linear1, model.layers[0].linear2
+    assert (len(converted._forward_pre_hooks), len(folded._forward_pre_hooks)) == (1, 0)
+    assert not model.use_nested_tensor
+    blockshock.revert(model)
+    assert model.use_nested_tensor
 
 
 def test_a_covered_model_is_compiled_whole():

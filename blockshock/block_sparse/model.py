@@ -6,9 +6,10 @@
     fold(model)              # the masks multiplied in: nn.Linear and nn.Conv2d again
 
 Layers are changed in place. They stay the same objects with the same parameters, so that hooks,
-optimizers and other references stay right; an optimizer that was made before lacks the scores.
+optimizers and other references stay right.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -17,7 +18,7 @@ from torch import nn
 
 from blockshock.block_sparse import tiles
 from blockshock.block_sparse.supermask import COVERED, Settings, Supermask, cover
-from blockshock.linear import encoders
+from blockshock.linear import encoders, replacing
 from blockshock.linear.convert import Conversion
 
 FIRST, LAST = "first_block", "last_layer"  # what `skip` takes besides patterns
@@ -40,7 +41,8 @@ def apply_supermask(
 
     A layer is left, with the reason, if its settings cannot be (a block that leaves no tile), if it
     is of a subclass, computes its weight, shares it with another module, has no values or has a
-    forward of its own. The report says so.
+    forward of its own. The report says so. An optimizer or a data-parallel wrapper that was made
+    before, and so lacks the scores, is a warning.
 
     Raises:
         ValueError: nothing to do; a pattern of `skip` that fits no layer; no chain of blocks for
@@ -52,7 +54,7 @@ def apply_supermask(
     if not any(settings.values()):
         raise ValueError("no settings; give linear=, conv1x1= or conv= the Settings of its layers")
     report, covered = Conversion("supermask"), []
-    users, skipped = _users(model), _skipped(model, skip)
+    users, skipped = replacing.users(model), _skipped(model, skip)
     for name, layer in _layers(model):
         wanted = settings[kind(layer)]
         reason = skipped.get(name) or _why_left(layer, wanted, users)
@@ -62,6 +64,14 @@ def apply_supermask(
             covered.append(cover(layer, wanted))
             report.replaced.append(name)
     encoders.avoid_fused(model, covered)
+    for name in replacing.holders(
+        [layer.weight for layer in covered if layer.scores.requires_grad]
+    ):
+        warnings.warn(
+            f"{name} was made before apply_supermask, so it does not train the scores; make it "
+            "after, or give an optimizer them by add_param_group",
+            stacklevel=2,
+        )
     return report
 
 
@@ -88,7 +98,7 @@ def fold(model: nn.Module) -> list[str]:
     found = dict(supermasks(model))
     for layer in found.values():
         layer.fold()
-    encoders.restore(model)
+    encoders.restore(model, found.values())
     return list(found)
 
 
@@ -121,7 +131,7 @@ def _why_left(layer: nn.Module, settings: Settings | None, users: Counter) -> st
         return "its weight is on the meta device, without values; load the model first"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}; a floating dtype is needed"
-    if users[_place(weight)] > 1:
+    if users[replacing.place(weight)] > 1:
         return "its weight is shared with another module, which would lose the dropped tiles"
     if "forward" in vars(layer):
         return "its 'forward' was replaced on the instance"
@@ -130,17 +140,6 @@ def _why_left(layer: nn.Module, settings: Settings | None, users: Counter) -> st
     except ValueError as error:
         return str(error)
     return None
-
-
-def _users(model: nn.Module) -> Counter:
-    """How many modules hold each parameter."""
-    held = (p for module in model.modules() for p in module._parameters.values() if p is not None)
-    return Counter(map(_place, held))
-
-
-def _place(parameter: nn.Parameter) -> int:
-    """The same for parameters that share memory; on the meta device none has any."""
-    return parameter.data_ptr() or id(parameter)
 
 
 def _skipped(model: nn.Module, skip: tuple[str, ...]) -> dict[str, str]:

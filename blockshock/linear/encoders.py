@@ -29,12 +29,20 @@ def avoid_fused(model: nn.Module, layers: Iterable[nn.Module]) -> None:
             parent.use_nested_tensor = False
 
 
-def restore(model: nn.Module) -> None:
-    """Lets PyTorch fuse again, as before `avoid_fused`."""
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
+def restore(model: nn.Module, layers: Iterable[nn.Module] = ()) -> None:
+    """Lets PyTorch fuse again, where no other layer than these has to be called.
+
+    layers: those that are ordinary again, and still in the model.
+    """
+    for layer in layers:
+        for key, hook in list(layer._forward_pre_hooks.items()):
             if hook is extras.must_be_called:
-                del module._forward_pre_hooks[key]
-        if hasattr(module, _NESTED):
-            module.use_nested_tensor = getattr(module, _NESTED)
-            delattr(module, _NESTED)
+                del layer._forward_pre_hooks[key]
+    for encoder in model.modules():
+        if hasattr(encoder, _NESTED) and not any(map(_must_be_called, encoder.modules())):
+            encoder.use_nested_tensor = getattr(encoder, _NESTED)
+            delattr(encoder, _NESTED)
+
+
+def _must_be_called(layer: nn.Module) -> bool:
+    return extras.must_be_called in layer._forward_pre_hooks.values()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from blockshock.data_parallel.wrapper import Wrapper
 from blockshock.linear import extras
 
 OR_PUT = ", or, in an optimizer, put report.parameters[old] for old"  # what else can be done
@@ -48,12 +49,8 @@ def put(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def warn_of_holders(old: list[nn.Parameter], step: str, else_: str = "") -> None:
-    """Optimizers and DDP only: any other holder of a parameter is not to be told from a list."""
-    lost = {id(parameter) for parameter in old}
-    if not any(_holding(lost)):
-        return
-    gc.collect()  # one that nobody uses any more is not meant
-    for name in sorted({type(holder).__name__ for holder in _holding(lost)}):
+    """What `holders` names holds the old parameters of a step that has replaced them."""
+    for name in holders(old):
         warnings.warn(
             f"{name} holds parameters that {step} has replaced, and not the new ones; make "
             f"it after {step}{else_}",
@@ -61,14 +58,29 @@ def warn_of_holders(old: list[nn.Parameter], step: str, else_: str = "") -> None
         )
 
 
-def _holding(lost: set[int]) -> Iterator[torch.optim.Optimizer | DistributedDataParallel]:
+def holders(parameters: list[nn.Parameter]) -> list[str]:
+    """The classes of the optimizers and data-parallel wrappers that have one of these parameters.
+
+    Any other holder is not to be told from a list.
+    """
+    wanted = {id(parameter) for parameter in parameters}
+    if not any(_holding(wanted)):
+        return []
+    gc.collect()  # one that nobody uses any more is not meant
+    return sorted({type(holder).__name__ for holder in _holding(wanted)})
+
+
+def _holding(wanted: set[int]) -> Iterator[object]:
     """What trains one of these parameters, given by its id."""
     for one in gc.get_objects():
         if issubclass(type(one), torch.optim.Optimizer):
-            held = (p for group in vars(one).get("param_groups", ()) for p in group["params"])
+            groups = vars(one).get("param_groups", ())
+            held = {id(p) for group in groups for p in group["params"]}
         elif issubclass(type(one), DistributedDataParallel):
-            held = vars(one).get("_module_parameters", ())
+            held = set(map(id, vars(one).get("_module_parameters", ())))
+        elif issubclass(type(one), Wrapper):
+            held = vars(one).get("stepped", set())
         else:
             continue
-        if any(id(parameter) in lost for parameter in held):
+        if not held.isdisjoint(wanted):
             yield one
