@@ -15,7 +15,7 @@ from pathlib import Path
 
 from blockshock.lm import config as settings
 from blockshock.lm.config import CONFIGS, Config, Refused
-from blockshock.runs.command import answer
+from blockshock.runs.command import answer, check_options, is_trained
 
 COMMANDS = ("prepare", "train", "evaluate", "sample")
 
@@ -30,20 +30,13 @@ def _command(options: argparse.Namespace, join: Callable) -> None:
     lacks = [name for name in ("tokenizers", "tqdm") if find_spec(name) is None]
     if lacks:
         raise Refused(f"{', '.join(lacks)} not installed; pip install 'blockshock[lm]'")
-    _check_options(options)
+    check_options(options, "resume", "init_from", "skip_data")
     config = settings.load(options.config, options.set)
     _run(config, join(config.device), options)
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    """Refuses what only training reads, where nothing is trained."""
-    given = [name for name in ("resume", "init_from", "skip_data") if getattr(options, name)]
-    if given and options.command not in (None, "train"):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise Refused(f"{options.command} {names}: only train reads it; leave it out")
-
-
 def _run(config: Config, ranks, options: argparse.Namespace) -> None:
+    from blockshock.lm.checkpoint import load
     from blockshock.lm.model import decoder_config, trained
     from blockshock.lm.prepare import open_prepared, prepare
     from blockshock.lm.train import train
@@ -61,7 +54,7 @@ def _run(config: Config, ranks, options: argparse.Namespace) -> None:
     if wanted == ["prepare"]:
         return
     data = open_prepared(config.data)
-    if "train" in wanted and not _is_trained(config, options, tell):
+    if "train" in wanted and not is_trained(config, options, load, tell):
         done = train(
             config,
             data,
@@ -79,20 +72,6 @@ def _run(config: Config, ranks, options: argparse.Namespace) -> None:
     if "sample" in wanted and ranks.first:
         _sample(trained(config, data, ranks.device)[0], config, data, tell)
     ranks.wait("the sample")
-
-
-def _is_trained(config: Config, options: argparse.Namespace, tell: Callable) -> bool:
-    """Whether nothing is left to train; asked only where all is to be done."""
-    from blockshock.lm import checkpoint
-
-    file = Path(config.run) / checkpoint.NAME
-    if options.command or options.init_from or not file.exists():
-        return False
-    done = checkpoint.load(file)["step"]
-    if done < config.train.steps:
-        return False
-    tell(f"trained already: {done} steps")
-    return True
 
 
 def _evaluate(model, step: int, config: Config, data, ranks, tell: Callable) -> None:

@@ -17,11 +17,12 @@ import torch
 
 from blockshock.lm import checkpoint
 from blockshock.lm import config as settings
-from blockshock.lm.config import Config, Refused
+from blockshock.lm.config import Config
 from blockshock.lm.log import open_log, peak_flops
 from blockshock.lm.model import decoder_config, make, mean_loss
 from blockshock.lm.prepare import Prepared
 from blockshock.lm.tokens import Batches, check_size
+from blockshock.runs.checkpoint import where_from
 from blockshock.runs.device import autocast, to_device
 from blockshock.runs.files import written_whole
 from blockshock.runs.log import Log, memory_mib
@@ -239,17 +240,10 @@ class Run:
 def _starting_state(
     config: Config, data: Prepared, resume: bool, init_from: str | None
 ) -> dict[str, Any] | None:
-    file = Path(config.run) / checkpoint.NAME
-    if resume and init_from:
-        raise Refused("--resume and --init-from: a run goes on, or begins with other weights")
-    if not resume and file.exists():
-        raise Refused(
-            f"{file} is there: --resume goes on from it; for a new run choose another folder "
-            "(--set run=FOLDER), or delete this one"
-        )
-    if not (resume or init_from):
+    place = where_from(config.run, resume, init_from)
+    if place is None:
         return None
-    state = checkpoint.load(file if resume else Path(init_from))
+    state = checkpoint.load(place)
     checkpoint.fits(state, settings.to_dict(config)["model"], config.data.vocabulary, data.digest)
     return state
 

@@ -9,9 +9,8 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 
-from blockshock.runs.command import answer
+from blockshock.runs.command import answer, check_options, is_trained
 from blockshock.runs.settings import Refused
 from blockshock.vision import config as settings
 from blockshock.vision.config import CONFIGS, Config
@@ -28,16 +27,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _command(options: argparse.Namespace, join: Callable) -> None:
     if find_spec("tqdm") is None:
         raise Refused("tqdm not installed; pip install 'blockshock[vision]'")
-    given = [name for name in ("resume", "init_from") if getattr(options, name)]
-    if given and options.command not in (None, "train"):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise Refused(f"{options.command} {names}: only train reads it; leave it out")
+    check_options(options, "resume", "init_from")
     config = settings.load(options.config, options.set)
     ranks = join(config.device)
     _run(config, ranks, options)
 
 
 def _run(config: Config, ranks, options: argparse.Namespace) -> None:
+    from blockshock.vision.checkpoint import load
     from blockshock.vision.data import open_source
     from blockshock.vision.evaluate import evaluate
     from blockshock.vision.model import vision_config
@@ -50,7 +47,7 @@ def _run(config: Config, ranks, options: argparse.Namespace) -> None:
     wanted = [options.command] if options.command else COMMANDS
     vision_config(config)  # refuses before anything is made
     source = open_source(config) if set(wanted) & {"train", "evaluate"} else None
-    if "train" in wanted and not _is_trained(config, options, tell):
+    if "train" in wanted and not is_trained(config, options, load, tell):
         given = {"resume": options.resume, "init_from": options.init_from}
         if not train(config, source, ranks, tell, **given):
             return
@@ -58,20 +55,6 @@ def _run(config: Config, ranks, options: argparse.Namespace) -> None:
         evaluate(config, source, ranks, tell)
     if "benchmark" in wanted:
         _benchmark(config, ranks, options, tell)
-
-
-def _is_trained(config: Config, options: argparse.Namespace, tell: Callable) -> bool:
-    """Whether nothing is left to train; asked only where all is to be done."""
-    from blockshock.vision import checkpoint
-
-    file = Path(config.run) / checkpoint.NAME
-    if options.command or options.init_from or not file.exists():
-        return False
-    done = checkpoint.load(file)["step"]
-    if done < config.train.steps:
-        return False
-    tell(f"trained already: {done} steps")
-    return True
 
 
 def _benchmark(config: Config, ranks, options: argparse.Namespace, tell: Callable) -> None:

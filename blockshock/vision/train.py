@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from blockshock.block_sparse import supermasks
+from blockshock.runs.checkpoint import where_from
 from blockshock.runs.device import autocast, to_device
 from blockshock.runs.files import written_whole
 from blockshock.runs.log import Log, memory_mib
@@ -26,7 +27,7 @@ from blockshock.runs.loop import check_finite, loop, only_here
 from blockshock.runs.parallel import wrapped
 from blockshock.runs.ranks import Ranks
 from blockshock.runs.schedule import learning_rate
-from blockshock.runs.settings import Refused, changes
+from blockshock.runs.settings import changes
 from blockshock.vision import checkpoint
 from blockshock.vision import config as settings
 from blockshock.vision.augment import mix
@@ -262,17 +263,10 @@ class Run:
 
 
 def _starting_state(config: Config, resume: bool, init_from: str | None) -> dict[str, Any] | None:
-    file = Path(config.run) / checkpoint.NAME
-    if resume and init_from:
-        raise Refused("--resume and --init-from: a run goes on, or begins with other weights")
-    if not resume and file.exists():
-        raise Refused(
-            f"{file} is there: --resume goes on from it; for a new run choose another folder "
-            "(--set run=FOLDER), or delete this one"
-        )
-    if not (resume or init_from):
+    place = where_from(config.run, resume, init_from)
+    if place is None:
         return None
-    state = checkpoint.load(file if resume else Path(init_from))
+    state = checkpoint.load(place)
     checkpoint.fits(state, settings.to_dict(config), masks=resume)
     return state
 
