@@ -86,7 +86,7 @@ def test_a_tiny_model_learns_made_up_images(tmp_path):
     assert found["converted"]["top1"] > 90
 
 
-@pytest.mark.parametrize("changed", [{}, {"train__average": 0.0, "train__compile": False}])
+@pytest.mark.parametrize("changed", [{}, {"train__average": 0.0, "train__autocast": "bf16"}])
 def test_a_signal_ends_the_step_and_a_resumed_run_is_the_same(
     whole, tmp_path, monkeypatch, capsys, changed
 ):
