@@ -40,11 +40,11 @@ def test_the_imagenet_config_is_vit_b_16_on_1024_images_a_step_of_8_ranks():
     [
         ("sparse.linear=1.0", "sparse.linear = 1.0: it must be below 1"),
         ("sparse.end=-1", "sparse.end = -1.0: it must be at least 0"),
-        ("sparse.begin=0.9", "sparse.end = 0.5 is before sparse.begin = 0.9"),
+        ("sparse.begin=0.9", r"sparse.end = 0.25 is before sparse.begin = 0.9"),
         ("sparse.skip=[1]", r"sparse.skip = \[1\]: it takes a list of names"),
         ("sparse.skip=head", "sparse.skip = 'head': it takes list, not str"),
         ("sparse.gradient=none", "sparse.gradient = 'none': use one of masked, through"),
-        ("train.warmup=600", "train.warmup = 600 leaves no step of train.steps = 600"),
+        ("train.warmup=1000", "train.warmup = 1000 leaves no step of train.steps = 1000"),
         ("train.min_lr=1", "train.min_lr = 1 exceeds train.lr"),
         ("use.storage=coo", "use.storage = 'coo': use one of dense, bsr, semi_structured"),
         ("trian.steps=3", "unknown key trian; did you mean train?"),
