@@ -12,12 +12,12 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("paths", "folder", "families"),
     [
-        (["bench"], ".", ["linear", "attention", "data_parallel"]),
-        (["."], ".", ["linear", "attention", "data_parallel"]),
+        (["bench"], ".", ["linear", "attention", "data_parallel", "transformer"]),
+        (["."], ".", ["linear", "attention", "data_parallel", "transformer"]),
         (["bench/bench_attention.py"], ".", ["attention"]),
         (["bench/bench_linear.py::bench_drift[x::y]", "tests"], ".", ["linear"]),
         (["bench_attention.py", "bench_linear.py"], "bench", ["linear", "attention"]),
-        ([f"{ROOT}/bench"], "/", ["linear", "attention", "data_parallel"]),
+        ([f"{ROOT}/bench"], "/", ["linear", "attention", "data_parallel", "transformer"]),
         (["bench/bench_lm.py"], ".", ["data_parallel"]),
         (["tests"], ".", []),
         (["bench/bench_nothing.py"], ".", []),

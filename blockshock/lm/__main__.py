@@ -31,8 +31,15 @@ def _command(options: argparse.Namespace, join: Callable) -> None:
     if lacks:
         raise Refused(f"{', '.join(lacks)} not installed; pip install 'blockshock[lm]'")
     check_options(options, "resume", "init_from", "skip_data")
-    config = settings.load(options.config, options.set)
-    _run(config, join(config.device), options)
+    config = settings.load(options.config, [*_short_forms(options), *options.set])
+    ranks = join(config.device)
+    if options.command != "prepare":  # which one process can do for any number of ranks
+        ranks = ranks.split(config.model.tensor_parallel)
+    _run(config, ranks, options)
+
+
+def _short_forms(options: argparse.Namespace) -> list[str]:
+    return [] if options.sync is None else [f"model.sync={json.dumps(options.sync)}"]
 
 
 def _run(config: Config, ranks, options: argparse.Namespace) -> None:
@@ -67,10 +74,10 @@ def _run(config: Config, ranks, options: argparse.Namespace) -> None:
         if not done:
             return
     if "evaluate" in wanted:
-        model, step = trained(config, data, ranks.device)
+        model, step = trained(config, data, ranks)
         _evaluate(model, step, config, data, ranks, tell)
-    if "sample" in wanted and ranks.first:
-        _sample(trained(config, data, ranks.device)[0], config, data, tell)
+    if "sample" in wanted and ranks.data_rank == 0:
+        _sample(trained(config, data, ranks)[0], config, data, ranks, tell)
     ranks.wait("the sample")
 
 
@@ -90,15 +97,16 @@ def _evaluate(model, step: int, config: Config, data, ranks, tell: Callable) -> 
             out.write(json.dumps(found, indent=1).encode())
 
 
-def _sample(model, config: Config, data, tell: Callable) -> None:
-    """Text, shown and written to `<run>/sample.txt`."""
+def _sample(model, config: Config, data, ranks, tell: Callable) -> None:
+    """Text, shown and written to `<run>/sample.txt`; made by all ranks that hold the model."""
     from blockshock.lm.sample import sample
     from blockshock.runs.files import written_whole
 
     text = sample(model, data, config.sample)
     tell(text)
-    with written_whole(Path(config.run) / "sample.txt") as out:
-        out.write(text.encode())
+    if ranks.first:
+        with written_whole(Path(config.run) / "sample.txt") as out:
+            out.write(text.encode())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -109,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("command", nargs="?", choices=COMMANDS, help="without it: all, skipping what is done")
     add("--config", default="small", metavar="C", help=f"a .yaml file, or one of {names}")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.lr=3e-4")
+    add("--sync", metavar="PLAN", help="sets model.sync: tp, spd12, 6, desync:6, …")
     add("--resume", action="store_true", help="go on from the run's checkpoint")
     add("--init-from", metavar="PATH", help="begin with the weights of a checkpoint")
     add("--skip-data", type=_count, default=0, metavar="N", help="leave out N sequences of data")

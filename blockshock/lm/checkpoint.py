@@ -16,6 +16,7 @@ from typing import Any
 from blockshock.lm.config import Refused
 from blockshock.runs import checkpoint as saving
 from blockshock.runs.checkpoint import NAME, restore_rng, rng_state
+from blockshock.transformer.sync import plan
 
 __all__ = ["NAME", "fits", "load", "restore_rng", "rng_state", "save"]
 
@@ -36,14 +37,22 @@ def load(path: Path) -> dict[str, Any]:
     return saving.load(path, FORMAT, "blockshock.lm")
 
 
-def fits(state: dict[str, Any], model: dict[str, Any], vocabulary: int, digest: str) -> None:
+def fits(
+    state: dict[str, Any],
+    model: dict[str, Any],
+    vocabulary: int,
+    digest: str,
+    *,
+    goes_on: bool = True,
+) -> None:
     """Compares a checkpoint with the model and the tokenizer that are asked for.
 
-    model: the section of the config. Raises Refused where they differ.
+    model: the section of the config. goes_on: whether the model must compute what was trained, and
+    not only begin with its weights. Raises Refused where they differ.
     """
     saved = {**state["config"]["model"], "vocabulary": state["config"]["data"]["vocabulary"]}
     wanted = {**model, "vocabulary": vocabulary}
-    free = {"attention", "linear"}  # other ways to compute the same
+    free = {"attention", "linear", "sync", "tensor_parallel"}  # other ways to compute the same
     other = [
         f"{key} = {saved.get(key)}, here {wanted[key]}"
         for key in wanted
@@ -54,8 +63,28 @@ def fits(state: dict[str, Any], model: dict[str, Any], vocabulary: int, digest: 
             f"the checkpoint is of another model: {'; '.join(other)}. Set these as they were, or "
             "begin a new run"
         )
+    (computed, was), (here, words) = _computed(saved), _computed(model)
+    if goes_on and computed != here:
+        raise Refused(
+            f"the checkpoint was trained as {was}, here it would be {words}: that computes "
+            "something else from the same weights. Set model.sync and model.tensor_parallel as "
+            "they were, or begin a new run (--init-from)"
+        )
     if state["tokenizer"] != digest:
         raise Refused(
             f"the checkpoint was trained with tokenizer {state['tokenizer']}, and data.folder "
             f"holds {digest}: its tokens mean something else. Use the folder that it was trained on"
         )
+
+
+def _computed(model: dict[str, Any]) -> tuple[tuple, str]:
+    """What a section of a config makes of weights, and in words.
+
+    With fewer syncs it depends on the ranks. A plan may have several names.
+    """
+    name, ranks = model.get("sync"), model.get("tensor_parallel", 1)
+    made = plan(name or "tp", model["depth"])
+    if made.dense:
+        return (), "the dense model"
+    words = f"plan {name} on {ranks} tensor-parallel ranks"
+    return (made.kind, made.groups, ranks), words

@@ -45,11 +45,20 @@ class Model:
     tied: bool = True
     attention: str | None = None  # a method of blockshock.attention; None: the device's usual one
     linear: str | None = None  # a method of blockshock.linear, in the projections
+    tensor_parallel: int = least(1, 1)  # ranks that hold one model together
+    sync: str | None = None  # their plan (blockshock.transformer.sync); None: tp
+
+    def __post_init__(self):
+        if self.sync is not None and self.tensor_parallel == 1:
+            raise Refused(
+                f"model.sync = {self.sync}: a plan says when tensor-parallel ranks sum, and there "
+                "is one; set model.tensor_parallel to 2 or more, or leave model.sync out"
+            )
 
 
 @dataclass(frozen=True)
 class Train:
-    """The steps. Tokens of a step: context x batch x accumulate x ranks."""
+    """The steps. Tokens of a step: context x batch x accumulate x data-parallel ranks."""
 
     steps: int = least(1000, 1)
     batch: int = least(16, 1)  # sequences of one backward on one rank

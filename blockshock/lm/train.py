@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from blockshock.lm import checkpoint
+from blockshock.lm import checkpoint, record
 from blockshock.lm import config as settings
 from blockshock.lm.config import Config
 from blockshock.lm.log import open_log, peak_flops
 from blockshock.lm.model import decoder_config, make, mean_loss
 from blockshock.lm.prepare import Prepared
 from blockshock.lm.tokens import Batches, check_size
+from blockshock.lm.whole import put, whole
 from blockshock.runs.checkpoint import where_from
 from blockshock.runs.device import autocast, to_device
 from blockshock.runs.files import written_whole
@@ -30,8 +31,10 @@ from blockshock.runs.loop import check_finite, loop, only_here
 from blockshock.runs.parallel import wrapped
 from blockshock.runs.ranks import Ranks
 from blockshock.runs.schedule import learning_rate
-from blockshock.runs.settings import changes
+from blockshock.runs.settings import Refused, changes
 from blockshock.transformer import counts
+
+APART = 1e-4  # relative difference of replicas: thousands of float32 roundings
 
 
 def train(
@@ -78,8 +81,9 @@ def _train(
         for line in run.restore(state):
             tell(line)
     elif state:
-        run.model.load_full_state_dict(state["model"])
+        put(run.model, state["model"])
     run.position += skip_data
+    run.choices |= {"init_from": init_from, "skip_data": skip_data}
     tell(run.about())
     ranks.by_first(run.open_log)
     try:
@@ -102,21 +106,22 @@ class Run:
         self.config, self.data, self.ranks = config, data, ranks
         self.step, self.position, self.seconds = 0, 0, 0.0
         self.log: Log | None = None
+        self.choices: dict[str, Any] = {"changed": {}}  # of this start, for `record`
         options = config.train
         self.batches = Batches(
             data.train,
             context=config.model.context,
             batch=options.batch,
             seed=options.seed,
-            rank=ranks.rank,
-            ranks=ranks.size,
+            rank=ranks.data_rank,
+            ranks=ranks.data_size,
         )
         # Asked for before the first step, not after the last.
-        check_size(data.validation, config.model.context, options.batch, ranks.size)
-        torch.manual_seed(options.seed + ranks.rank)
-        model = make(config, ranks.device)
-        vectors = _vectors(model)  # before a method makes pieces without a shape of them
-        self.model = wrapped(model, options, ranks.size)
+        check_size(data.validation, config.model.context, options.batch, ranks.data_size)
+        torch.manual_seed(options.seed + ranks.data_rank)
+        module = make(config, ranks)
+        vectors = _vectors(module)  # asked before a method cuts the parameters into flat pieces
+        self.model = wrapped(module, options, ranks.data_size, ranks.data)
         self.optimizer = self.model.optimizer(
             torch.optim.AdamW,
             [{"names": vectors, "weight_decay": 0.0}],
@@ -131,16 +136,22 @@ class Run:
         self.begin_window()
 
     def open_log(self) -> None:
-        """Writes the settings and opens the log."""
+        """Writes the settings and what else is told of the run, and opens the log."""
         with written_whole(Path(self.config.run) / "config.yaml") as out:
             out.write(settings.dump(self.config).encode())
+        record.write(self.config, self.data, self.ranks, self.step, self.choices)
         self.log = open_log(self.config, self.step)
 
     def about(self) -> str:
         """A line: the model, the ranks, the tokens of a step."""
         t, sizes = self.config.train, self.counts
-        tokens = self.config.model.context * t.batch * t.accumulate * self.ranks.size
+        tokens = self.config.model.context * t.batch * t.accumulate * self.ranks.data_size
         ranks = "1 rank" if self.ranks.size == 1 else f"{self.ranks.size} ranks"
+        if self.ranks.tensor_size > 1:
+            plan = self.model.module.plan
+            ranks += (
+                f", {self.ranks.tensor_size} hold a model: plan {plan.name}, {plan.syncs} syncs"
+            )
         return (
             f"{sizes.parameters / 1e6:.1f} M parameters, {ranks} "
             f"({self.model.method}) on {self.ranks.device.type}, {tokens} tokens a step, step "
@@ -149,12 +160,15 @@ class Run:
 
     def restore(self, state: dict[str, Any]) -> list[str]:
         """Goes on from a checkpoint; returns lines on what is not as it was."""
-        self.model.load_full_state_dict(state["model"])
-        self.model.load_full_optimizer_state(self.optimizer, state["optimizer"])
+        put(self.model, state["model"], self.optimizer, state["optimizer"])
         self.step, self.position = state["step"], state["position"]
         self.seconds = state["seconds"]
         changed = changes(state["config"], settings.to_dict(self.config))
-        lines = [f"changed since the checkpoint: {change}" for change in changed]
+        self.choices["changed"] = {key: was for key, (was, _) in changed.items()}
+        lines = [
+            f"changed since the checkpoint: {key} = {value}, was {was}"
+            for key, (was, value) in changed.items()
+        ]
         if not checkpoint.restore_rng(state["rng"], self.ranks):
             lines.append(
                 f"the checkpoint is of {len(state['rng'])} ranks, this run has {self.ranks.size}: "
@@ -170,7 +184,7 @@ class Run:
             group["lr"] = rate
         for turn in range(options.accumulate):
             x, y = (to_device(t, self.ranks.device) for t in self.batches.at(self.position))
-            self.position += options.batch * self.ranks.size
+            self.position += options.batch * self.ranks.data_size
             last = turn == options.accumulate - 1
             with nullcontext() if last else model.no_sync():
                 with autocast(options.autocast, self.ranks.device):
@@ -192,8 +206,8 @@ class Run:
         self.seconds += seconds
         check_finite(self.step, loss, norm)
         options, context = self.config.train, self.config.model.context
-        tokens = options.batch * options.accumulate * self.ranks.size * context * self.steps
-        rate = tokens / seconds
+        sequences = options.batch * options.accumulate * self.ranks.data_size * self.steps
+        rate = sequences * context / seconds
         value = None
         if evaluating:
             batches = options.evaluate_batches
@@ -223,18 +237,31 @@ class Run:
 
     def save(self) -> None:
         """Rank 0 writes; where it cannot, every rank raises."""
+        self._check_replicas()
+        weights, optimizer = whole(self.model, self.optimizer)
         state = {
             "step": self.step,
             "position": self.position,
             "seconds": self.seconds,
-            "model": self.model.full_state_dict(cpu=True),
-            "optimizer": self.model.full_optimizer_state(self.optimizer, cpu=True),
+            "model": weights,
+            "optimizer": optimizer,
             "rng": self.ranks.gather(checkpoint.rng_state(self.ranks.device)),
             "config": settings.to_dict(self.config),
             "tokenizer": self.data.digest,
         }
         path = Path(self.config.run) / checkpoint.NAME
         self.ranks.by_first(lambda: checkpoint.save(path, state))
+
+    def _check_replicas(self) -> None:
+        """Sums in another order may differ in the last bits; more is a model that fell apart."""
+        module = self.model.module
+        apart = module.replicas_apart() if self.ranks.tensor_size > 1 else 0.0
+        if not apart <= APART:
+            raise Refused(
+                f"step {self.step}: what all tensor-parallel ranks hold is {apart:.1e} apart, "
+                f"relative, and at most {APART:g} can be rounding. A checkpoint that was written "
+                "before is kept; --resume from it"
+            )
 
 
 def _starting_state(
@@ -244,7 +271,8 @@ def _starting_state(
     if place is None:
         return None
     state = checkpoint.load(place)
-    checkpoint.fits(state, settings.to_dict(config)["model"], config.data.vocabulary, data.digest)
+    model = settings.to_dict(config)["model"]
+    checkpoint.fits(state, model, config.data.vocabulary, data.digest, goes_on=resume)
     return state
 
 

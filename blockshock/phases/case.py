@@ -21,7 +21,7 @@ def about(text: str, default=MISSING, *, kw_only: bool = False, **more):
         least: of a whole number; 1 if left out.
         names: the texts that it may be.
         axis: what a sweep means where it does not say it, if that is not [default].
-        only: the one phase that has it.
+        only: the phases that have it.
         per_method: each method takes values of its own; a sweep may say them method by method.
         labels: sizes that this text describes; where `--set` replaces one, the text is dropped.
         shown: in a case's name, when it is not the default.

@@ -5,8 +5,14 @@ from blockshock.phases.case import Case
 from blockshock.phases.data_parallel import FAMILY as data_parallel
 from blockshock.phases.family import Family
 from blockshock.phases.linear import FAMILY as linear
+from blockshock.phases.transformer import FAMILY as transformer
 
-FAMILIES = {"linear": linear, "attention": attention, "data_parallel": data_parallel}
+FAMILIES = {
+    "linear": linear,
+    "attention": attention,
+    "data_parallel": data_parallel,
+    "transformer": transformer,
+}
 
 
 def family(case: Case) -> Family:

@@ -68,7 +68,7 @@ def _section(name: str, family: Family) -> str:
     for declared in fields(family.case):
         meaning = declared.metadata["about"]
         if "only" in declared.metadata:
-            meaning += f"; only in {declared.metadata['only']}"
+            meaning += f"; only in {' and '.join(declared.metadata['only'])}"
         cells = [f"`{declared.name}`", meaning, _values(declared, family), _usual(declared, usual)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

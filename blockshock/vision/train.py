@@ -159,8 +159,8 @@ class Run:
         self.step, self.position = state["step"], state["position"]
         self.seconds = state["seconds"]
         lines = [
-            f"changed since the checkpoint: {change}"
-            for change in changes(state["config"], settings.to_dict(self.config))
+            f"changed since the checkpoint: {key} = {value}, was {was}"
+            for key, (was, value) in changes(state["config"], settings.to_dict(self.config)).items()
         ]
         if self.average:
             # Where no average was kept, it begins with the weights as they are.

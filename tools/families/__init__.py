@@ -4,12 +4,14 @@ from tools.cases import Results
 from tools.families.attention.page import FAMILY as ATTENTION
 from tools.families.data_parallel.page import FAMILY as DATA_PARALLEL
 from tools.families.linear.page import FAMILY as LINEAR
+from tools.families.transformer.page import FAMILY as TRANSFORMER
 from tools.family import Family
 
 FAMILIES: dict[str, Family] = {
     "linear": LINEAR,
     "attention": ATTENTION,
     "data_parallel": DATA_PARALLEL,
+    "transformer": TRANSFORMER,
 }
 
 

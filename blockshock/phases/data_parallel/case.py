@@ -62,7 +62,7 @@ class DataParallelCase(Case):
         shown=True,
     )
     steps: int | None = about(
-        "steps from the first weights, whose losses are kept", None, axis=[20], only="lm"
+        "steps from the first weights, whose losses are kept", None, axis=[20], only=("lm",)
     )
     family: str = about("what is computed", "data_parallel", kw_only=True)
     ranks: int = about("how many train together", 2, kw_only=True)

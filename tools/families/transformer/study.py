@@ -1,0 +1,227 @@
+"""Training runs under sync plans, as a result file that every tool reads.
+
+    python -m tools.families.transformer.study RUN... --out FILE
+
+RUN is the folder of a finished run of `blockshock.lm`. Each becomes a case of phase `study`: its
+samples are seconds a step, one for each row of the log; `curves` has the losses. Runs that differ
+in more than plan and seed have another `recipe`, and no tool compares them. A run whose settings do
+not say all of its course is refused: one with --init-from or --skip-data, or resumed with other
+settings or ranks. Losses may come from several kinds of machine, but speeds are those of the first
+run's: a run that was somewhere else as well has none, and `timing` says where it was.
+"""
+
+import hashlib
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+
+import yaml
+
+from tools.compact import compacted
+from tools.curves import number, read_rows
+from tools.families.transformer.points import rule
+from tools.files import ToolError, parser, read_text, run, save
+from tools.results import SCHEMA
+
+# Settings that change neither the losses of a run nor its speed, and those that runs may differ in.
+NO_RECIPE = ("run", "device", "log", "sample")
+NO_RECIPE_OF = {
+    "data": ("folder",),
+    "train": ("seed", "checkpoint_every"),
+    "model": ("sync",),
+}
+
+
+def entry(folder: Path, device: str | None = None) -> dict:
+    """One element of "benchmarks". device: whose speeds are kept; None: of any."""
+    record, config = _record(folder), _config(folder)
+    log = folder / "log.csv"
+    rows = read_rows(log)
+    plan, train, sizes = record["plan"], config["train"], config["model"]
+    ended = number(rows[-1], "step", log)
+    if ended < train["steps"]:
+        raise ToolError(
+            f"{folder} ended at step {ended:.0f} of {train['steps']}: train it to its end "
+            "(--resume), or leave it out"
+        )
+    measured = [row for row in rows if row.get("val_loss")]
+    if not measured or measured[-1] is not rows[-1]:
+        raise ToolError(f"{log} has no val_loss at the last step: it is not comparable")
+    _check_starts(folder, record["starts"])
+    tokens = number(rows[-1], "tokens", log) / ended
+    rates = [number(row, "tokens_per_s", log) for row in rows]
+    machine = record["starts"][-1]["machine"]
+    devices = dict.fromkeys(start["machine"]["device"] for start in record["starts"])
+    case = {
+        "family": "transformer",
+        "phase": "study",
+        "method": _rule(plan, sizes["depth"]),
+        **{name: sizes[name] for name in ("width", "depth", "heads")},
+        "vocabulary": config["data"]["vocabulary"],
+        "batch": round(tokens / sizes["context"]),
+        "T": sizes["context"],
+        "steps": train["steps"],
+        "dtype": "bf16" if train["autocast"] == "bf16" else "fp32",
+        "compiled": train["compile"],
+        "checkpointed": train["checkpoint_blocks"],
+        "reduce": "collective",
+        "seed": train["seed"],
+        "ranks": machine["ranks"],
+        "tensor_ranks": sizes["tensor_parallel"],
+        "recipe": _recipe(config, record["tokenizer"]),
+    }
+    speed = {"tokens_per_s": median(rates)} if device is None or [*devices] == [device] else {}
+    name = _name(case)
+    info = {
+        "schema": SCHEMA,
+        "id": f"transformer_study/{name}",
+        "usual": {"reduce": "collective"},
+        "case": case,
+        "device": machine["kind"],
+        "timing": {"mode": f"log of {', '.join(devices)}"},
+        "curves": {
+            "step": [number(row, "step", log) for row in rows],
+            "loss": [number(row, "loss", log) for row in rows],
+            "val_step": [number(row, "step", log) for row in measured],
+            "val_loss": [number(row, "val_loss", log) for row in measured],
+        },
+        "memory": {"peak_bytes": max(number(row, "memory_mib", log) for row in rows) * 2**20},
+        "rates": {
+            "syncs": plan["syncs"],
+            "loss": number(rows[-1], "loss", log),
+            "val_loss": number(rows[-1], "val_loss", log),
+            **speed,
+        },
+    }
+    samples = {"data": [tokens / rate for rate in rates]}
+    return {"name": f"study[{name}]", "group": "study", "stats": samples, "extra_info": info}
+
+
+def gathered(folders: list[Path]) -> dict:
+    """The result file of some runs.
+
+    Raises ToolError for a run that is not finished, and two of the same case.
+    """
+    starts = {folder: _record(folder)["starts"] for folder in folders}
+    machine = starts[folders[0]][-1]["machine"]
+    found: dict[str, tuple[Path, dict]] = {}
+    for folder in folders:
+        made = entry(folder, machine["device"])
+        other, _ = found.setdefault(made["extra_info"]["id"], (folder, made))
+        if other is not folder:
+            raise ToolError(f"{other} and {folder} are of one plan, recipe and seed: leave one out")
+    commits = [start["commit_info"] for each in starts.values() for start in each]
+    same = all(commit == commits[0] for commit in commits)
+    dated = max((folder / "log.csv").stat().st_mtime for folder in folders)
+    return {
+        "machine_info": {"blockshock": machine},
+        "commit_info": commits[0] if same else None,
+        "datetime": datetime.fromtimestamp(dated, timezone.utc).isoformat(),
+        "benchmarks": [made for _, made in found.values()],
+    }
+
+
+def _check_starts(folder: Path, starts: list[dict]) -> None:
+    """Raises ToolError for a run whose losses are not those of its settings alone."""
+    why = [f"--{key.replace('_', '-')}" for key in ("init_from", "skip_data") if _any(starts, key)]
+    changed = {key: was for start in starts for key, was in start.get("changed", {}).items()}
+    why += [f"{key} = {was} before it was resumed" for key, was in changed.items() if _counts(key)]
+    ranks = list(dict.fromkeys(start["machine"]["ranks"] for start in starts))
+    if len(ranks) > 1:
+        why.append(f"{' and then '.join(map(str, ranks))} ranks")
+    if why:
+        raise ToolError(
+            f"{folder} was trained with {', '.join(why)}: other runs were not, and its settings do "
+            "not say so; leave it out"
+        )
+
+
+def _any(starts: list[dict], key: str) -> bool:
+    return any(start.get(key) for start in starts)
+
+
+def _counts(key: str) -> bool:
+    """Whether a setting decides the losses: what is in the recipe, and the seed."""
+    section, _, name = key.partition(".")
+    return section not in NO_RECIPE and (
+        key == "train.seed" or name not in NO_RECIPE_OF.get(section, ())
+    )
+
+
+def _record(folder: Path) -> dict:
+    """What the run wrote about itself."""
+    path = folder / "run.json"
+    try:
+        record = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ToolError(f"{path} is not JSON: copy the run again") from error
+    _check_keys(path, record, {"plan": dict | None, "tokenizer": str, "starts": list})
+    if not record["plan"]:
+        raise ToolError(f"{path} names no plan: {folder} was not trained with --sync")
+    _check_keys(path, record["plan"], {"name": str, "kind": str, "syncs": int})
+    for start in record["starts"] or [None]:
+        _check_keys(path, start, {"machine": dict, "commit_info": dict | None})
+        _check_keys(path, start["machine"], {"device": str, "kind": str, "ranks": int})
+    return record
+
+
+def _config(folder: Path) -> dict:
+    """The run's settings, all of them."""
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ToolError(f"{path} is not YAML: copy the run again") from error
+    _check_keys(path, config, dict.fromkeys(("data", "model", "train"), dict))
+    return config
+
+
+def _check_keys(path: Path, found: object, kinds: dict[str, type]) -> None:
+    """Raises ToolError for what no run wrote."""
+    for key, kind in kinds.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key, ...), kind):
+            raise ToolError(f"{path} has no {key} where a run writes it: copy the run again")
+
+
+def _rule(plan: dict, depth: int) -> str:
+    """The rule of a plan as the laboratory names it; of one that follows none, its own name."""
+    if plan["kind"] != "group":
+        return plan["kind"] if plan["syncs"] == depth else plan["name"]
+    named = plan["name"].startswith("selective")
+    return plan["name"] if named else rule(plan["syncs"], depth)
+
+
+def _recipe(config: dict, tokenizer: str) -> str:
+    """A digest of all settings that must be alike where losses are compared."""
+    kept = {
+        section: {k: v for k, v in values.items() if k not in NO_RECIPE_OF.get(section, ())}
+        for section, values in config.items()
+        if section not in NO_RECIPE
+    }
+    text = json.dumps([kept, tokenizer], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _name(case: dict) -> str:
+    """tp-768x12-B128-T1024-bf16-steps1000-1a2b3c4d-seed=0."""
+    sizes = f"{case['width']}x{case['depth']}-B{case['batch']}-T{case['T']}-{case['dtype']}"
+    return f"{case['method']}-{sizes}-steps{case['steps']}-{case['recipe']}-seed={case['seed']}"
+
+
+def main(argv: list[str]) -> int:
+    command = parser("families.transformer.study", __doc__, "folders of finished runs")
+    command.add_argument("-o", "--out", required=True, metavar="FILE", help="the result file")
+    options = command.parse_args(argv)
+    content = gathered([Path(folder) for folder in options.files])
+    save(options.out, compacted(json.dumps(content)))
+    runs = content["benchmarks"]
+    slow = sum("tokens_per_s" not in made["extra_info"]["rates"] for made in runs)
+    device = content["machine_info"]["blockshock"]["device"]
+    told = f", {slow} of them without a speed: not on {device} alone" if slow else ""
+    print(f"{options.out} has {len(runs)} run{'s' * (len(runs) != 1)}{told}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
