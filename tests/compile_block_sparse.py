@@ -25,7 +25,19 @@ def compiled(kernel, constants: dict, tiles: dict, warps: int):
         if argument in tiles:
             dtype = constants.get("OUT", "bf16") if argument == "out" else "bf16"
             return f"tensordesc<{dtype}{list(tiles[argument])}>"
-        if argument in ("count", "parts", "group", "N", "B", "piece", "R", "C"):
+        if argument in (
+            "count",
+            "parts",
+            "group",
+            "programs",
+            "across",
+            "kept",
+            "N",
+            "B",
+            "piece",
+            "R",
+            "C",
+        ):
             return "i32"
         return POINTERS.get(argument, "*i32")
 
@@ -43,6 +55,7 @@ def product(block: int, plan, *, transposed=False, activation="gelu", keep=False
         "ROWS": plan.rows,
         "STEP": plan.step,
         "STAGES": plan.stages,
+        "ITEMS": 16,
         "TRANSPOSED": transposed,
         "ACTIVATION": activation,
         "BIAS": not transposed,
@@ -74,8 +87,10 @@ if __name__ == "__main__":
     every = sys.argv[1:] == ["every"]
     for block in block_plans.BLOCKS:
         for plan in block_plans.products(block, 4096)[: None if every else 1]:
-            tell(("product", block, str(plan)), plan.warps, product(block, plan))
+            made = product(block, plan, activation="relu")
+            tell(("product", block, str(plan)), plan.warps, made)
             if not every:
+                tell(("gelu", block, str(plan)), plan.warps, product(block, plan, keep=True))
                 made = product(block, plan, transposed=True, activation=None)
                 tell(("transposed", block, str(plan)), plan.warps, made)
         for plan in block_plans.gradients(block)[: None if every else 1]:

@@ -30,10 +30,11 @@ def check(made, mask):
     for side, of_side in ((made.rows, mask), (made.columns, mask.t())):
         entries = of_side.nonzero()
         assert torch.equal(side.others.long(), entries[:, 1])
-        assert torch.equal(side.starts.diff().long(), of_side.sum(1))
-        assert side.starts[0] == 0
+        line, first, last = side.turns.long().unbind(1)
         counts = of_side.sum(1)
-        assert torch.equal(side.turns.long(), counts.argsort(descending=True, stable=True))
+        assert torch.equal(line, counts.argsort(descending=True, stable=True))
+        assert torch.equal(last - first, counts[line])
+        assert torch.equal(first, (counts.cumsum(0) - counts)[line])
     rows = made.columns.others.long()
     columns = mask.t().nonzero()[:, 0]
     assert torch.equal(kept[made.numbers.long()], torch.stack([rows, columns], 1))
@@ -58,7 +59,7 @@ def test_full_and_empty_masks(shape):
     check(block_lists.lists(full), full)
     nothing = torch.zeros(shape, dtype=torch.bool, device=DEVICE)
     assert block_lists.lists(nothing).kept == 0
-    assert not block_lists.lists(nothing).rows.starts.any()
+    assert not block_lists.lists(nothing).rows.turns[:, 1:].any()
 
 
 @pytest.mark.gpus(1)

@@ -65,11 +65,12 @@ def test_every_plan_gives_the_same(block, dtype):
         check((block, mask, 3 * block - 5, 3 * block - 7, 300), plan, plan_of_tiles, dtype)
 
 
+@pytest.mark.parametrize("each", [0, 1, 3])
 @pytest.mark.parametrize("bytes_of_x", [1, 3 * 64 * 48 * 2, 1 << 30])
-def test_parts_of_x_are_taken_in_groups(bytes_of_x, monkeypatch):
+def test_parts_of_x_are_taken_in_groups(bytes_of_x, each, monkeypatch):
     monkeypatch.setattr(kernels, "IN_L2", bytes_of_x)
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool, device=DEVICE)
-    check((16, mask, 48, 48, 300), block_plans.Plan(64, 16, 4, 2))
+    check((16, mask, 48, 48, 300), block_plans.Plan(64, 16, 4, 2, each))
 
 
 def test_rows_in_pieces_are_summed_in_float32():

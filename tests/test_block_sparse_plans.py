@@ -105,7 +105,9 @@ def test_every_plan_fits_and_is_named_once(block):
             assert next(iter(known.values())) in known.values()
             for plan in known.values():
                 assert plan.rows * block <= 32 * plan.warps * block_plans.SUMS
-                assert (plan.rows + block) * plan.step * 2 * plan.stages <= block_plans.SHARED
+                held = (plan.rows + block) * plan.step * 2 * plan.stages + block_plans.RESERVED
+                held += plan.rows * block * 2 if side != "dW" else 0
+                assert max(plan.each, 1) * held <= block_plans.SHARED
 
 
 @pytest.mark.parametrize(
@@ -121,6 +123,27 @@ def test_the_command_refuses_what_cannot_be(words, message, capsys):
     with pytest.raises(SystemExit):
         tune.main(["block_sparse", *words])
     assert message in capsys.readouterr().err
+
+
+def test_all_sides_are_measured_by_all_their_plans(disk, monkeypatch):
+    pytest.importorskip("triton", reason="needs Triton; it is in the extra `dev`")
+    disk({})
+    ran = {}
+
+    def pick(question, kinds, device):
+        (steps,) = kinds.values()
+        ran[question] = list(steps)
+        next(iter(steps.values()))()
+        return tuning.Answer(next(iter(steps)), "measured", dict.fromkeys(steps, 1.0))
+
+    monkeypatch.setattr(tuning, "pick", pick)
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.ones(40, 160, dtype=torch.float16, device=where)
+    found = plans.measure((160, 160), LISTS.to(where), 16, x)
+    assert list(found) == list(ran)
+    for (question, names), side in zip(ran.items(), plans.SIDES, strict=True):
+        assert question.startswith(f"block_sparse {side}: N=160 K=160 block=16 kept=0.10 B=40")
+        assert names == list(plans.candidates(side, 16, 40))
 
 
 @pytest.mark.gpus(1)

@@ -2,13 +2,13 @@
 
     mask [R, C] bool, True: kept        the kept tiles are numbered in row-major order
 
-    rows      tiles starts[r] to starts[r + 1] are those of row r;  others: their columns
-    columns   entries starts[c] to starts[c + 1] are those of column c;  others: their rows;
-              numbers: which tiles they are, so that a product with Wᵀ reads the values of W
-    turns     the lines of a side, those with the most tiles first
+    rows      entries are the tiles row by row;  others: their columns
+    columns   entries are the tiles column by column;  others: their rows;  numbers: which tiles
+              they are, so that a product with Wᵀ reads the values of W
+    turns     (line, its first entry, its last one's end) of the lines of a side, longest first
 
-Programs that begin in the order of `turns` end at about the same time. Two Triton kernels make all
-of it on a GPU: a mask may be new in every step.
+Work that begins in the order of `turns` ends at about the same time. Two Triton kernels make all of
+it on a GPU: a mask may be new in every step.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """The tiles line by line. int32: starts [lines + 1], others [kept], turns [lines]."""
+    """The tiles line by line. int32: others [kept], turns [lines, 3]."""
 
-    starts: Tensor
     others: Tensor
     turns: Tensor
 
@@ -53,18 +52,17 @@ class Lists:
     def tensors(self) -> list[Tensor]:
         """All of them; `of` makes the lists again."""
         r, c = self.rows, self.columns
-        sides = [r.starts, r.others, r.turns, c.starts, c.others, c.turns]
-        return [*sides, self.numbers, self.lines]
+        return [r.others, r.turns, c.others, c.turns, self.numbers, self.lines]
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> "Lists":
         """From `tensors`."""
-        return cls(Side(*tensors[:3]), Side(*tensors[3:6]), *tensors[6:])
+        return cls(Side(*tensors[:2]), Side(*tensors[2:4]), *tensors[4:])
 
     def to(self, device) -> "Lists":
         """On another device; itself where it is there."""
         moved = [x.to(device) for x in self.tensors()]
-        return self if moved[0] is self.rows.starts else Lists.of(moved)
+        return self if moved[0] is self.rows.others else Lists.of(moved)
 
     def mask(self) -> Tensor:
         """The tile mask again: bool [R, C]."""
@@ -89,7 +87,7 @@ def lists_by_triton(mask: Tensor, kept: int) -> Lists:
     from blockshock.kernels import block_lists_triton  # no Triton beside PyTorch's CPU build
 
     R, C = mask.shape
-    sizes = (R + 1, kept, R, C + 1, kept, C, kept, kept)
+    sizes = kept, (R, 3), kept, (C, 3), kept, kept
     made = [torch.empty(size, dtype=torch.int32, device=mask.device) for size in sizes]
     block_lists_triton.fill(mask, made)
     return Lists.of(made)
@@ -106,7 +104,8 @@ def lists_reference(mask: Tensor, kept: int) -> Lists:
 def _side(mask: Tensor, kept: int) -> tuple[Side, Tensor]:
     """The tiles line by line, and the line of each entry."""
     counts = mask.sum(1)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    ends = counts.cumsum(0)
     line, other = torch.nonzero_static(mask, size=kept).unbind(1)
-    turns = counts.argsort(descending=True, stable=True)
-    return Side(starts.int(), other.int(), turns.int()), line
+    by = counts.argsort(descending=True, stable=True)
+    turns = torch.stack([by, (ends - counts)[by], ends[by]], 1)
+    return Side(other.int(), turns.int()), line

@@ -25,10 +25,8 @@ def _fill(
     mask,
     counts,
     before,
-    starts_r,
     others_r,
     turns_r,
-    starts_c,
     others_c,
     turns_c,
     numbers,
@@ -41,7 +39,7 @@ def _fill(
     at = tl.arange(0, WIDE)
     of_rows = tl.load(counts + at, at < R, 0)
     if line < R:
-        start = _place(of_rows, line, at, R, starts_r, turns_r)
+        start = _turn(of_rows, line, at, R, turns_r)
         kept = tl.load(mask + line * C + at, at < C, 0) != 0
         place = start + tl.load(before + line * C + at, kept, 0)
         tl.store(others_r + place, at, kept)
@@ -49,7 +47,7 @@ def _fill(
     else:
         line -= R
         of_columns = tl.load(counts + R + at, at < C, 0)
-        start = _place(of_columns, line, at, C, starts_c, turns_c)
+        start = _turn(of_columns, line, at, C, turns_c)
         column = tl.load(mask + at * C + line, at < R, 0).to(tl.int32)
         place = start + tl.cumsum(column, 0) - column
         number = tl.cumsum(of_rows, 0) - of_rows + tl.load(before + at * C + line, column != 0, 0)
@@ -58,15 +56,15 @@ def _fill(
 
 
 @triton.jit
-def _place(counts, line, at, lines, starts, turns):
-    """Where a line's entries begin; also writes that, and the line's turn."""
+def _turn(counts, line, at, lines, turns):
+    """Writes the turn of a line; returns where its entries begin."""
     own = tl.sum(tl.where(at == line, counts, 0), 0)
     start = tl.sum(tl.where(at < line, counts, 0), 0)
-    tl.store(starts + line, start)
-    if line == lines - 1:
-        tl.store(starts + lines, start + own)
-    earlier = (counts > own) | ((counts == own) & (at < line))
-    tl.store(turns + tl.sum(tl.where((at < lines) & earlier, 1, 0), 0), line)
+    earlier = (at < lines) & ((counts > own) | ((counts == own) & (at < line)))
+    turn = turns + 3 * tl.sum(earlier.to(tl.int32), 0)
+    tl.store(turn, line)
+    tl.store(turn + 1, start)
+    tl.store(turn + 2, start + own)
     return start
 
 

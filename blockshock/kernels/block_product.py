@@ -102,26 +102,33 @@ def product(
     if B:
         plan = plan or products(block, B)[0]
         lines, parts = len(side.turns), -(-B // plan.rows)
+        programs = lines * parts
+        if plan.each:
+            programs = min(programs, plan.each * _processors(x.device))
+        items = -(-lines * parts // programs)
         values = _readable(values.reshape(-1, block))
         with _device_of(x):
-            block_product_triton.product[(parts * lines,)](
+            block_product_triton.product[(programs,)](
                 _tiled(_readable(x), plan.rows, plan.step),
                 _tiled(values, *((plan.step, block) if transposed else (block, plan.step))),
                 _tiled(y, plan.rows, block),
                 _tiled(z, plan.rows, block),
                 y if bias is None else bias.contiguous(),
-                side.starts,
                 side.others,
                 lists.numbers,
                 side.turns,
                 lines,
                 parts,
                 max(1, IN_L2 // (plan.rows * x.shape[1] * x.element_size())),
+                programs,
+                len((lists.rows if transposed else lists.columns).turns),
+                lists.kept,
                 width,
                 BLOCK=block,
                 ROWS=plan.rows,
                 STEP=plan.step,
                 STAGES=plan.stages,
+                ITEMS=1 << (items - 1).bit_length(),
                 TRANSPOSED=transposed,
                 ACTIVATION=activation,
                 BIAS=bias is not None,
@@ -186,6 +193,12 @@ def _tiled(x: Tensor, rows: int, columns: int):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(x, [rows, columns])
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 2  # under Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _device_of(x: Tensor):

@@ -11,55 +11,85 @@ import triton.language as tl
 # fmt: off
 
 
-@triton.jit(do_not_specialize=["count", "parts", "group"])
+@triton.jit(do_not_specialize=["count", "parts", "group", "programs", "across", "kept"])
 def product(
-    x, values, y, z, bias, starts, others, numbers, turns, count, parts, group, N,
+    x, values, y, z, bias, others, numbers, turns, count, parts, group, programs, across, kept, N,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
+    ITEMS: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """Grid: a program for each of `count` lines and each of `parts` parts of ROWS rows of X.
+    """Grid: `programs`, which share the items: a line of `count` and a part of ROWS rows of X each.
 
-    After `group` parts, which L2 has room for, come the next; in a group the longest lines begin.
-    TRANSPOSED: lines are columns of W. KEEP: also z, without the activation.
+    A program walks the tiles of all its items, ITEMS at most, in one loop, so that tiles of the
+    next item are on their way while one is finished. TRANSPOSED: lines are columns of W. KEEP: also
+    z, without the activation.
     """
-    STEPS: tl.constexpr = BLOCK // STEP
-    first_part = tl.program_id(0) // (group * count) * group
-    height = tl.minimum(parts - first_part, group)
-    inside = tl.program_id(0) % (group * count)
-    row = (first_part + inside % height) * ROWS
-    line = tl.load(turns + inside // height)
-    first, last = tl.load(starts + line) * STEPS, tl.load(starts + line + 1) * STEPS
+    _, _, first, end = _item(tl.arange(0, ITEMS), turns, count, parts, group, programs, kept)
+    steps = tl.sum(end - first, 0) * (BLOCK // STEP)
+    part, line, at, last = _item(0, turns, count, parts, group, programs, kept)
+    # The next item is known, and of the next tile its number, before they are needed.
+    next_part, next_line, next_at, next_last = _item(1, turns, count, parts, group, programs, kept)
+    other, number = _entry(others, numbers, at, across, kept, TRANSPOSED)
+    turn, k = 0, 0
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    other, number = _entry(others, numbers, first // STEPS, last // STEPS, TRANSPOSED)
-    for at in tl.range(first, last, num_stages=STAGES):
-        # One step ahead: the loads of a tile need not wait for its number.
-        following = _entry(others, numbers, (at + 1) // STEPS, last // STEPS, TRANSPOSED)
-        k = at % STEPS * STEP
-        x_tile = x.load([row, other * BLOCK + k])
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        x_tile = x.load([part * ROWS, other * BLOCK + k])
         if TRANSPOSED:
             total = tl.dot(x_tile, values.load([number * BLOCK + k, 0]), total)
         else:
             total = tl.dot(x_tile, values.load([number * BLOCK, k]).T, total)
-        other, number = following
-    if BIAS:
-        n = line * BLOCK + tl.arange(0, BLOCK)
-        total += tl.load(bias + n, n < N, 0).to(tl.float32)[None, :]
-    if KEEP:
-        z.store([row, line * BLOCK], total.to(z.dtype))
-    if ACTIVATION == "relu":
-        total = tl.where(total < 0, 0.0, total)  # NaN stays
-    elif ACTIVATION == "gelu":
-        total = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))
-    y.store([row, line * BLOCK], total.to(y.dtype))
+        k = (k + STEP) % BLOCK
+        at += (k == 0).to(tl.int32)
+        ends = at == last
+        if ends:
+            if BIAS:
+                n = line * BLOCK + tl.arange(0, BLOCK)
+                total += tl.load(bias + n, n < N, 0).to(tl.float32)[None, :]
+            if KEEP:
+                z.store([part * ROWS, line * BLOCK], total.to(z.dtype))
+            if ACTIVATION == "relu":
+                total = tl.where(total < 0, 0.0, total)  # NaN stays
+            elif ACTIVATION == "gelu":
+                total = 0.5 * total * (1 + tl.erf(total * 0.7071067811865476))
+            y.store([part * ROWS, line * BLOCK], total.to(y.dtype))
+            total = tl.zeros((ROWS, BLOCK), tl.float32)
+        part, line = tl.where(ends, next_part, part), tl.where(ends, next_line, line)
+        at, last = tl.where(ends, next_at, at), tl.where(ends, next_last, last)
+        turn += ends.to(tl.int32)
+        next_part, next_line, next_at, next_last = _item(
+            turn + 1, turns, count, parts, group, programs, kept
+        )
+        other, number = _entry(others, numbers, at, across, kept, TRANSPOSED)
 
 
 @triton.jit
-def _entry(others, numbers, at, last, TRANSPOSED: tl.constexpr):
-    """(line of the other side, tile) of an entry; anything past the end of a line."""
+def _item(turn, turns, count, parts, group, programs, kept):
+    """(part, line, its first entry, its last one's end) of an item of a program.
+
+    After `group` parts, which L2 has room for, come the next; in a group the longest lines begin.
+    Every other turn goes backwards over the programs, so that none has the longer line each time.
+    A line without tiles has one entry, past all. What is past a program's items has none.
+    """
+    own = tl.program_id(0)
+    item = turn * programs + tl.where(turn % 2 == 0, own, programs - 1 - own)
+    there = item < parts * count
+    before = item // (group * count) * group
+    height = tl.maximum(tl.minimum(parts - before, group), 1)
+    inside = item % (group * count)
+    at = turns + inside // height * 3
+    line, first, last = tl.load(at, there, 0), tl.load(at + 1, there, 0), tl.load(at + 2, there, 0)
+    empty = there & (first == last)
+    first, last = tl.where(empty, kept, first), tl.where(empty, kept + 1, last)
+    return before + inside % height, line, first, last
+
+
+@triton.jit
+def _entry(others, numbers, at, across, kept, TRANSPOSED: tl.constexpr):
+    """(line of the other side, tile) of an entry; past all of them what lies past both ends."""
     number = at
     if TRANSPOSED:
-        number = tl.load(numbers + at, at < last, 0)
-    return tl.load(others + at, at < last, 0), number
+        number = tl.load(numbers + at, at < kept, kept)
+    return tl.load(others + at, at < kept, across), number
 
 
 @triton.jit(do_not_specialize=["count", "B", "piece"])
