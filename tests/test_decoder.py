@@ -12,7 +12,7 @@ from blockshock.attention import patterns
 from blockshock.distributed.ranks import RankFailure
 from blockshock.transformer import Decoder, DecoderConfig, compile_model, counts
 from blockshock.transformer.sublayers import rotate
-from tests.decoder_jobs import against_dense
+from tests.decoder_jobs import against_dense, sampled
 
 SIZES = {"vocabulary": 61, "context": 24, "width": 48, "depth": 2, "heads": 4}
 
@@ -360,6 +360,11 @@ def test_a_linear_method_in_the_projections_gives_the_dense_model(ranks, linear)
         assert replaced == [f"blocks.0.{x}" for x in ("qkv", "out", "gate_up", "down")]
         assert own == pytest.approx(dense, rel=1e-6)
         assert error < 1e-5
+
+
+@pytest.mark.parametrize("linear", ["dense_tp_row", "block_shock"])
+def test_ranks_that_hold_projections_together_write_one_text(ranks, linear):
+    assert all(ranks.run(sampled, linear))
 
 
 def test_a_linear_method_that_cannot_hold_a_projection_is_refused(ranks):

@@ -78,6 +78,13 @@ class Case:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    def _shown(self) -> list[str]:
+        """NAME=VALUE of each field that a name shows and that is not its default."""
+        shown = [f for f in fields(self) if f.metadata.get("shown")]
+        shown.sort(key=lambda f: f.name == "seed")  # the seed last
+        valued = [(f.name, getattr(self, f.name), f.default) for f in shown]
+        return [f"{n}={str(v).replace('/', '~')}" for n, v, default in valued if v != default]
+
     def _fill(self, **values) -> None:
         """Sets the fields that are None."""
         for name, value in values.items():

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import blockshock
+from blockshock.distributed import collectives
+from blockshock.linear.split import Split
 from blockshock.transformer.config import DecoderConfig
 from blockshock.transformer.language_model import LanguageModel
 from blockshock.transformer.sublayers import Cache, Rope, attention, mlp, rms
@@ -142,6 +144,10 @@ class Decoder(LanguageModel):
         for one in self.blocks:
             one.run = block
         self.head.run = compiler(Head.compute)
+
+    def _alike(self, token: Tensor) -> Tensor:
+        part = next((layer for layer in self.modules() if isinstance(layer, Split)), None)
+        return token if part is None else collectives.all_gather(token, part.group)[0]
 
     def _convert(self) -> None:
         with warnings.catch_warnings():

@@ -165,7 +165,7 @@ class LanguageModel(nn.Module):
         return self.compute(tokens, rope, caches=caches.blocks, start=start, last=True)[:, 0]
 
     def _alike(self, token: Tensor) -> Tensor:
-        """A sampled token, the same on all ranks that hold the model together."""
+        """The first rank's token, on all ranks that hold the model together."""
         return token
 
     def _check(self, tokens: Tensor, targets: Tensor | None) -> None:

@@ -178,7 +178,7 @@ class TensorParallelDecoder(Whole, LanguageModel):
         return float(collectives.all_gather(own[None], self.sums.group).max())
 
     def _alike(self, token: Tensor) -> Tensor:
-        # The first rank's: generators may differ, and so may the last bits of whole logits.
+        # Generators may differ, and so may the last bits of whole logits.
         return collectives.all_gather(token, self.sums.group)[0]
 
     def _embed(self, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A case of a linear layer: one point of the experiment."""
 
 import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from blockshock import masks, workloads
@@ -127,12 +127,7 @@ class LinearCase(Case):
         ]
         parts += [str(self.optimizer)] if self.optimizer else []
         parts += [f"T{self.steps}"] if self.steps else []
-        shown = [f for f in fields(self) if f.metadata.get("shown")]
-        for f in sorted(shown, key=lambda f: f.name == "seed"):  # the seed last
-            value = getattr(self, f.name)
-            if value != f.default:
-                parts.append(f"{f.name}={str(value).replace('/', '~')}")
-        return "-".join(parts)
+        return "-".join([*parts, *self._shown()])
 
     @property
     def point(self) -> "LinearCase":

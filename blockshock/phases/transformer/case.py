@@ -1,7 +1,7 @@
 """A case of tensor parallelism: a decoder under a sync plan, or one hybrid block."""
 
 import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -119,12 +119,7 @@ class TransformerCase(Case):
         vocabulary = f"V{self.vocabulary}" if self.vocabulary != 50304 else None
         parts = [f"{self.width}x{self.depth}", heads, vocabulary, f"B{self.batch}", f"T{self.T}"]
         parts += [self.dtype, self.attention]
-        shown = [f for f in fields(self) if f.metadata.get("shown")]
-        for f in sorted(shown, key=lambda f: f.name == "seed"):  # the seed last
-            value = getattr(self, f.name)
-            if value != f.default:
-                parts.append(f"{f.name}={value}")
-        return "-".join(part for part in parts if part)
+        return "-".join(part for part in (*parts, *self._shown()) if part)
 
     @property
     def point(self) -> "TransformerCase":

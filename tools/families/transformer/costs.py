@@ -3,12 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
 
 from tools.cases import Result, Results, grouped
 from tools.drawing import series
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point
-from tools.drawing.series import Words
+from tools.drawing.series import Kind, Words
 from tools.drawing.style import PAPER
 from tools.families.transformer.points import (
     PHASES,
@@ -27,15 +26,6 @@ from tools.tables import milliseconds
 OTHER = {"linestyle": "none", "markersize": 8, "markerfacecolor": PAPER, "markeredgewidth": 1.6}
 
 
-class Kind(NamedTuple):
-    """What a figure says. value: of (result, results of its point), or None."""
-
-    title: str
-    caption: str
-    axis: Axis
-    value: Callable[[Result, Sequence[Result]], float | Point | None]
-
-
 def _ratio(result: Result, here: Sequence[Result]) -> Point | float | None:
     if result is baseline(here):
         return 1.0
@@ -43,7 +33,8 @@ def _ratio(result: Result, here: Sequence[Result]) -> Point | float | None:
     return found and Point(0, found.value, found.low, found.high)
 
 
-def _share(result: Result, here: Sequence[Result]) -> float | None:
+def share(result: Result, here: Sequence[Result]) -> float | None:
+    """Per cent of a step that its sums over ranks take; None where that is not known."""
     found = communication(result, here)
     return None if found is None else 100 * found
 
@@ -69,7 +60,7 @@ KINDS = {
         "Time of the sums over ranks in a step, as a share of the step, in an instrumented pass, "
         "with waiting for other ranks. Decoding in a graph: syncs times what a further one costs.",
         Axis("%", "{:.1f}%".format, "even"),
-        _share,
+        share,
     ),
 }
 

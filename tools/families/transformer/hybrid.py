@@ -6,9 +6,9 @@ from functools import partial
 from tools.cases import Result, Results, grouped, over
 from tools.drawing import series
 from tools.drawing.chart import Absent, Axis, Drawing, Point
-from tools.drawing.series import Sketch, Words
-from tools.families.transformer.costs import Kind
-from tools.families.transformer.points import PHASES, by_place, communication, of_phase
+from tools.drawing.series import Kind, Sketch, Words
+from tools.families.transformer.costs import share
+from tools.families.transformer.points import PHASES, by_place, of_phase
 from tools.judged import FAILS, HOLDS, UNDECIDED, Judgement, Verdict, sentence
 from tools.stats import Interval
 from tools.tables import milliseconds
@@ -27,11 +27,6 @@ def speedup(result: Result, here: Sequence[Result]) -> Interval | None:
 def _speedup(result: Result, here: Sequence[Result]) -> Point | None:
     found = speedup(result, here)
     return found and Point(0, found.value, found.low, found.high)
-
-
-def _share(result: Result, here: Sequence[Result]) -> float | None:
-    found = communication(result, here)
-    return None if found is None else 100 * found
 
 
 KINDS = {
@@ -54,7 +49,7 @@ KINDS = {
         "Time of the sums over ranks as a share of the block, in an instrumented pass. Waiting for "
         "other ranks is in it; the rest is arithmetic and memory traffic.",
         Axis("%", "{:.1f}%".format, "even"),
-        _share,
+        share,
     ),
 }
 

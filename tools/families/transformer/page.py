@@ -1,8 +1,9 @@
 """What fewer syncs show: figures in the order of the report, its tables, how to read them."""
 
 from collections.abc import Sequence
+from functools import partial
 
-from tools.case_table import case_table
+from tools.case_table import by_phase
 from tools.cases import Result, Results
 from tools.families.transformer import attended, costs, hybrid, study_figures
 from tools.families.transformer.hypotheses import judge_all
@@ -90,20 +91,9 @@ TRADE = (
 
 def tables(results: Results) -> list[Table]:
     """Every case of each phase."""
-    made = []
-    for phase, words in PHASES.items():
-        found = of_phase(results, phase)
-        near = {r.id: here for here in by_place(found).values() for r in here}
-        made.append(
-            case_table(
-                f"{words[0].upper()}{words[1:]}",
-                found,
-                (*PLACE, *COST),
-                lambda r, near=near: _cells(r, near[r.id]),
-                EXAMPLE,
-            )
-        )
-    return [table for table in made if table.rows]
+    titles = {phase: f"{words[0].upper()}{words[1:]}" for phase, words in PHASES.items()}
+    found = partial(of_phase, results)
+    return by_phase(titles, found, by_place, (*PLACE, *COST), _cells, EXAMPLE)
 
 
 def full(results: Results) -> list[Written]:
