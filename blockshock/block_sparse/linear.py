@@ -100,7 +100,7 @@ class BlockSparseLinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
         flat = parts.flatten(x, self.in_features, values)
-        if self._by_triton(flat):
+        if self.by_triton(flat):
             product, width = products.product, self.out_features
         else:
             product, width = block_product.product_reference, (self.out_features, self.in_features)
@@ -129,7 +129,7 @@ class BlockSparseLinear(nn.Module):
 
     def paths(self, batch: int) -> dict[str, str]:
         """What computes the products."""
-        if self._by_triton(self.values):
+        if self.by_triton(self.values):
             return {"forward": "block-sparse Triton kernel"}
         return {"forward": "plain PyTorch: dense product with the expanded weight"}
 
@@ -184,8 +184,9 @@ class BlockSparseLinear(nn.Module):
         self.lists = self.lists.to(self.values.device)
         return self
 
-    def _by_triton(self, x: Tensor) -> bool:
-        """Whether the kernels run; raises ValueError where they were asked for and cannot."""
+    def by_triton(self, x: Tensor) -> bool:
+        """Whether the kernels run on such an x; raises ValueError where they were asked for and
+        cannot."""
         if self.kernel == "torch" or (self.kernel == "auto" and not x.is_cuda):
             return False
         reason = block_product.unsupported(x.dtype, x.device)

@@ -128,6 +128,12 @@ class TorchBSR(nn.Module):
         dense = product_cost(batch, self.out_features, self.in_features, size)
         return Cost(2 * batch * kept.numel(), kept.nbytes, dense.activation_bytes, 0, 0)
 
+    def weight_bytes(self) -> tuple[int, int]:
+        """(of the kept values, held): those of Wᵀ and the indices of both come on top."""
+        both = self.weight, self.weight_t
+        parts = [t for w in both for t in (w.values(), w.crow_indices(), w.col_indices())]
+        return self.weight.values().nbytes, sum(part.nbytes for part in parts)
+
 
 class _Product(torch.autograd.Function):
     """F.linear with a sparse weight, whose own backward PyTorch has not."""
