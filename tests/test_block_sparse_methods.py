@@ -128,3 +128,19 @@ def test_a_second_derivative_of_the_2_to_4_form_is_refused():
     x = problem()[2].requires_grad_()
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(semi()(x).sum(), x, create_graph=True)
+
+
+def test_a_compiled_2_to_4_form_is_one_operator_with_the_same_output_and_no_backward():
+    layer, x = semi(), problem()[2]
+    whole = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(whole(x), layer(x))
+    with pytest.raises(RuntimeError, match=r"no backward; train it without torch\.compile"):
+        whole(x).sum().backward()
+
+
+@pytest.mark.gpus(1)
+def test_a_2_to_4_form_that_was_cast_is_refused_by_a_compiled_call():
+    layer, x = semi().to(torch.bfloat16), problem()[2].bfloat16()  # made in fp16
+    with torch.no_grad(), pytest.raises(RuntimeError, match="cast or copied before it was comp"):
+        torch.compile(layer, fullgraph=True, backend="eager")(x)

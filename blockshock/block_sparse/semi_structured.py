@@ -4,6 +4,8 @@
 
 The forward is the 2:4 product of `Packed24`, dX a dense one with the expanded S. The held values
 are the parameter; all of them train, also those that are zero because their tile was dropped.
+
+Under `torch.compile` the product is one operator, on GPUs by cuSPARSELt, without a backward.
 """
 
 from typing import ClassVar
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from blockshock import masks
 from blockshock.block_sparse import bsr, state, tiles
-from blockshock.kernels import cusparselt, pack, products
+from blockshock.kernels import cusparselt, pack, products, sparse24
 from blockshock.kernels.block_product import ACTIVATIONS
 from blockshock.linear import parts
 from blockshock.measure.floor import Cost
@@ -65,9 +67,13 @@ class SemiStructured(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]. Raises ValueError for another size, dtype or device."""
-        self._follow()
         flat = parts.flatten(x, self.in_features, self.values)
-        y = _Product.apply(flat, self.values, self.bias, self.packed)
+        if torch.compiler.is_compiling():
+            packed = self.packed
+            y = _product_op(flat, packed.compressed, self.values, packed.codes, self.bias)
+        else:
+            self._follow()
+            y = _Product.apply(flat, self.values, self.bias, self.packed)
         return ACTIVATIONS[self.activation](y).view(*x.shape[:-1], self.out_features)
 
     def to_dense(self) -> Tensor:
@@ -159,6 +165,33 @@ class _Product(torch.autograd.Function):
         dx = dy @ ctx.packed.unpack() if of_x else None
         dvalues = ctx.packed.kept_gradient(dy, x) if of_values else None
         return dx, dvalues, dy.sum(0) if of_bias else None, None
+
+
+@torch.library.custom_op("blockshock::semi_structured_product", mutates_args=())
+def _product_op(
+    x: Tensor, compressed: Tensor | None, values: Tensor, codes: Tensor, bias: Tensor | None
+) -> Tensor:
+    if compressed is not None and compressed.data_ptr() != values.data_ptr():
+        raise RuntimeError(
+            "a semi_structured layer was cast or copied before it was compiled; call it once as it "
+            "is, and compile it then"
+        )
+    return sparse24.product(x, compressed, values, codes, bias)
+
+
+@_product_op.register_fake
+def _(x, compressed, values, codes, bias):
+    return x.new_empty(len(x), len(values))
+
+
+def _no_backward(ctx, dy):
+    raise RuntimeError(
+        "a compiled semi_structured layer has no backward; train it without torch.compile, or use "
+        "storage bsr"
+    )
+
+
+_product_op.register_autograd(_no_backward)
 
 
 def _kernel(packed: Packed24, rows: int) -> str:
