@@ -1,5 +1,6 @@
 """`sparsify` puts sparse layers in place of pruned ones, and says what it left and why."""
 
+import copy
 import warnings
 
 import pytest
@@ -7,7 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from blockshock.block_sparse import BlockSparseLinear, sparsify, tiles
+from blockshock.block_sparse import (
+    BlockSparseLinear,
+    Settings,
+    apply_supermask,
+    fold,
+    sparsify,
+    tiles,
+)
 from blockshock.block_sparse.semi_structured import SemiStructured
 from tests.block_sparse_checks import DEVICE, HALVES
 
@@ -87,6 +95,65 @@ def test_a_sparsity_prunes_what_is_asked_for():
     assert model.head.to_dense().shape == (10, 64)
 
 
+def chain(*activations):
+    torch.manual_seed(0)
+    made, shared = [], nn.ReLU()
+    for activation in activations:
+        made += [nn.Linear(64, 64), shared if activation == "shared" else activation]
+    return nn.Sequential(*made).to(DEVICE, DTYPE)
+
+
+def test_an_activation_that_follows_a_layer_is_fused_where_that_is_asked():
+    odd = nn.ReLU()
+    odd.register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict(
+        {
+            "chain": chain(nn.GELU(), nn.ReLU(), nn.GELU("tanh"), "shared", "shared", odd),
+            "mine": type("Mine", (nn.Sequential,), {})(nn.Linear(64, 64), nn.ReLU()),
+        }
+    ).to(DEVICE, DTYPE)
+    x = torch.randn(5, 64, device=DEVICE, dtype=DTYPE)
+    plain = copy.deepcopy(model)
+    sparsify(plain, block=16, sparsity=0.5)
+    sparsify(model, block=16, sparsity=0.5, fuse=True)
+    for name in ("chain", "mine"):
+        torch.testing.assert_close(model[name](x), plain[name](x), **NEAR)
+    layers = [m for m in model.modules() if isinstance(m, BlockSparseLinear)]
+    assert [layer.activation for layer in layers] == ["gelu", "relu", *[None] * 5]
+    assert [type(m) is nn.Identity for m in model["chain"]] == [
+        False,
+        True,
+        False,
+        True,
+        *[False] * 8,
+    ]
+    assert all(m.activation is None for m in plain.modules() if isinstance(m, BlockSparseLinear))
+
+
+def test_an_activation_is_fused_into_no_layer_but_the_one_before_it():
+    twice = nn.ReLU()
+    model = nn.Sequential(nn.Linear(64, 64), twice, nn.Linear(64, 64), twice, nn.GELU())
+    model.to(DEVICE, DTYPE)
+    sparsify(model, block=16, sparsity=0.5, fuse=True)
+    assert [model[0].activation, model[2].activation] == [None, None]
+    assert type(model[4]) is nn.GELU
+
+
+def test_an_activation_behind_a_layer_that_is_left_stays():
+    model = chain(nn.GELU(), nn.ReLU())
+    sparsify(model, "2", block=16, sparsity=0.5, fuse=True)
+    assert [type(m) for m in model] == [nn.Linear, nn.GELU, BlockSparseLinear, nn.Identity]
+
+
+def test_a_layer_under_a_supermask_is_left_until_it_is_folded():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64)).to(DEVICE, DTYPE)
+    apply_supermask(model, linear=Settings(block=32, sparsity=0.5), skip=("1",))
+    report = sparsify(model, "1", block=32, sparsity=0.5)
+    assert report.left["0"] == "it has a supermask; fold the model first"
+    fold(model)
+    assert sparsify(model, block=32).replaced == ["0"]
+
+
 def test_optimizers_that_hold_a_replaced_weight_are_a_warning():
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -125,6 +192,10 @@ def test_what_cannot_be_is_refused_and_changes_nothing():
         "kernel = 'torch'": {"kernel": "torch", "storage": "semi_structured"},
         "block = 8": {"block": 8},
         "sparsity = 1": {"sparsity": 1},
+        "fuse = True with storage 'semi_structured': only bsr": {
+            "fuse": True,
+            "storage": "semi_structured",
+        },
     }.items():
         with pytest.raises(ValueError, match=match):
             sparsify(model, **options)

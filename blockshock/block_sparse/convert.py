@@ -9,8 +9,10 @@ The model computes what it did: in "bsr" the same weights, up to the rounding of
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -18,6 +20,7 @@ from torch import nn
 from blockshock.block_sparse import bsr
 from blockshock.block_sparse.linear import KERNELS, BlockSparseLinear
 from blockshock.block_sparse.semi_structured import SemiStructured
+from blockshock.block_sparse.supermask import Supermask
 from blockshock.linear import encoders, extras, replacing
 from blockshock.linear.convert import Conversion
 
@@ -33,12 +36,17 @@ def sparsify(
     block: int = 64,
     sparsity: float | None = None,
     kernel: str = "auto",
+    fuse: bool = False,
 ) -> Conversion:
     """Replaces nn.Linear layers of `model`, in place, by layers that hold their kept tiles alone.
 
     where: a glob over the layers' names ("*.mlp.*"), or a function of (name, layer). storage: "bsr"
     or "semi_structured". sparsity: prunes each layer now, by the mean of |W| of its tiles; None:
     tiles that are zero are dropped, and layers without any are left. kernel: of "bsr".
+
+    fuse: with "bsr", an nn.ReLU or an exact nn.GELU that follows a replaced layer in an
+    nn.Sequential is computed by that layer, and an nn.Identity stands in its place. A model that
+    also calls the layer without its activation would compute something else.
 
     A layer is left, with the reason, if the storage cannot hold it, if it shares something with
     another module, is a subclass of nn.Linear, has a gradient, or has what acts on it (hooks, a
@@ -58,25 +66,33 @@ def sparsify(
         raise ValueError(reason)
     if kernel not in KERNELS or (kernel != "auto" and cls is not BlockSparseLinear):
         raise ValueError(f"kernel = {kernel!r}: {', '.join(KERNELS)} with bsr, else auto")
+    if fuse and cls is not BlockSparseLinear:
+        raise ValueError(f"fuse = True with storage {storage!r}: only bsr has a fused activation")
     options = {"block": block, "sparsity": sparsity}
     if cls is BlockSparseLinear:
         options["kernel"] = kernel
     asked = where if callable(where) else lambda name, layer: fnmatchcase(name, where)
     users, built, old, new = replacing.users(model), {}, [], []
+    follows = _activations(model, users) if fuse else {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, BlockSparseLinear | SemiStructured):
             report.left[name] = f"it is {layer.method} already"
+        elif isinstance(layer, Supermask):
+            report.left[name] = "it has a supermask; fold the model first"
         elif isinstance(layer, nn.Linear):
             reason = None if asked(name, layer) else "not asked for by `where`"
             reason = reason or replacing.why_left(layer, users) or _why_left(layer, cls, options)
             if reason:
                 report.left[name] = reason
                 continue
-            built[name] = made = _built(name, layer, cls, options)
+            own = {"activation": follows[name][1]} if name in follows else {}
+            built[name] = made = _built(name, layer, cls, options | own)
             old += layer.parameters()
             new += [made.values] if layer.bias is None else [made.values, made.bias]
     for name, layer in built.items():  # nothing is replaced before all could be built
         replacing.put(model, name, layer)
+        if name in follows:
+            replacing.put(model, follows[name][0], nn.Identity())
         report.replaced.append(name)
     encoders.avoid_fused(model, built.values())
     report.parameters.update(zip(old, new, strict=True))
@@ -84,6 +100,28 @@ def sparsify(
     if not built:
         warnings.warn(f"sparsify changed nothing: {report}", stacklevel=2)
     return report
+
+
+def _activations(model: nn.Module, users: Counter) -> dict[str, tuple[str, str]]:
+    """By name of a layer: (name, kind) of the activation that follows it in an nn.Sequential and
+    can be computed by it."""
+    found = {}
+    for name, chain in model.named_modules():
+        if type(chain) is not nn.Sequential:
+            continue
+        # Not named_children, which leaves out a module that stands there again.
+        for (one, _), (other, after) in pairwise(chain._modules.items()):
+            kind = _kind(after)
+            if kind and users[replacing.place(after)] == 1 and extras.acting(after) is None:
+                found[f"{name}.{one}".lstrip(".")] = f"{name}.{other}".lstrip("."), kind
+    return found
+
+
+def _kind(module: nn.Module) -> str | None:
+    """What the products can compute of an activation, or None."""
+    if type(module) is nn.GELU and module.approximate == "none":
+        return "gelu"
+    return "relu" if type(module) is nn.ReLU else None
 
 
 def _why_left(layer: nn.Linear, cls, options: dict) -> str | None:

@@ -51,6 +51,7 @@ def hold(
                     lambda name, layer: name in names,
                     storage=storage,
                     block=config.sparse.block,
+                    fuse=storage == "bsr",
                 )
         except ValueError as error:
             raise Refused(f"use.storage = {storage}: {error}") from error

@@ -107,8 +107,14 @@ def build(case: BlockSparseCase, problem: Problem) -> VisionTransformer:
     """
     model = copy.deepcopy(problem.model).eval()
     if case.method != "dense":
-        options = {"storage": case.method, "block": case.block, "sparsity": case.sparsity}
-        report = sparsify(model, "*.mlp.*", **options)
+        report = sparsify(
+            model,
+            "*.mlp.*",
+            storage=case.method,
+            block=case.block,
+            sparsity=case.sparsity,
+            fuse=case.method == "bsr",
+        )
         if len(report.replaced) != len(mlp_weights(problem.model)):
             raise ValueError(f"not every layer of the MLPs can be held so: {report}")
     return compile_vision(model) if case.compiled else model
