@@ -54,6 +54,8 @@ def test_without_a_command_all_is_done_once(whole, capsys):
     assert found["folded"]["images"] == found["converted"]["images"] == 19
     assert found["folded"]["top1"] == pytest.approx(float(rows(whole)[-1]["top1"]))
     assert found["apart"] < 1e-5
+    assert (found["machine"]["kind"], found["machine"]["ranks"]) == ("cpu", 1)
+    assert {"id", "dirty"} == (found["commit_info"] or {"id": 0, "dirty": 0}).keys()
     times = json.loads((whole / "run/benchmark.json").read_text())
     assert times["dense"]["speedup"] == 1
     assert times["bsr"]["ms"] > 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from blockshock.measure import environment
 from blockshock.runs.device import to_device
 from blockshock.runs.files import written_whole
 from blockshock.runs.ranks import Ranks
@@ -23,8 +24,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures the run's checkpoint; shows it and writes `<run>/evaluation.json`. A collective.
 
-    {"step", "storage", "dtype", "folded", "converted", "apart"}: `folded` and `converted` are what
-    `model.accuracy` gives; apart is the relative difference (Frobenius) of the logits of one batch.
+    {"step", "storage", "dtype", "folded", "converted", "apart", "machine", "commit_info"}: `folded`
+    and `converted` are what `model.accuracy` gives; apart is the relative difference (Frobenius) of
+    the logits of one batch; the last two are of `measure.environment`.
 
     Raises:
         Refused: no checkpoint, or one of another model; a storage that no layer can be held in.
@@ -48,6 +50,8 @@ def evaluate(
             f"{found[name]['loss']:.4f}, over {found[name]['images']} images"
         )
     tell(f"logits before and after conversion are {found['apart']:.1e} apart ({use.dtype})")
+    found["machine"] = environment.describe(kind=ranks.device.type, ranks=ranks.size)
+    found["commit_info"] = environment.commit()
     if ranks.first:
         with written_whole(Path(config.run) / "evaluation.json") as out:
             out.write(json.dumps(found, indent=1).encode())
