@@ -79,9 +79,7 @@ def dump(config: Any) -> str:
 def changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """{key: (was, is)} of what differs in two configs, as `to_dict` gives them."""
     one, other = _flat(before), _flat(after)
-    return {
-        key: (one.get(key), value) for key, value in other.items() if one.get(key) != value
-    }
+    return {key: (one.get(key), value) for key, value in other.items() if one.get(key) != value}
 
 
 def _flat(config: dict[str, Any], place: str = "") -> dict[str, Any]:
