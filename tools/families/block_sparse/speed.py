@@ -56,7 +56,8 @@ def speedup_vs_sparsity(results: Results, phase: str) -> list[Drawing]:
 
 def _panel(panel: Sequence[Result], near: dict[str, Sequence[Result]]) -> Panel:
     lines = []
-    for (method, block), one in grouped(panel, lambda r: (r.case.method, r.case.block)).items():
+    ordered = sorted(panel, key=lambda r: (r.line_order, r.case.block))
+    for (method, block), one in grouped(ordered, lambda r: (r.case.method, r.case.block)).items():
         points = []
         for result in one:
             ratio = speed(result, near[result.id])
@@ -66,7 +67,6 @@ def _panel(panel: Sequence[Result], near: dict[str, Sequence[Result]]) -> Panel:
         look |= {"color": BLOCKS.get(block, look["color"]), "linewidth": 2, "markersize": 7}
         look["linestyle"] = "solid" if method == "bsr" else (0, (2, 1.5))
         lines.append(Line(f"{method}, block {block}", tuple(sorted(points)), look))
-    lines.sort(key=lambda line: line.label)
     reach = [p.x for line in lines for p in line.points]
     ends = tuple(Point(x, x) for x in (min(reach), max(reach)))
     ideal = {"color": style.FLOOR, "linewidth": 1.6}
