@@ -98,12 +98,17 @@ def _change(tensor):
         tensor.view(-1)[0] += 0.1
 
 
+def _lose(tensor):
+    with torch.no_grad():
+        tensor.zero_()
+
+
 FAULTS = {
     "a weight": ("forward", "dense", lambda _, built: _change(built.weight)),
     "a tile": ("forward", "bsr", lambda _, built: _change(built.values)),
     "a held entry": ("forward", "semi_structured", lambda _, built: _change(built.values)),
     "a bias": ("forward", "bsr", lambda _, built: _change(built.bias)),
-    "a model's weight": ("model", "bsr", lambda _, built: _change(built.blocks[1].mlp.up.values)),
+    "a model's weights": ("model", "bsr", lambda _, built: _lose(built.blocks[1].mlp.down.values)),
     "another mask": ("forward", "bsr", lambda problem, built: _another(problem, built)),
 }
 

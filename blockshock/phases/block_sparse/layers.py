@@ -157,19 +157,19 @@ def figures(
             "tiles": problem.mask.numel(),
         },
         "floor": floor,
-        "paths": paths(case, layer),
+        "paths": paths(layer, case.B, _products(case)),
     }
 
 
-def paths(case: BlockSparseCase, layer: nn.Module) -> dict[str, str]:
-    """What ran, and the plans of our kernel."""
-    told = layer.paths(case.B) if hasattr(layer, "paths") else {}
+def paths(layer: nn.Module, rows: int, products: tuple[str, ...] = FORWARD) -> dict[str, str]:
+    """What runs for so many rows, and the plans of our kernel."""
+    told = layer.paths(rows) if hasattr(layer, "paths") else {}
     if not isinstance(layer, BlockSparseLinear) or not layer.by_triton(layer.values):
         return told
-    x = layer.values.new_empty(case.B, 0)
-    for side in _products(case):
-        plan = plans.chosen(side, (case.N, case.K), layer.lists, case.block, x)
-        told[f"plan of {side}"] = str(plan)
+    shape, x = (layer.out_features, layer.in_features), layer.values.new_empty(rows, 0)
+    for product in products:
+        plan = plans.chosen(product, shape, layer.lists, layer.block, x)
+        told[f"plan of {product}"] = str(plan)
     return told
 
 

@@ -20,6 +20,7 @@ from blockshock.block_sparse import sparsify, tiles
 from blockshock.measure.errors import Figure, figure, relative_error
 from blockshock.measure.floor import product_cost
 from blockshock.measure.regions import region
+from blockshock.phases.block_sparse import layers
 from blockshock.phases.block_sparse.case import BlockSparseCase
 from blockshock.phases.experiment import Experiment
 from blockshock.sources import generator
@@ -149,8 +150,7 @@ def figures(
             "wire": 0.0,
         }
         floor = {"seconds": max(terms.values()), **terms}
-    first = built.blocks[0].mlp.up
-    own = first.paths(case.B * case.config.tokens) if hasattr(first, "paths") else {}
+    own = layers.paths(built.blocks[0].mlp.up, case.B * case.config.tokens)
     return {
         "memory": {"weight_bytes": weights},
         "work": {"flops": flops, "dense_flops": forward_flops(case, problem.model)},
