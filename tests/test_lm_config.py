@@ -8,7 +8,7 @@ import pytest
 from blockshock.lm import config as settings
 from blockshock.lm.config import CONFIGS, Config, Refused, Train
 from blockshock.lm.model import decoder_config
-from blockshock.lm.schedule import learning_rate
+from blockshock.runs.schedule import learning_rate
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from blockshock.lm import checkpoint
-from blockshock.lm import ranks as processes
 from blockshock.lm.__main__ import main
+from blockshock.runs import ranks as processes
 from tests import lm_parallel_jobs as jobs
 from tests.lm_runs import assert_same_run, finish, rows, start, write
 from tools.families.transformer import study

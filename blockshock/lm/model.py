@@ -1,6 +1,5 @@
 """The decoder of a config, and its loss over a token file."""
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from blockshock.lm import checkpoint
 from blockshock.lm import config as settings
 from blockshock.lm.config import Config, Refused
 from blockshock.lm.prepare import Prepared
-from blockshock.lm.ranks import Ranks
 from blockshock.lm.tokens import TokenFile, check_size
 from blockshock.lm.whole import own_weights
+from blockshock.runs.device import autocast, to_device
+from blockshock.runs.ranks import Ranks
 from blockshock.transformer import Decoder, DecoderConfig, TensorParallelDecoder, compile_model
 from blockshock.transformer.language_model import LanguageModel
 from blockshock.transformer.sync import plan
@@ -60,20 +60,6 @@ def trained(config: Config, data: Prepared, ranks: Ranks) -> tuple[LanguageModel
     return model.eval(), state["step"]
 
 
-def autocast(config: Config, device: torch.device) -> contextlib.AbstractContextManager:
-    """The context of forward passes: bf16 products under float32 weights, where asked."""
-    if config.train.autocast == "none":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on the device that the host does not wait for."""
-    if device.type != "cuda":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 @torch.no_grad()
 def mean_loss(
     model: nn.Module, file: TokenFile, config: Config, ranks: Ranks, batches: int | None = None
@@ -97,7 +83,7 @@ def mean_loss(
         first = call * together + ranks.data_rank * batch
         windows = [i * count // (calls * together) for i in range(first, first + batch)]
         x, y = (to_device(part, ranks.device) for part in file.take(windows, context))
-        with autocast(config, ranks.device):
+        with autocast(config.train.autocast, ranks.device):
             total += model(x, y)
     model.train(training)
     (loss,) = ranks.mean(total / calls)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from blockshock.lm.config import Config
-from blockshock.lm.files import written_whole
 from blockshock.lm.prepare import Prepared
-from blockshock.lm.ranks import Ranks
 from blockshock.measure import environment
+from blockshock.runs.files import written_whole
+from blockshock.runs.ranks import Ranks
 from blockshock.transformer.sync import plan
 
 NAME = "run.json"

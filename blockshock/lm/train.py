@@ -3,31 +3,35 @@
     step s:  for each of `accumulate` batches: loss / accumulate, backward (sent with the last one)
              gradients = mean over ranks; clip; AdamW at learning_rate(s)
 
-The host waits for the device only where a row is logged, a loss is measured or a checkpoint is
-written. There a loss or a norm that is not finite ends the run, before anything is overwritten.
+`runs.loop` says when the host waits for the device.
 """
 
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from blockshock.data_parallel import METHODS
 from blockshock.lm import checkpoint, record
 from blockshock.lm import config as settings
-from blockshock.lm.config import Config, Refused
-from blockshock.lm.files import alone, written_whole
-from blockshock.lm.log import Log, memory_mib, peak_flops
-from blockshock.lm.model import autocast, decoder_config, make, mean_loss, to_device
+from blockshock.lm.config import Config
+from blockshock.lm.log import open_log, peak_flops
+from blockshock.lm.model import decoder_config, make, mean_loss
 from blockshock.lm.prepare import Prepared
-from blockshock.lm.ranks import Ranks, Stop
-from blockshock.lm.schedule import learning_rate
 from blockshock.lm.tokens import Batches, check_size
 from blockshock.lm.whole import put, whole
+from blockshock.runs.checkpoint import where_from
+from blockshock.runs.device import autocast, to_device
+from blockshock.runs.files import written_whole
+from blockshock.runs.log import Log, memory_mib
+from blockshock.runs.loop import check_finite, loop, only_here
+from blockshock.runs.parallel import wrapped
+from blockshock.runs.ranks import Ranks
+from blockshock.runs.schedule import learning_rate
+from blockshock.runs.settings import Refused, changes
 from blockshock.transformer import counts
 
 APART = 1e-4  # relative difference of replicas: thousands of float32 roundings
@@ -54,16 +58,8 @@ def train(
         Refused: a checkpoint that is there without `resume`, is missing or does not fit; a run that
             another process trains; too little data; a loss that is not finite; a full disk.
     """
-    with ExitStack() as held:
-        ranks.by_first(lambda: held.enter_context(alone(Path(config.run), lambda: _busy(config))))
+    with only_here(config.run, ranks):
         return _train(config, data, ranks, tell, resume, init_from, skip_data)
-
-
-def _busy(config: Config) -> None:
-    raise Refused(
-        f"run = {config.run}: another process is training there; wait for its end, or choose "
-        "another folder (--set run=FOLDER)"
-    )
 
 
 def _train(
@@ -91,8 +87,7 @@ def _train(
     tell(run.about())
     ranks.by_first(run.open_log)
     try:
-        with Stop(ranks) as stop:
-            done = run.loop(stop)
+        done = loop(run, ranks, config.train, config.log.every)
     finally:
         if run.log:
             run.log.close()
@@ -126,7 +121,7 @@ class Run:
         torch.manual_seed(options.seed + ranks.data_rank)
         module = make(config, ranks)
         vectors = _vectors(module)  # asked before a method cuts the parameters into flat pieces
-        self.model = _wrapped(module, config, ranks)
+        self.model = wrapped(module, options, ranks.data_size, ranks.data)
         self.optimizer = self.model.optimizer(
             torch.optim.AdamW,
             [{"names": vectors, "weight_decay": 0.0}],
@@ -138,14 +133,14 @@ class Run:
         self.counts = counts(decoder_config(config))
         self.peak = peak_flops(config, ranks.device)
         self.norm = torch.zeros(())
-        self._begin_window()
+        self.begin_window()
 
     def open_log(self) -> None:
         """Writes the settings and what else is told of the run, and opens the log."""
         with written_whole(Path(self.config.run) / "config.yaml") as out:
             out.write(settings.dump(self.config).encode())
         record.write(self.config, self.data, self.ranks, self.step, self.choices)
-        self.log = Log(self.config, self.step)
+        self.log = open_log(self.config, self.step)
 
     def about(self) -> str:
         """A line: the model, the ranks, the tokens of a step."""
@@ -163,35 +158,16 @@ class Run:
             f"{self.step} of {t.steps}"
         )
 
-    def loop(self, stop: Stop) -> bool:
-        """Steps until the last one (True) or a signal (False); both leave a checkpoint."""
-        options = self.config.train
-        while self.step < options.steps:
-            stop.ask()
-            self._take_step()
-            last, stopping = self.step == options.steps, stop.decided()
-            saving = last or stopping or _due(self.step, options.checkpoint_every)
-            evaluating = last or _due(self.step, options.evaluate_every)
-            if saving or evaluating or _due(self.step, self.config.log.every):
-                self._report(evaluating)
-                if saving:
-                    self._save()
-                self._begin_window()
-            if stopping:
-                break
-        return self.step == options.steps
-
     def restore(self, state: dict[str, Any]) -> list[str]:
         """Goes on from a checkpoint; returns lines on what is not as it was."""
         put(self.model, state["model"], self.optimizer, state["optimizer"])
         self.step, self.position = state["step"], state["position"]
         self.seconds = state["seconds"]
-        before, after = _flat(state["config"]), _flat(settings.to_dict(self.config))
-        changed = {key: before.get(key) for key in after if before.get(key) != after[key]}
-        self.choices["changed"] = changed
+        changed = changes(state["config"], settings.to_dict(self.config))
+        self.choices["changed"] = {key: was for key, (was, _) in changed.items()}
         lines = [
-            f"changed since the checkpoint: {key} = {after[key]}, was {was}"
-            for key, was in changed.items()
+            f"changed since the checkpoint: {key} = {value}, was {was}"
+            for key, (was, value) in changed.items()
         ]
         if not checkpoint.restore_rng(state["rng"], self.ranks):
             lines.append(
@@ -200,7 +176,8 @@ class Run:
             )
         return lines
 
-    def _take_step(self) -> None:
+    def take_step(self) -> None:
+        """One step of all ranks."""
         options, model = self.config.train, self.model
         rate = learning_rate(self.step + 1, options)
         for group in self.optimizer.param_groups:
@@ -210,7 +187,7 @@ class Run:
             self.position += options.batch * self.ranks.data_size
             last = turn == options.accumulate - 1
             with nullcontext() if last else model.no_sync():
-                with autocast(self.config, self.ranks.device):
+                with autocast(options.autocast, self.ranks.device):
                     loss = model(x, y) / options.accumulate
                 loss.backward()
             self.losses += loss.detach()
@@ -221,18 +198,13 @@ class Run:
         self.step += 1
         self.steps += 1
 
-    def _report(self, evaluating: bool) -> None:
+    def report(self, evaluating: bool) -> None:
         """Waits for the device, checks the loss, writes a row."""
         # Each rank has the same norm, so its mean is the norm.
         loss, norm = self.ranks.mean(torch.stack([self.losses / self.steps, self.norm.float()]))
         seconds = time.perf_counter() - self.began
         self.seconds += seconds
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Refused(
-                f"step {self.step}: loss = {loss}, norm of the gradient = {norm}: the run "
-                "diverged. A checkpoint that was written before is kept; lower train.lr, or raise "
-                "train.warmup, and begin anew or --resume from it"
-            )
+        check_finite(self.step, loss, norm)
         options, context = self.config.train, self.config.model.context
         sequences = options.batch * options.accumulate * self.ranks.data_size * self.steps
         rate = sequences * context / seconds
@@ -258,12 +230,12 @@ class Run:
                 memory_mib=memory_mib(self.ranks.device),
             )
 
-    def _begin_window(self) -> None:
+    def begin_window(self) -> None:
         """The steps whose mean the next row tells begin here."""
         self.losses = torch.zeros((), device=self.ranks.device)
         self.steps, self.began = 0, time.perf_counter()
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Rank 0 writes; where it cannot, every rank raises."""
         self._check_replicas()
         weights, optimizer = whole(self.model, self.optimizer)
@@ -295,54 +267,15 @@ class Run:
 def _starting_state(
     config: Config, data: Prepared, resume: bool, init_from: str | None
 ) -> dict[str, Any] | None:
-    file = Path(config.run) / checkpoint.NAME
-    if resume and init_from:
-        raise Refused("--resume and --init-from: a run goes on, or begins with other weights")
-    if not resume and file.exists():
-        raise Refused(
-            f"{file} is there: --resume goes on from it; for a new run choose another folder "
-            "(--set run=FOLDER), or delete this one"
-        )
-    if not (resume or init_from):
+    place = where_from(config.run, resume, init_from)
+    if place is None:
         return None
-    state = checkpoint.load(file if resume else Path(init_from))
+    state = checkpoint.load(place)
     model = settings.to_dict(config)["model"]
     checkpoint.fits(state, model, config.data.vocabulary, data.digest, goes_on=resume)
     return state
 
 
-def _wrapped(module: torch.nn.Module, config: Config, ranks: Ranks) -> Any:
-    """The model in its data-parallel method; on one data-parallel rank that is `none`."""
-    name = config.train.data_parallel
-    if name not in METHODS:
-        raise Refused(f"train.data_parallel = {name!r}: use one of {', '.join(METHODS)}")
-    size = ranks.data_size
-    if size > 1 and name == "none":
-        raise Refused(f"train.data_parallel = none: {size} ranks would train apart; name one")
-    if size == 1:
-        return METHODS["none"](module)
-    options = {}
-    if config.train.bucket_mib is not None:
-        options["bucket_mib"] = config.train.bucket_mib
-    try:
-        return METHODS[name](module, group=ranks.data, **options)
-    except (TypeError, ValueError) as error:
-        raise Refused(f"train.data_parallel = {name}, {options}: {error}") from error
-
-
 def _vectors(model: torch.nn.Module) -> list[str]:
     """Parameters without weight decay: the norms' scales."""
     return [name for name, p in model.named_parameters() if p.dim() < 2]
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _flat(config: dict[str, Any], place: str = "") -> dict[str, Any]:
-    """Settings by key, such as train.lr."""
-    found = {}
-    for key, value in config.items():
-        of_section = isinstance(value, dict)
-        found |= _flat(value, f"{place}{key}.") if of_section else {f"{place}{key}": value}
-    return found

@@ -113,6 +113,9 @@ def _check(declared, value) -> None:
         least = declared.metadata.get("least", 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{told} a whole number, {least} or more")
+    elif float in wanted:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"{told} a number")
     elif not isinstance(value, str):
         raise ValueError(f"{told} text; put it in quotes")
     if "names" in declared.metadata:

@@ -86,6 +86,8 @@ def _values(declared, family: Family) -> str:
         values = "true, false"
     elif int in wanted:
         values = f"a whole number, {declared.metadata.get('least', 1)} or more"
+    elif float in wanted:
+        values = "a number"
     else:
         values = "text"
     return f"{values}, or null" if NoneType in wanted else values

@@ -1,4 +1,5 @@
-"""Models made of the families' methods: `Decoder`, a language model, whole or on several ranks.
+"""Models made of the families' methods: `Decoder`, a language model, whole or on several ranks, and
+`VisionTransformer`.
 
 config = DecoderConfig(vocabulary=50304, context=1024, width=768, depth=12, heads=12)
 model = compile_model(Decoder(config).cuda())
@@ -14,6 +15,7 @@ from blockshock.transformer.decoder import Decoder
 from blockshock.transformer.hybrid import HybridBlock, dense_reference
 from blockshock.transformer.language_model import compile_model
 from blockshock.transformer.tensor_parallel import TensorParallelDecoder
+from blockshock.transformer.vision import VisionConfig, VisionTransformer, compile_vision
 
 __all__ = [
     "Counts",
@@ -21,7 +23,10 @@ __all__ = [
     "DecoderConfig",
     "HybridBlock",
     "TensorParallelDecoder",
+    "VisionConfig",
+    "VisionTransformer",
     "compile_model",
+    "compile_vision",
     "counts",
     "dense_reference",
 ]

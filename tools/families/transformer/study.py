@@ -10,18 +10,15 @@ settings or ranks. Losses may come from several kinds of machine, but speeds are
 run's: a run that was somewhere else as well has none, and `timing` says where it was.
 """
 
-import hashlib
 import json
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median
 
-import yaml
-
+from tools import runs
 from tools.compact import compacted
 from tools.curves import number, read_rows
 from tools.families.transformer.points import rule
-from tools.files import ToolError, parser, read_text, run, save
+from tools.files import ToolError, parser, run, save
 from tools.results import SCHEMA
 
 # Settings that change neither the losses of a run nor its speed, and those that runs may differ in.
@@ -35,7 +32,7 @@ NO_RECIPE_OF = {
 
 def entry(folder: Path, device: str | None = None) -> dict:
     """One element of "benchmarks". device: whose speeds are kept; None: of any."""
-    record, config = _record(folder), _config(folder)
+    record, config = _record(folder), runs.settings(folder, ("data", "model", "train"))
     log = folder / "log.csv"
     rows = read_rows(log)
     plan, train, sizes = record["plan"], config["train"], config["model"]
@@ -69,7 +66,7 @@ def entry(folder: Path, device: str | None = None) -> dict:
         "seed": train["seed"],
         "ranks": machine["ranks"],
         "tensor_ranks": sizes["tensor_parallel"],
-        "recipe": _recipe(config, record["tokenizer"]),
+        "recipe": runs.recipe(config, NO_RECIPE, NO_RECIPE_OF, record["tokenizer"]),
     }
     speed = {"tokens_per_s": median(rates)} if device is None or [*devices] == [device] else {}
     name = _name(case)
@@ -112,14 +109,7 @@ def gathered(folders: list[Path]) -> dict:
         if other is not folder:
             raise ToolError(f"{other} and {folder} are of one plan, recipe and seed: leave one out")
     commits = [start["commit_info"] for each in starts.values() for start in each]
-    same = all(commit == commits[0] for commit in commits)
-    dated = max((folder / "log.csv").stat().st_mtime for folder in folders)
-    return {
-        "machine_info": {"blockshock": machine},
-        "commit_info": commits[0] if same else None,
-        "datetime": datetime.fromtimestamp(dated, timezone.utc).isoformat(),
-        "benchmarks": [made for _, made in found.values()],
-    }
+    return runs.content(machine, commits, folders, [made for _, made in found.values()])
 
 
 def _check_starts(folder: Path, starts: list[dict]) -> None:
@@ -152,36 +142,15 @@ def _counts(key: str) -> bool:
 def _record(folder: Path) -> dict:
     """What the run wrote about itself."""
     path = folder / "run.json"
-    try:
-        record = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise ToolError(f"{path} is not JSON: copy the run again") from error
-    _check_keys(path, record, {"plan": dict | None, "tokenizer": str, "starts": list})
+    record = runs.read_json(path)
+    runs.check_keys(path, record, {"plan": dict | None, "tokenizer": str, "starts": list})
     if not record["plan"]:
         raise ToolError(f"{path} names no plan: {folder} was not trained with --sync")
-    _check_keys(path, record["plan"], {"name": str, "kind": str, "syncs": int})
+    runs.check_keys(path, record["plan"], {"name": str, "kind": str, "syncs": int})
     for start in record["starts"] or [None]:
-        _check_keys(path, start, {"machine": dict, "commit_info": dict | None})
-        _check_keys(path, start["machine"], {"device": str, "kind": str, "ranks": int})
+        runs.check_keys(path, start, {"machine": dict, "commit_info": dict | None})
+        runs.check_keys(path, start["machine"], {"device": str, "kind": str, "ranks": int})
     return record
-
-
-def _config(folder: Path) -> dict:
-    """The run's settings, all of them."""
-    path = folder / "config.yaml"
-    try:
-        config = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ToolError(f"{path} is not YAML: copy the run again") from error
-    _check_keys(path, config, dict.fromkeys(("data", "model", "train"), dict))
-    return config
-
-
-def _check_keys(path: Path, found: object, kinds: dict[str, type]) -> None:
-    """Raises ToolError for what no run wrote."""
-    for key, kind in kinds.items():
-        if not isinstance(found, dict) or not isinstance(found.get(key, ...), kind):
-            raise ToolError(f"{path} has no {key} where a run writes it: copy the run again")
 
 
 def _rule(plan: dict, depth: int) -> str:
@@ -190,17 +159,6 @@ def _rule(plan: dict, depth: int) -> str:
         return plan["kind"] if plan["syncs"] == depth else plan["name"]
     named = plan["name"].startswith("selective")
     return plan["name"] if named else rule(plan["syncs"], depth)
-
-
-def _recipe(config: dict, tokenizer: str) -> str:
-    """A digest of all settings that must be alike where losses are compared."""
-    kept = {
-        section: {k: v for k, v in values.items() if k not in NO_RECIPE_OF.get(section, ())}
-        for section, values in config.items()
-        if section not in NO_RECIPE
-    }
-    text = json.dumps([kept, tokenizer], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def _name(case: dict) -> str:
@@ -215,11 +173,11 @@ def main(argv: list[str]) -> int:
     options = command.parse_args(argv)
     content = gathered([Path(folder) for folder in options.files])
     save(options.out, compacted(json.dumps(content)))
-    runs = content["benchmarks"]
-    slow = sum("tokens_per_s" not in made["extra_info"]["rates"] for made in runs)
+    found = content["benchmarks"]
+    slow = sum("tokens_per_s" not in made["extra_info"]["rates"] for made in found)
     device = content["machine_info"]["blockshock"]["device"]
     told = f", {slow} of them without a speed: not on {device} alone" if slow else ""
-    print(f"{options.out} has {len(runs)} run{'s' * (len(runs) != 1)}{told}")
+    print(f"{options.out} has {len(found)} run{'s' * (len(found) != 1)}{told}")
     return 0
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from blockshock.distributed import attached, here
 from blockshock.distributed.agree import told_by_all
-from blockshock.lm.config import Refused
+from blockshock.runs.settings import Refused
 
 DEADLINE = timedelta(minutes=30)  # of a collective whose peers are silent
 PREPARE_SECONDS = 6 * 3600.0  # that the others wait for rank 0's tokens
