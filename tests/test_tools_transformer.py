@@ -344,6 +344,17 @@ def test_losses_of_several_machines_stand_together_and_speeds_do_not(run, tmp_pa
     assert plans[1].above == [0.0]
 
 
+def test_runs_that_shared_a_machine_have_losses_and_no_speed(run, tmp_path, capsys):
+    folders = run("a", sync="24", syncs=24), run("b")
+    out = tmp_path / "study.json"
+    assert study.main([*map(str, folders), "--shared", "--out", str(out)]) == 0
+    assert "2 runs, 2 of them without a speed: beside other runs" in capsys.readouterr().out
+    results = load(out)
+    (plans,) = trained(results)
+    assert [(plan.loss, plan.speed) for plan in plans] == [(4.5, None), (4.5, None)]
+    assert {r.timing["mode"] for r in results.results} == {f"log of {CPU}, beside other runs"}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

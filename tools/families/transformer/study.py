@@ -7,7 +7,8 @@ samples are seconds a step, one for each row of the log; `curves` has the losses
 in more than plan and seed have another `recipe`, and no tool compares them. A run whose settings do
 not say all of its course is refused: one with --init-from or --skip-data, or resumed with other
 settings or ranks. Losses may come from several kinds of machine, but speeds are those of the first
-run's: a run that was somewhere else as well has none, and `timing` says where it was.
+run's: a run that was somewhere else as well has none, and `timing` says where it was. Runs that
+shared a machine slow each other down: with --shared none has a speed.
 """
 
 import json
@@ -30,8 +31,11 @@ NO_RECIPE_OF = {
 }
 
 
-def entry(folder: Path, device: str | None = None) -> dict:
-    """One element of "benchmarks". device: whose speeds are kept; None: of any."""
+def entry(folder: Path, device: str | None = None, *, shared: bool = False) -> dict:
+    """One element of "benchmarks".
+
+    device: whose speeds are kept; None: of any. shared: no speed is, as other runs were beside it.
+    """
     record, config = _record(folder), runs.settings(folder, ("data", "model", "train"))
     log = folder / "log.csv"
     rows = read_rows(log)
@@ -68,7 +72,9 @@ def entry(folder: Path, device: str | None = None) -> dict:
         "tensor_ranks": sizes["tensor_parallel"],
         "recipe": runs.recipe(config, NO_RECIPE, NO_RECIPE_OF, record["tokenizer"]),
     }
-    speed = {"tokens_per_s": median(rates)} if device is None or [*devices] == [device] else {}
+    timed = not shared and (device is None or [*devices] == [device])
+    speed = {"tokens_per_s": median(rates)} if timed else {}
+    beside = ", beside other runs" * shared
     name = _name(case)
     info = {
         "schema": SCHEMA,
@@ -76,7 +82,7 @@ def entry(folder: Path, device: str | None = None) -> dict:
         "usual": {"reduce": "collective"},
         "case": case,
         "device": machine["kind"],
-        "timing": {"mode": f"log of {', '.join(devices)}"},
+        "timing": {"mode": f"log of {', '.join(devices)}{beside}"},
         "curves": {
             "step": [number(row, "step", log) for row in rows],
             "loss": [number(row, "loss", log) for row in rows],
@@ -95,8 +101,8 @@ def entry(folder: Path, device: str | None = None) -> dict:
     return {"name": f"study[{name}]", "group": "study", "stats": samples, "extra_info": info}
 
 
-def gathered(folders: list[Path]) -> dict:
-    """The result file of some runs.
+def gathered(folders: list[Path], *, shared: bool = False) -> dict:
+    """The result file of some runs. shared: they ran beside each other on one machine.
 
     Raises ToolError for a run that is not finished, and two of the same case.
     """
@@ -104,7 +110,7 @@ def gathered(folders: list[Path]) -> dict:
     machine = starts[folders[0]][-1]["machine"]
     found: dict[str, tuple[Path, dict]] = {}
     for folder in folders:
-        made = entry(folder, machine["device"])
+        made = entry(folder, machine["device"], shared=shared)
         other, _ = found.setdefault(made["extra_info"]["id"], (folder, made))
         if other is not folder:
             raise ToolError(f"{other} and {folder} are of one plan, recipe and seed: leave one out")
@@ -170,13 +176,19 @@ def _name(case: dict) -> str:
 def main(argv: list[str]) -> int:
     command = parser("families.transformer.study", __doc__, "folders of finished runs")
     command.add_argument("-o", "--out", required=True, metavar="FILE", help="the result file")
+    command.add_argument(
+        "--shared",
+        action="store_true",
+        help="the runs ran beside each other on one machine: their speeds are left out",
+    )
     options = command.parse_args(argv)
-    content = gathered([Path(folder) for folder in options.files])
+    content = gathered([Path(folder) for folder in options.files], shared=options.shared)
     save(options.out, compacted(json.dumps(content)))
     found = content["benchmarks"]
     slow = sum("tokens_per_s" not in made["extra_info"]["rates"] for made in found)
     device = content["machine_info"]["blockshock"]["device"]
-    told = f", {slow} of them without a speed: not on {device} alone" if slow else ""
+    why = "beside other runs" if options.shared else f"not on {device} alone"
+    told = f", {slow} of them without a speed: {why}" if slow else ""
     print(f"{options.out} has {len(found)} run{'s' * (len(found) != 1)}{told}")
     return 0
 
