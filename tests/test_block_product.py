@@ -73,11 +73,13 @@ def test_parts_of_x_are_taken_in_groups(bytes_of_x, each, monkeypatch):
     check((16, mask, 48, 48, 300), block_plans.Plan(64, 16, 4, 2, each))
 
 
+@pytest.mark.parametrize("block", [16, 64])  # 64: the sums are transposed
 @pytest.mark.parametrize("each", [0, 2])
-def test_a_tile_is_written_in_pieces_where_a_whole_one_has_no_room(each, monkeypatch):
+def test_a_tile_is_written_in_pieces_where_a_whole_one_has_no_room(each, block, monkeypatch):
     monkeypatch.setattr(kernels, "halves", lambda plan, block: 2)
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool, device=DEVICE)
-    check((16, mask, 43, 41, 300), block_plans.Plan(128, 16, 4, 3, each))
+    plan = block_plans.Plan(128, max(block // 2, 16), 4, 3, each)
+    check((block, mask, 3 * block - 5, 3 * block - 7, 300), plan)
 
 
 @pytest.mark.parametrize("group", [4, 5, 16])  # of 16 parts

@@ -25,6 +25,8 @@ def product(
     no room beside the tiles, and other programs of the processor fill the gaps. TRANSPOSED: lines
     are columns of W. KEEP: also z, without the activation.
     """
+    # The matrix units read one operand again for each 64 rows of the other: the wider one is read.
+    WIDE: tl.constexpr = ROWS > BLOCK and BLOCK >= 64
     part, line, at, last = _item(0, turns, count, parts, group, programs, kept)
     steps = last - at
     if ITEMS > 1:
@@ -34,17 +36,21 @@ def product(
     other, number = _entry(others, numbers, at, across, kept, TRANSPOSED)
     turn, k = 0, 0
     ends = (at + 1 == last) & (BLOCK == STEP)
-    total = tl.zeros((ROWS, BLOCK), tl.float32)
+    total = tl.zeros((BLOCK, ROWS) if WIDE else (ROWS, BLOCK), tl.float32)
     for _ in tl.range(0, steps * (BLOCK // STEP), num_stages=STAGES):
         x_tile = x.load([part * ROWS, other * BLOCK + k])
         if TRANSPOSED:
-            total = tl.dot(x_tile, values.load([number * BLOCK + k, 0]), total)
+            w_tile = values.load([number * BLOCK + k, 0])
         else:
-            total = tl.dot(x_tile, values.load([number * BLOCK, k]).T, total)
+            w_tile = values.load([number * BLOCK, k]).T
+        if WIDE:
+            total = tl.dot(w_tile.T, x_tile.T, total)
+        else:
+            total = tl.dot(x_tile, w_tile, total)
         if ITEMS > 1:  # noqa: SIM102  this is known at compilation, `ends` is not
             if ends:
-                _finish(total, y, z, bias, part, line, N, PIECES, ACTIVATION, BIAS, KEEP)
-                total = tl.zeros((ROWS, BLOCK), tl.float32)
+                _finish(total, y, z, bias, part, line, N, WIDE, PIECES, ACTIVATION, BIAS, KEEP)
+                total = tl.zeros((BLOCK, ROWS) if WIDE else (ROWS, BLOCK), tl.float32)
         k = (k + STEP) % BLOCK
         at += (k == 0).to(tl.int32)
         if ITEMS > 1:
@@ -54,7 +60,7 @@ def product(
             ends = (at + 1 == last) & (k + STEP == BLOCK)
         other, number = _entry(others, numbers, at, across, kept, TRANSPOSED)
     if ITEMS == 1:
-        _finish(total, y, z, bias, part, line, N, PIECES, ACTIVATION, BIAS, KEEP)
+        _finish(total, y, z, bias, part, line, N, WIDE, PIECES, ACTIVATION, BIAS, KEEP)
 
 
 @triton.jit
@@ -92,10 +98,12 @@ def _entry(others, numbers, at, across, kept, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def _finish(
-    total, y, z, bias, part, line, N, PIECES: tl.constexpr, ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr, KEEP: tl.constexpr,
+    total, y, z, bias, part, line, N, WIDE: tl.constexpr, PIECES: tl.constexpr,
+    ACTIVATION: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr,
 ):
-    """Writes a tile of Y, and of Z, from its sums."""
+    """Writes a tile of Y, and of Z, from its sums; WIDE: from their transpose."""
+    if WIDE:
+        total = total.T
     ROWS: tl.constexpr = total.shape[0]
     BLOCK: tl.constexpr = total.shape[1]
     if BIAS:
