@@ -59,7 +59,7 @@ def test_products_and_the_gradient_at_kept_tiles_are_exact(problem):
 @pytest.mark.parametrize("block", [16, 32])
 def test_every_plan_gives_the_same(block, dtype):
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool, device=DEVICE)
-    products, tiles_of = block_plans.products(block, 300), block_plans.gradients(block)
+    products, tiles_of = block_plans.products(block, 300), block_plans.GRADIENTS[block]
     some = [plan for plan in products if plan.stages == 3] if DEVICE == "cpu" else products
     for plan, plan_of_tiles in zip(some, (tiles_of * len(some))[: len(some)], strict=True):
         check((block, mask, 3 * block - 5, 3 * block - 7, 300), plan, plan_of_tiles, dtype)
@@ -104,7 +104,7 @@ def test_programs_share_the_work_evenly(group):
 
 def test_rows_in_pieces_are_summed_in_float32():
     mask = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
-    plan = block_plans.gradients(16)[0]
+    plan = block_plans.GRADIENTS[16][0]
     assert block_plans.pieces(1, 2000, plan) > 1
     check((16, mask, 16, 16, 2000))
 

@@ -60,7 +60,7 @@ def test_a_question_names_what_the_time_depends_on():
 def test_without_a_measurement_the_rule_decides(disk):
     disk({})
     assert chosen() == block_plans.PRODUCTS[64][0]
-    assert chosen(side="dW") == block_plans.gradients(64)[0]
+    assert chosen(side="dW") == block_plans.GRADIENTS[64][0]
 
 
 def test_what_was_measured_comes_before_what_is_shipped(disk):

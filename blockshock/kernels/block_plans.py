@@ -54,6 +54,14 @@ PRODUCTS = {
         Plan(64, 64, 4, 2), Plan(64, 32, 4, 5), Plan(128, 64, 8, 3, 1), Plan(64, 64, 4, 2, 2),
     ),
 }  # fmt: skip
+# Of dW. There 0.40, 0.16 and 0.094 ms, where a dense product takes 0.73.
+GRADIENTS = {
+    16: (Plan(16, 128, 4, 2), Plan(16, 128, 4, 3), Plan(16, 64, 4, 2), Plan(16, 64, 4, 3)),
+    32: (Plan(32, 128, 4, 2), Plan(32, 128, 4, 3), Plan(32, 64, 4, 2), Plan(32, 64, 4, 3)),
+    64: (Plan(64, 64, 4, 4), Plan(64, 64, 4, 3), Plan(64, 128, 4, 3)),
+    128: (Plan(128, 64, 4, 3), Plan(128, 64, 8, 3), Plan(128, 64, 4, 4), Plan(128, 128, 4, 3)),
+    256: (Plan(128, 64, 8, 3), Plan(128, 64, 8, 4), Plan(128, 128, 8, 2)),
+}
 BLOCKS = tuple(PRODUCTS)
 
 
@@ -71,24 +79,6 @@ def halves(plan: Plan, block: int) -> int:
     return 2 if plan.each and loads + plan.rows * block * 2 > room else 1
 
 
-def gradients(block: int) -> list[Plan]:
-    """Plans for dW at the kept tiles; the first one by rule."""
-    rows = min(block, 128)
-    return [
-        Plan(rows, step, warps, stages)
-        for step in (128, 64)
-        for warps in _warps(rows, block)
-        for stages in (3, 4, 2)
-        if (rows + block) * step * 2 * stages <= SHARED - RESERVED
-    ]
-
-
 def pieces(programs: int, B: int, plan: Plan) -> int:
     """Into how many pieces the rows are cut, so that few tiles keep all processors at work."""
     return max(1, min(2 * PROCESSORS // programs, B // (4 * plan.step)))
-
-
-def _warps(rows: int, block: int) -> list[int]:
-    """4 where the sums have room in them, 8 where there is work for them."""
-    sums = rows * block // 32
-    return [w for w in (4, 8) if sums <= w * SUMS and (w == 4 or (rows >= 128 and sums >= 512))]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blockshock.kernels.block_lists import Lists
-from blockshock.kernels.block_plans import Plan, gradients, halves, pieces, products
+from blockshock.kernels.block_plans import GRADIENTS, Plan, halves, pieces, products
 
 DTYPES = (torch.bfloat16, torch.float16)
 IN_L2 = 1 << 24  # bytes of X that programs share at a time, of an L2 of 50 MB
@@ -149,7 +149,7 @@ def gradient(
     made = x.new_empty(lists.kept, block, block)
     if not B:
         return made.zero_()
-    plan = plan or gradients(block)[0]
+    plan = plan or GRADIENTS[block][0]
     programs = lists.kept * (block // plan.rows)
     count = pieces(programs, B, plan)
     piece = -(-B // (count * plan.step)) * plan.step
