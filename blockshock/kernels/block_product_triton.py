@@ -25,7 +25,8 @@ def product(
     no room beside the tiles, and other programs of the processor fill the gaps. TRANSPOSED: lines
     are columns of W. KEEP: also z, without the activation.
     """
-    # The matrix units read one operand again for each 64 rows of the other: the wider one is read.
+    # The matrix units read the right operand again for each 64 rows of the left one, and take up to
+    # 256 columns of it at once: so the wider tile is the right one.
     WIDE: tl.constexpr = ROWS > BLOCK and BLOCK >= 64
     part, line, at, last = _item(0, turns, count, parts, group, programs, kept)
     steps = last - at
@@ -35,6 +36,8 @@ def product(
     # The tile of the next step is known before its loads begin.
     other, number = _entry(others, numbers, at, across, kept, TRANSPOSED)
     turn, k = 0, 0
+    # Whether a step is the last of its item. Known a step before: under one condition Triton would
+    # join writing the item with finding the next one, which the loads need earlier.
     ends = (at + 1 == last) & (BLOCK == STEP)
     total = tl.zeros((BLOCK, ROWS) if WIDE else (ROWS, BLOCK), tl.float32)
     for _ in tl.range(0, steps * (BLOCK // STEP), num_stages=STAGES):
