@@ -107,8 +107,8 @@ def test_a_run_that_takes_long_says_what_it_waits_for(monkeypatch, pool):
 
 
 def test_ranks_that_are_at_the_same_are_told_together():
-    states = [(0, waiting.at("a")), (1, waiting.at("b")), (2, waiting.at("a"))]
-    assert waiting.in_words(states) == "ranks 0, 2 at: a; rank 1 at: b"
+    states = [(0, waiting.at("a"), 7.0), (1, waiting.at("b"), 0.2), (2, waiting.at("a"), 8.0)]
+    assert waiting.in_words(states) == "ranks 0, 2 at: a (8 s); rank 1 at: b"
     assert waiting.at("x", silent=12.3).startswith("without a sign of life for 12 s")
 
 

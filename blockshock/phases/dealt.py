@@ -15,7 +15,7 @@ from blockshock.distributed import collectives
 
 
 def own_rows(rows: Tensor) -> tuple[Tensor, ...]:
-    """This rank's rows of [rows, ...], each as [1, ...]; none where the ranks are more than rows."""
+    """This rank's rows of [rows, ...], each as [1, ...]; perhaps none."""
     return rows[collectives.group_rank() :: collectives.group_size()].unsqueeze(1).unbind()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blockshock.distributed import collectives
+from blockshock.distributed import collectives, noting
 from blockshock.measure.errors import relative_error
 from blockshock.phases import dealt
 from blockshock.phases.data_parallel.case import DataParallelCase
@@ -94,6 +94,7 @@ class Problem:
         """What STEPS true steps on all ranks' sequences change, and the yardstick's error."""
         return self._compared(True, cast)[1]
 
+    @noting("computing the truth")
     def _compared(self, whole: bool, cast: bool) -> list[tuple[Tensor, float]]:
         if (whole, cast) not in self._yardsticks:
             if whole not in self._truths:

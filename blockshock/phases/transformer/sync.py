@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockshock.distributed import noting
 from blockshock.measure.errors import Figure, figure, relative_error
 from blockshock.measure.floor import OPTIMIZER_PASSES, all_reduce_wire
 from blockshock.measure.regions import region
@@ -45,6 +46,7 @@ class Problem(Dense):
         """The parameters, a tied one once."""
         return [name for name, _ in self.model.named_parameters()]
 
+    @noting("computing the truth")
     def truth(self, case: TransformerCase) -> dict[str, tuple[Tensor, float]]:
         """By result: the true one, and the yardstick's error."""
         if self._truth[0] != case.plan:
