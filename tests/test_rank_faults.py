@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blockshock.distributed import RankFailure, Ranks, waiting
+from blockshock.distributed import RankFailure, Ranks, here, note, noting, waiting
 from tests.rank_jobs import (
     FAILURES,
     answer_or_sleep,
@@ -104,6 +104,21 @@ def test_a_run_that_takes_long_says_what_it_waits_for(monkeypatch, pool):
     assert first.startswith("still waiting: rank 0 at the start; rank 1 stopped by a signal (SIGS")
     assert first.endswith("at: about to fail: stop; 0 s, ends at 1 s")
     assert second.endswith("; 1 s, ends at 1 s")
+
+
+def test_a_part_of_the_work_stands_before_the_note_and_an_error_leaves_it_there():
+    try:
+        note("checking")
+        with noting("the truth"):
+            assert here.last_note()[0] == "the truth, checking"
+        text, seconds = here.last_note()
+        assert text == "checking"
+        assert 0 <= seconds < 10
+        with pytest.raises(KeyError), noting("the truth"):
+            raise KeyError
+        assert here.last_note()[0] == "the truth, checking"
+    finally:
+        note("")
 
 
 def test_ranks_that_are_at_the_same_are_told_together():
