@@ -1,8 +1,9 @@
 """The training step of a decoder under a sync plan: forward, backward, AdamW.
 
-Checked before it is timed: the logits of a sequence, and the gradient of every weight, against one
-process that simulates the plan's ranks (`simulation`); and after two steps, that all ranks have the
-same bits of the norm scales, whose gradients are summed from streams that differ.
+Checked before it is timed: the logits of a sequence, and the gradient of every weight, against a
+simulation of the plan's ranks (`simulation`), which the ranks compute together, each for some of
+the sequences (`dealt`); and after two steps, that all ranks have the same bits of the norm scales,
+whose gradients are summed from streams that differ.
 
     floor = the larger of arithmetic, of the optimizer's traffic, and of the sums over ranks
 """
