@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import blockshock
 from blockshock.block_sparse.model import apply_supermask, fold, set_sparsity, supermasks
@@ -40,6 +41,12 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(1))
+
+
+class Tied(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.weight = layer.weight
 
 
 def made():
@@ -149,6 +156,25 @@ def test_folding_gives_ordinary_layers_with_the_same_outputs_and_parameters():
     zeros = (model.blocks[0].mlp[0].weight.detach().view(8, 4, 4, 4) == 0).all(3).all(1)
     assert int(zeros.sum()) == 16
     assert fold(model) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: prune.l1_unstructured(model.head, "weight", 0.1), "'head' is computed"),
+        (lambda model: parametrizations.weight_norm(model.head), "'head' is computed"),
+        (lambda model: setattr(model, "table", Tied(model.head)), "'head' is shared"),
+    ],
+)
+def test_a_weight_that_a_mask_cannot_be_written_into_is_not_folded(change, message):
+    model = made()
+    apply_supermask(model, linear=HALF)
+    change(model)
+    before = model(images())
+    with pytest.raises(ValueError, match=message):
+        fold(model)
+    assert torch.equal(model(images()), before)
+    assert type(model.blocks[0].mlp[0]) is SupermaskLinear
 
 
 def test_an_optimizer_made_before_goes_on_after_covering_and_folding():

@@ -93,9 +93,20 @@ def set_sparsity(model: nn.Module, sparsity: float) -> None:
 def fold(model: nn.Module) -> list[str]:
     """Multiplies the masks into the weights, in place; returns the names of the layers.
 
-    They are nn.Linear and nn.Conv2d again, with the same outputs to the bit.
+    They are nn.Linear and nn.Conv2d again, with the same outputs to the bit. A fixed weight stays
+    one: `requires_grad_()` trains it again.
+
+    Raises ValueError, and changes nothing, for a layer that has no weight of its own to write to:
+    it is computed from other parameters, or another module uses it as well.
     """
-    found = dict(supermasks(model))
+    found, users = dict(supermasks(model)), replacing.users(model)
+    for name, layer in found.items():
+        layer.check_weight_is_held(name)
+        if users[replacing.place(layer.weight)] > 1:
+            raise ValueError(
+                f"the weight of {name!r} is shared with another module, which would lose the "
+                "dropped tiles; give the layer a copy of it first"
+            )
     for layer in found.values():
         layer.fold()
     encoders.restore(model, found.values())
@@ -124,7 +135,7 @@ def _why_left(layer: nn.Module, settings: Settings | None, users: Counter) -> st
         return f"a subclass ({type(layer).__name__}), which may be used by its weight"
     weight = layer._parameters.get("weight")
     if weight is None:
-        return "its weight is computed (weight_norm, spectral_norm), not held"
+        return "its weight is computed (weight_norm, spectral_norm, pruning), not held"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter"
     if weight.is_meta:

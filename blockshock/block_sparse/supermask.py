@@ -130,12 +130,23 @@ class Supermask:
     def fold(self) -> nn.Module:
         """The ordinary layer again, in place: the same object and parameters, without scores.
 
-        The mask is multiplied into the weight, so what was dropped is zero from here on.
+        The mask is multiplied into the weight, so what was dropped is zero from here on. Raises
+        ValueError as `check_weight_is_held`.
         """
+        self.check_weight_is_held("the layer")
         self.weight.copy_(self.masked_weight())
         del self.scores, self.kept, self.block, self.grid, self.gradient
         self.__class__ = self.plain
         return self
+
+    def check_weight_is_held(self, name: str) -> None:
+        """Raises ValueError where the weight is computed anew in each forward, so that a mask that
+        is written into it would be lost."""
+        if "weight" not in self._parameters:
+            raise ValueError(
+                f"the weight of {name!r} is computed (weight_norm, spectral_norm, pruning), not "
+                "held; remove that (remove_parametrizations, prune.remove) before it is folded"
+            )
 
     def get_extra_state(self) -> Tensor:
         """The block: scores of another block may have the same shape."""

@@ -21,7 +21,7 @@ def why_not(layer: nn.Linear) -> str | None:
     if type(layer) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(layer).__name__}), which may be used by its weight"
     if "weight" not in layer._parameters:
-        return "its weight is computed (weight_norm, spectral_norm), not held"
+        return "its weight is computed (weight_norm, spectral_norm, pruning), not held"
     for name, parameter in _parameters(layer):
         if type(parameter) is not nn.Parameter:
             return f"its {name} is a {type(parameter).__name__}, not a plain nn.Parameter"
