@@ -75,6 +75,17 @@ def test_what_a_method_cannot_hold_is_refused_with_the_value_and_the_fix(name):
     }.items():
         with pytest.raises(ValueError, match=match):
             build(weight, **options)
+    bias = weight.new_zeros(128)
+    for match, operands in {
+        r"\[1, 128, 192\].*\[N, K\] is needed": (weight[None], None),
+        "int64": (weight.long(), None),
+        "on meta": (weight.to("meta"), None),
+        r"the bias is \w+ \[127\].*needs \w+ \[128\]": (weight, bias[1:]),
+        r"the bias is \w+ \[1, 128\]": (weight, bias[None]),
+        r"the bias is float32.*needs": (weight, bias.float()),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            build(*operands, block=32)
     ragged = weight[:100, :90]
     if name in ("torch_bsr", "semi_structured"):
         with pytest.raises(ValueError, match=r"N = 100.*multiple.*pad"):

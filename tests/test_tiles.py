@@ -102,7 +102,7 @@ def test_views_and_other_strides_give_the_same():
         assert torch.equal(tiles.masked(other, mask, block), tiles.masked(weight, mask, block))
 
 
-@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, math.nan, True])
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, math.nan, True, "0.5"])
 def test_a_sparsity_outside_its_range_is_refused(sparsity):
     with pytest.raises(ValueError, match=r"sparsity = .*from 0 to below 1"):
         tiles.check(4, sparsity, (16, 16))

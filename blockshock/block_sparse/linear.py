@@ -75,7 +75,7 @@ class BlockSparseLinear(nn.Module):
         activation: str | None = None,
         kernel: str = "auto",
     ) -> "BlockSparseLinear":
-        """weight [N, K], of any sizes; bias [N]. block: 16, 32, 64, 128 or 256.
+        """weight [N, K], of any sizes; bias [N], alike. block: 16, 32, 64, 128 or 256.
 
         sparsity: the (1 − sparsity) tiles with the largest mean of |W| are kept. mask: bool
         [⌈N / block⌉, ⌈K / block⌉], the tiles to keep. Neither: the tiles that are not zero.
@@ -83,7 +83,7 @@ class BlockSparseLinear(nn.Module):
         Raises ValueError for what cannot be held, and as `bsr.pack`.
         """
         options = {"activation": activation, "kernel": kernel}
-        bsr.check(cls, weight, block=block, sparsity=sparsity, **options)
+        bsr.check(cls, weight, bias, block=block, sparsity=sparsity, **options)
         with torch.inference_mode(False), torch.no_grad():
             values, lists = bsr.pack(weight, block, sparsity=sparsity, mask=mask)
         return cls(values, lists, tuple(weight.shape), bias, **options)

@@ -58,7 +58,7 @@ class SemiStructured(nn.Module):
         cls, weight, bias=None, *, block=64, sparsity=None, mask=None, activation=None
     ) -> "SemiStructured":
         """As `BlockSparseLinear.from_dense`; N and K must be multiples of 64."""
-        bsr.check(cls, weight, block=block, sparsity=sparsity, activation=activation)
+        bsr.check(cls, weight, bias, block=block, sparsity=sparsity, activation=activation)
         with torch.inference_mode(False), torch.no_grad():
             mask = bsr.choose(weight, block, sparsity, mask)
             pruned = tiles.masked(weight, mask, (block, block))

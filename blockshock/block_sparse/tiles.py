@@ -7,6 +7,7 @@ is bool [⌈N / b0⌉, ⌈K / b1⌉]; True keeps the tile. Nothing here waits fo
 """
 
 import math
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,8 @@ def check(block: int | Block, sparsity: float, shape: tuple[int, int]) -> Block:
 
 def check_sparsity(sparsity: float) -> None:
     """Raises ValueError where the share of the tiles that is dropped is not in [0, 1)."""
-    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity = {sparsity}: a number from 0 to below 1 is needed")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity = {sparsity!r}: a number from 0 to below 1 is needed")
 
 
 def kept(tiles: int, sparsity: float) -> int:
