@@ -206,6 +206,7 @@ def test_a_state_brings_its_own_tiles():
     layer = made(sparsity=0.8)
     other = made(sparsity=0.5)
     held = other.values
+    other(normal(5, 70)).sum().backward()
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)
     file.seek(0)
@@ -214,6 +215,7 @@ def test_a_state_brings_its_own_tiles():
     assert torch.equal(other.to_dense(), layer.to_dense())
     x = normal(5, 70)
     assert torch.equal(other(x), layer(x))
+    other(x).sum().backward()  # no gradient of the tiles before stands in its way
     twin = made(sparsity=0.5)
     twin.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(twin(x), layer(x))

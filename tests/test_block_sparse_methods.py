@@ -94,6 +94,21 @@ def test_what_a_method_cannot_hold_is_refused_with_the_value_and_the_fix(name):
         assert build(ragged, block=32)(problem()[2][:, :90]).shape == (40, 100)
 
 
+@pytest.mark.parametrize("name", ["bsr", "semi_structured"])
+def test_a_layer_on_the_meta_device_knows_its_tiles_and_is_given_memory_or_tensors(name):
+    weight, bias, x, _ = problem()
+    layer = METHODS[name].from_dense(weight, bias, block=32, sparsity=0.5)
+    for assign in (True, False):
+        twin = copy.deepcopy(layer).to("meta")
+        assert twin(x.to("meta")).shape == (40, 128)
+        assert twin.state_dict().keys() == layer.state_dict().keys()
+        if not assign:
+            twin.to_empty(device=DEVICE)
+        twin.load_state_dict(layer.state_dict(), assign=assign)
+        assert torch.equal(twin(x), layer(x))
+        assert torch.equal(twin.to_dense(), layer.to_dense())
+
+
 def semi(**options):
     weight, bias, *_ = problem()
     return SemiStructured.from_dense(weight, bias, **{"block": 32, "sparsity": 0.5} | options)

@@ -94,10 +94,9 @@ class BlockSparseLinear(nn.Module):
         Raises ValueError for another number of features, dtype or device, and for a kernel that
         cannot run.
         """
-        values, bias = self.values, self.bias
-        # As F.linear does, which leaves float64 alone.
-        if torch.is_autocast_enabled(x.device.type) and values.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
+        self._follow()
+        values, bias, dtype = self.values, self.bias, parts.autocast_dtype(x)
+        if dtype and values.dtype != torch.float64:  # F.linear leaves float64 alone as well
             values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
         flat = parts.flatten(x, self.in_features, values)
         if self.by_triton(flat):
@@ -160,16 +159,18 @@ class BlockSparseLinear(nn.Module):
                 errors.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")
                 return
         super()._load_from_state_dict(states, prefix, *others)
+        self._follow()
 
     def _take_tiles(self, mask: Tensor, values: Tensor) -> None:
         """Makes room for the tiles of a state; its values are copied afterwards."""
         with torch.inference_mode(False):
-            lists = block_lists.lists(mask.to(self.values.device))
+            lists = block_lists.lists(mask.to(self.lists.device))
             shape = lists.kept, self.block, self.block
             if tuple(values.shape) != shape:
                 raise ValueError(f"values {list(values.shape)} of a mask with {lists.kept} tiles")
             if self.values.shape != shape:
                 self.values.data = self.values.data.new_empty(shape)
+                self.values.grad = None  # of other tiles
             self.lists = lists
 
     def _about(self) -> dict:
@@ -181,8 +182,14 @@ class BlockSparseLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.lists = self.lists.to(self.values.device)
+        self._follow()
         return self
+
+    def _follow(self) -> None:
+        """Moves the lists to the values, which FSDP and `.data` move alone. Where these are on
+        meta, the lists stay: the tiles are known when memory for the values comes."""
+        if self.lists.device != self.values.device and not self.values.is_meta:
+            self.lists = self.lists.to(self.values.device)
 
     def by_triton(self, x: Tensor) -> bool:
         """Whether the kernels run on such an x; raises ValueError where they were asked for and

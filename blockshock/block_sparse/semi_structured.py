@@ -68,7 +68,7 @@ class SemiStructured(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]. Raises ValueError for another size, dtype or device."""
         flat = parts.flatten(x, self.in_features, self.values)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.values.is_meta:
             packed = self.packed
             y = _product_op(flat, packed.compressed, self.values, packed.codes, self.bias)
         else:
@@ -113,20 +113,23 @@ class SemiStructured(nn.Module):
         return state.save(self.packed.codes, self._about())
 
     def set_extra_state(self, kept: Tensor) -> None:
-        """The codes are taken before the values."""
+        """The codes are taken with the values."""
 
     def _load_from_state_dict(self, states, prefix, *others) -> None:
+        codes = None
         if f"{prefix}values" in states:
-            told, codes = states.get(f"{prefix}_extra_state"), self.packed.codes
+            told = states.get(f"{prefix}_extra_state")
             try:
-                codes = state.load(told, codes.shape, self._about())
+                codes = state.load(told, self.packed.codes.shape, self._about())
                 check_codes(codes)
             except ValueError as error:
                 errors = others[-1]
                 errors.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")
                 return
-            self._pack(codes)
+        known = len(others[-1])
         super()._load_from_state_dict(states, prefix, *others)
+        if codes is not None and len(others[-1]) == known and not self.values.is_meta:
+            self._pack(codes)
 
     def _about(self) -> dict:
         return {"method": self.method, "shape": [self.out_features, self.in_features]}
@@ -134,6 +137,8 @@ class SemiStructured(nn.Module):
     def _follow(self) -> None:
         """The packed form shares the parameter's memory; a cast or a copy gives that another."""
         values = self.packed.values
+        if self.values.is_meta:
+            return
         if self.values.data_ptr() != values.data_ptr() or self.values.dtype != values.dtype:
             self._pack(self.packed.codes)
 

@@ -177,6 +177,14 @@ def _stack(blocks, source, height: int) -> Tensor:
     return part
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of products with x inside autocast, None outside; the meta device has none."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def flatten(x: Tensor, width: int, like: Tensor) -> Tensor:
     """x [..., K] -> [B, K]. Raises ValueError when K, or the dtype or device of `like`, are not
     x's.
@@ -185,7 +193,7 @@ def flatten(x: Tensor, width: int, like: Tensor) -> Tensor:
     """
     if x.shape[-1] != width:
         raise ValueError(f"x has {x.shape[-1]} features, the layer takes {width}")
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+    if autocast_dtype(x) and x.is_floating_point():
         x = x.to(like.dtype)
     if x.dtype != like.dtype or x.device != like.device:
         raise ValueError(
