@@ -164,21 +164,16 @@ def test_what_does_not_fit_is_one_line_with_its_fix(whole, tmp_path, monkeypatch
     assert "use one of none, naive" in say("train", train__data_parallel="quick")
     assert "cannot be held so: " in say("evaluate", **there, use__storage="semi_structured")
     assert "sparse: skip = 'heads' fits no linear layer" in say("train", sparse__skip=["heads"])
+    assert "(64, 64) in a weight [64, 32]: sparsity = 0.5 of 1" in say("train", sparse__block=64)
+    for changes in {"sparse__block": 8}, {"sparse": {"linear": 0.0}}:
+        assert "use.storage = bsr: " in say(**changes)  # before anything is trained
+        assert not (tmp_path / "run/checkpoint.pt").exists()
     assert "model: width = 33 is no multiple" in say("train", model__width=33)
     with files.alone(tmp_path / "run", pytest.fail):
         assert "another process is training there" in say("train")
     diverging = {"train__lr": 1e30, "train__warmup": 0, "train__clip": 0.0}
     assert "the run diverged" in say("train", **diverging)
     assert (whole / "run/checkpoint.pt").read_bytes() == before
-
-
-def test_a_layer_that_keeps_no_tile_is_left_and_said(tmp_path, capsys):
-    assert run(write(tmp_path, sparse__block=64), "train") == 0
-    out = capsys.readouterr().out
-    assert (
-        "blocks.0.mlp.up: block = (64, 64) in a weight [64, 32]: sparsity = 0.5 of 1 tiles" in out
-    )
-    assert "no layer has a mask" not in out
 
 
 def test_a_checkpoint_of_a_language_model_is_refused(tmp_path, capsys):

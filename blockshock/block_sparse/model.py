@@ -9,6 +9,7 @@ Layers are changed in place. They stay the same objects with the same parameters
 optimizers and other references stay right.
 """
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -41,18 +42,21 @@ def apply_supermask(
 
     A layer is left, with the reason, if its settings cannot be (a block that leaves no tile), if it
     is of a subclass, computes its weight, shares it with another module, has no values or has a
-    forward of its own. The report says so. An optimizer or a data-parallel wrapper that was made
-    before, and so lacks the scores, is a warning.
+    forward of its own. The report says so. When all are left, that is a warning, and so is an
+    optimizer or a data-parallel wrapper that was made before and so lacks the scores.
 
     Raises:
-        ValueError: nothing to do; a pattern of `skip` that fits no layer; no chain of blocks for
-            "first_block"; the model is itself a single layer. Nothing is changed then.
+        ValueError: nothing to do; one string as `skip`; a pattern of `skip` that fits no layer; no
+            chain of blocks for "first_block"; the model is itself a single layer. Nothing is
+            changed then.
     """
     if type(model) in COVERED or isinstance(model, Supermask):
         raise ValueError("the model is itself one layer; use SupermaskLinear.from_dense(model)")
     settings = {"linear": linear, "conv1x1": conv1x1, "conv": conv}
     if not any(settings.values()):
         raise ValueError("no settings; give linear=, conv1x1= or conv= the Settings of its layers")
+    if isinstance(skip, str):
+        raise ValueError(f"skip = {skip!r}: it takes several patterns; give ({skip!r},)")
     report, covered = Conversion("supermask"), []
     users, skipped = replacing.users(model), _skipped(model, skip)
     for name, layer in _layers(model):
@@ -72,6 +76,8 @@ def apply_supermask(
             "after, or give an optimizer them by add_param_group",
             stacklevel=2,
         )
+    if not covered:
+        warnings.warn(f"apply_supermask changed nothing: {report}", stacklevel=2)
     return report
 
 
@@ -83,10 +89,16 @@ def supermasks(model: nn.Module) -> Iterator[tuple[str, Supermask]]:
 def set_sparsity(model: nn.Module, sparsity: float) -> None:
     """Sets the sparsity of every covered layer; the next forward has it.
 
-    Raises ValueError for a sparsity outside [0, 1), or one that leaves a layer no tile; layers
-    before that one have it then.
+    Raises ValueError, and changes nothing, for a sparsity outside [0, 1), or one that leaves a
+    layer no tile.
     """
-    for _, layer in supermasks(model):
+    layers = dict(supermasks(model))
+    for name, layer in layers.items():
+        try:
+            tiles.kept(math.prod(layer.grid), sparsity)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
+    for layer in layers.values():
         layer.sparsity = sparsity
 
 

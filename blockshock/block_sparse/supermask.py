@@ -153,12 +153,20 @@ class Supermask:
         return torch.tensor(self.block)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raises RuntimeError for the state of a layer with another block."""
-        if state.tolist() != list(self.block):
-            raise RuntimeError(
-                f"the state has scores of tiles {tuple(state.tolist())}, the layer of "
-                f"{self.block}; make the layer with the same block"
+        """The block is compared before anything is loaded."""
+
+    def _load_from_state_dict(self, states, prefix, *others) -> None:
+        told = states.get(f"{prefix}_extra_state")
+        if told is not None and told.tolist() != list(self.block):
+            found = (
+                f"tiles {tuple(told.tolist())}" if told.numel() == 2 else "another kind of layer"
             )
+            others[-1].append(
+                f"{prefix.rstrip('.') or 'the layer'}: the state has scores of {found}, the "
+                f"layer of {self.block}; make the layer with the same block"
+            )
+            return
+        super()._load_from_state_dict(states, prefix, *others)
 
     def extra_repr(self) -> str:
         """As the ordinary layer's, with the block and the gradient."""
