@@ -130,6 +130,31 @@ def test_the_2_to_4_form_follows_its_parameter():
         assert relative(twin.to_dense(), 2 * layer.to_dense()) < max(NEAR, 1e-6)  # float()
 
 
+def test_the_2_to_4_form_follows_memory_that_others_give_its_parameter():
+    layer, x = semi(), problem()[2]
+    gathered = layer.values.detach().clone()
+    layer.values.data = gathered  # as FSDP does, which writes what it gathers next there
+    for _ in range(2):
+        exact = F.linear(x.double(), layer.to_dense().double(), layer.bias.double())
+        assert relative(layer(x), exact) < NEAR
+        assert torch.equal(layer.packed.values, gathered)
+        gathered.mul_(2)
+    assert layer.values.data_ptr() == gathered.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["bsr", "semi_structured"])
+def test_inside_autocast_a_layer_trains_and_returns_no_view(name):
+    dtype = DTYPE if DEVICE == "cuda" else torch.float32  # autocast leaves float64 alone
+    weight, bias, x, _ = (t.to(dtype) for t in problem())
+    layer = METHODS[name].from_dense(weight, bias, block=32, sparsity=0.5)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = layer(x.view(2, -1, 192))
+    assert not y._is_view()
+    y.sum().backward()
+    assert layer.values.grad.dtype == layer.values.dtype
+    assert relative(layer.bias.grad, torch.full_like(bias, 40)) < 0.01
+
+
 def _loaded(layer):
     file = io.BytesIO()
     torch.save(layer.state_dict(), file)

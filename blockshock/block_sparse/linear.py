@@ -104,7 +104,9 @@ class BlockSparseLinear(nn.Module):
         else:
             product, width = block_product.product_reference, (self.out_features, self.in_features)
         y = product(flat, values, self.lists, width, bias=bias, activation=self.activation)
-        return y.view(*x.shape[:-1], self.out_features)
+        if self.activation == "relu" and x.dim() != 2:  # its backward reads y
+            return y.view(*x.shape[:-1], self.out_features)
+        return parts.unflatten(y, x)
 
     def to_dense(self) -> Tensor:
         """The weight [N, K], zeros where no tile is kept."""

@@ -111,7 +111,7 @@ class TorchBSR(nn.Module):
         flat = parts.flatten(x, self.in_features, self.weight)
         y = _Product.apply(flat, self.weight, self.weight_t)
         y = y if self.bias is None else y + self.bias
-        return ACTIVATIONS[self.activation](y).view(*x.shape[:-1], self.out_features)
+        return ACTIVATIONS[self.activation](parts.unflatten(y, x))
 
     def to_dense(self) -> Tensor:
         """The weight [N, K]."""

@@ -127,7 +127,7 @@ def apply(layer, x: Tensor, like: Tensor | None = None) -> Tensor:
         )
     flat = flatten(x, layer.input.columns, layer.weight if like is None else like)
     y = functions.apply(layer, flat, ways)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return unflatten(y, x)
 
 
 def even_unsupported(name: str, size: int, ranks: int) -> str | None:
@@ -201,6 +201,17 @@ def flatten(x: Tensor, width: int, like: Tensor) -> Tensor:
             "convert one of them"
         )
     return x.reshape(-1, width)
+
+
+def unflatten(y: Tensor, x: Tensor) -> Tensor:
+    """y [B, N] -> [..., N] for an x [..., K]. As F.linear's it is no view: FSDP's hooks are on the
+    tensor that a layer returns, and are lost where that is a view and is written to.
+
+    No backward may have saved y: writes to the result would not be noticed.
+    """
+    if x.dim() == 2:
+        return y
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def place_pairs(terms: list[Tensor], out: Tensor, *, places: columns.Places) -> None:
