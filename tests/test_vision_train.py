@@ -53,6 +53,7 @@ def test_without_a_command_all_is_done_once(whole, capsys):
     assert (found["step"], found["storage"]) == (8, "bsr")
     assert found["folded"]["images"] == found["converted"]["images"] == 19
     assert found["folded"]["top1"] == pytest.approx(float(rows(whole)[-1]["top1"]))
+    assert found["sizes"]["hidden"] == 64
     assert found["apart"] < 1e-5
     assert (found["machine"]["kind"], found["machine"]["ranks"]) == ("cpu", 1)
     assert {"id", "dirty"} == (found["commit_info"] or {"id": 0, "dirty": 0}).keys()
@@ -88,7 +89,10 @@ def test_a_tiny_model_learns_made_up_images(tmp_path):
     assert found["converted"]["top1"] > 90
 
 
-@pytest.mark.parametrize("changed", [{}, {"train__average": 0.0, "train__autocast": "bf16"}])
+NO_AVERAGE = {"train__average": 0.0, "train__autocast": "bf16"}
+
+
+@pytest.mark.parametrize("changed", [{}, pytest.param(NO_AVERAGE, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_step_and_a_resumed_run_is_the_same(
     whole, tmp_path, monkeypatch, capsys, changed
 ):

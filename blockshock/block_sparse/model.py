@@ -106,7 +106,8 @@ def fold(model: nn.Module) -> list[str]:
     """Multiplies the masks into the weights, in place; returns the names of the layers.
 
     They are nn.Linear and nn.Conv2d again, with the same outputs to the bit. A fixed weight stays
-    one: `requires_grad_()` trains it again.
+    one: `requires_grad_()` trains it again. A data-parallel wrapper that was made before waits for
+    the scores' gradients: to train on, wrap the model anew.
 
     Raises ValueError, and changes nothing, for a layer that has no weight of its own to write to:
     it is computed from other parameters, or another module uses it as well.

@@ -11,7 +11,8 @@ The scores' gradient is straight-through: the step from score to bit counts as t
 is the derivative of the loss by m_t as if m_t were a real number (Ramanujan et al.,
 arXiv:1911.13299, section 3: a score per weight, and the weights fixed).
 
-"masked" is the derivative of Y = X (W ∘ m)ᵀ: a dropped tile rests until its score brings it back.
+"masked" is the derivative of Y = X (W ∘ m)ᵀ: a dropped tile has no gradient until its score brings
+it back. (An optimizer's momentum and weight decay still act on it.)
 "through" is SuperBlock's (https://pytorch.org/blog/speeding-up-vits, `ApplyMask` in torchao): all
 of W is trained as if nothing were dropped, so that a tile comes back with a weight that followed.
 torchao also lets dWm through to the scores without the factor W; then a score does not see whether
