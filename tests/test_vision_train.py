@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -178,6 +179,11 @@ def test_what_does_not_fit_is_one_line_with_its_fix(whole, tmp_path, monkeypatch
     diverging = {"train__lr": 1e30, "train__warmup": 0, "train__clip": 0.0}
     assert "the run diverged" in say("train", **diverging)
     assert (whole / "run/checkpoint.pt").read_bytes() == before
+    shutil.copytree(whole / "run", tmp_path / "run", dirs_exist_ok=True)
+    for text in "step,other\n1,2\n", "step,memory_mib\none,2\n":
+        (tmp_path / "run/log.csv").write_text(text)
+        assert "no log with the columns of this version" in say("train", "--resume", train__steps=9)
+        assert (tmp_path / "run/log.csv").read_text() == text
 
 
 def test_a_checkpoint_of_a_language_model_is_refused(tmp_path, capsys):
