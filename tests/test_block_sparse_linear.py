@@ -16,6 +16,7 @@ from blockshock.block_sparse.linear import BlockSparseLinear
 from blockshock.kernels import block_product
 from tests.block_sparse_checks import ACTIVATIONS, DEVICE, HALVES, problems, relative, truth, whole
 
+HALF = torch.finfo(HALVES[0]).eps
 activations = st.sampled_from(list(ACTIVATIONS))
 
 
@@ -176,6 +177,23 @@ def test_what_a_layer_returns_can_be_written(activation):
         layer.zero_grad()
         (2 * layer(x)).sum().backward()
         assert torch.equal(found, layer.values.grad)
+
+
+@pytest.mark.parametrize("kernel", ["triton", "torch"])
+def test_the_activation_is_the_exact_one_and_a_write_over_what_its_backward_reads_is_refused(
+    kernel,
+):
+    x = torch.linspace(-4, 4, 96, device=DEVICE, dtype=HALVES[0]).view(1, 3, 32)
+    weight = torch.eye(32, device=DEVICE, dtype=HALVES[0])
+    for name in ("relu", "gelu"):
+        layer = BlockSparseLinear.from_dense(weight, block=16, activation=name, kernel=kernel)
+        y = layer(x)
+        true = ACTIVATIONS[name](x.double())
+        torch.testing.assert_close(y.double(), true, rtol=HALF, atol=HALF / 8)
+        if name == "relu":
+            y.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()
 
 
 def test_the_tiles_that_are_kept():

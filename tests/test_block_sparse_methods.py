@@ -128,6 +128,7 @@ def test_the_2_to_4_form_follows_its_parameter():
         exact = F.linear(x.double(), twin.to_dense().double(), twin.bias.double())
         assert relative(twin(x), exact) < NEAR
         assert relative(twin.to_dense(), 2 * layer.to_dense()) < max(NEAR, 1e-6)  # float()
+        assert twin.values.data_ptr() == twin.packed.values.data_ptr()  # nothing is copied again
 
 
 def test_the_2_to_4_form_follows_memory_that_others_give_its_parameter():

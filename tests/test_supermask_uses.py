@@ -57,7 +57,7 @@ def test_a_deep_copy_is_independent():
 def test_an_averaged_model_keeps_as_many_tiles(use_buffers):
     layer = SupermaskLinear(33, 29, block=4, sparsity=0.7)
     average = AveragedModel(
-        layer, multi_avg_fn=get_ema_multi_avg_fn(0.999), use_buffers=use_buffers
+        layer, multi_avg_fn=get_ema_multi_avg_fn(0.9999), use_buffers=use_buffers
     )
     for _ in range(20):
         average.update_parameters(layer)
