@@ -14,6 +14,8 @@ from blockshock.vision import checkpoint
 from tests import vision_jobs, vision_runs
 from tests.vision_runs import Made, assert_same_run, rows, state, write
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def made_up_images(monkeypatch):
