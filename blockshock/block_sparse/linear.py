@@ -25,7 +25,7 @@ class BlockSparseLinear(nn.Module):
 
     activation: None, "relu" or "gelu" (the exact one), in the product's epilogue. kernel: "triton",
     "torch" (plain PyTorch, which multiplies by the expanded weight), or "auto": triton on GPUs of
-    compute capability 9.0 and newer in bf16 and fp16, else torch; `paths` says which.
+    compute capability 9 and 10 in bf16 and fp16, else torch; `paths` says which.
 
     A state_dict holds, besides values and bias, which tiles are kept; a state of the same sizes and
     block brings its own tiles, also another number of them. `load_state_dict` refuses any other.
