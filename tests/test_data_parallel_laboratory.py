@@ -126,11 +126,11 @@ def test_the_check_fails_where_gradients_are_wrong(ranks, kind):
 
 SMALL = {
     "no bias": None,
-    "1% too long": "times as long",
+    "1% too long": "length along the truth",
     "a rank forgets a tensor": "of head.norm.weight",
     "a rank forgets a bias": "of blocks.0.down.bias",
     "a bucket is doubled": "norm.weight",
-    "the last sequence is lost": "times as long",
+    "the last sequence is lost": "length along the truth",
 }
 
 

@@ -104,11 +104,11 @@ def test_the_check_fails_where_a_part_is_wrong(ranks, phase, kind):
 
 SMALL = {
     "no bias": None,
-    "1% too long": "times as long",
+    "1% too long": "length along the truth",
     "half a norm's gradient": "of blocks.3.mlp_norm.weight",
     "half a bias's gradient": "of blocks.3.down.bias",
     "a bucket is doubled": "of blocks.3.",
-    "the last sequence is lost": "times as long",
+    "the last sequence is lost": "length along the truth",
 }
 
 
