@@ -56,7 +56,7 @@ class Yardstick:
     relative: float
     scale: float
     tensors: dict[str, int]
-    distances: Tensor
+    distances: list[float]
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,8 @@ def vector_figure(
     far, size = _distances(actual, truth, counts), _norms(truth, counts)
     entries = torch.tensor(counts, dtype=torch.float64)
     limits = torch.tensor([limit(max(ranks, 2), n) for n in counts], dtype=torch.float64)
-    allowed = limits * torch.maximum(yardstick.distances, yardstick.relative * size)
+    own = torch.tensor(yardstick.distances, dtype=torch.float64)
+    allowed = limits * torch.maximum(own, yardstick.relative * size)
     allowed += (enough + 2 * (astray / entries).sqrt()) * size
     allowed += NOTHING * (entries / entries.sum()).sqrt() * size.norm()
     worst = int((far / allowed).argmax())
@@ -197,7 +198,7 @@ def yardstick(plain: Tensor, truth: Tensor, tensors: dict[str, int]) -> Yardstic
         relative_error(plain, truth),
         scale_error(plain, truth),
         tensors,
-        _distances(plain, truth, list(tensors.values())),
+        _distances(plain, truth, list(tensors.values())).tolist(),
     )
 
 
