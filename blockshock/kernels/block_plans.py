@@ -55,8 +55,8 @@ PRODUCTS = {
         Plan(64, 64, 4, 2), Plan(64, 32, 4, 5), Plan(128, 64, 8, 3, 1), Plan(64, 64, 4, 2, 2),
     ),
 }  # fmt: skip
-# Of dW. There the first for 32 and 64 were 1.03 and 1.04 times as slow as the fastest, and the first
-# for 128 was it.
+# Of dW. There the first for 32 and 64 were 1.03 and 1.04 times as slow as the fastest; the first for
+# 128 was the fastest.
 GRADIENTS = {
     16: (Plan(16, 128, 4, 2), Plan(16, 128, 4, 3), Plan(16, 64, 4, 2), Plan(16, 64, 4, 3)),
     32: (Plan(32, 128, 4, 3), Plan(32, 128, 4, 2), Plan(32, 64, 4, 3), Plan(32, 64, 4, 2)),
