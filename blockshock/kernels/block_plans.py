@@ -55,7 +55,7 @@ PRODUCTS = {
         Plan(64, 64, 4, 2), Plan(64, 32, 4, 5), Plan(128, 64, 8, 3, 1), Plan(64, 64, 4, 2, 2),
     ),
 }  # fmt: skip
-# Of dW. There the first for 32 and 64 were 1.03 and 1.04 times as slow as the fastest; the first for
+# Of dW. There the first for 32 and 64 were 1.03 and 1.04 times as slow as the fastest; that for
 # 128 was the fastest.
 GRADIENTS = {
     16: (Plan(16, 128, 4, 2), Plan(16, 128, 4, 3), Plan(16, 64, 4, 2), Plan(16, 64, 4, 3)),
