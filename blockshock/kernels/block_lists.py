@@ -7,8 +7,8 @@
               they are, so that a product with Wᵀ reads the values of W
     turns     (line, its first entry, its last one's end) of the lines of a side, longest first
 
-Work that begins in the order of `turns` ends at about the same time. On a GPU one launch
-makes all of it, or two where a mask is large: it may be new in every step.
+Work that begins in the order of `turns` ends at about the same time. Two Triton kernels make all of
+it on a GPU: a mask may be new in every step.
 """
 
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ def lists(mask: Tensor, kept: int | None = None) -> Lists:
 
 
 def lists_by_triton(mask: Tensor, kept: int) -> Lists:
-    """`lists` by one launch or two, or under Triton's interpreter; kept > 0."""
+    """`lists` by two launches, or under Triton's interpreter; kept > 0."""
     from blockshock.kernels import block_lists_triton  # no Triton beside PyTorch's CPU build
 
     R, C = mask.shape

@@ -1,49 +1,9 @@
-"""The Triton kernels behind `blockshock.kernels.block_lists`.
-
-A mask of at most SMALL tiles takes one launch, whose programs each read all of it: a launch costs
-2 us in a graph (H200), as much as the work. A larger one takes two, whose programs own a line each.
-"""
+"""The Triton kernels behind `blockshock.kernels.block_lists`. A program owns a line of the mask."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-SMALL = 1 << 14  # sizes rounded up to powers of two; a program has registers for no more
-
-
-@triton.jit
-def _count_and_fill(
-    mask,
-    others_r,
-    turns_r,
-    others_c,
-    turns_c,
-    numbers,
-    lines,
-    R,
-    C,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """A program owns a row and a column, and counts what it needs of the others itself."""
-    line = tl.program_id(0)
-    r, c = tl.arange(0, TALL), tl.arange(0, WIDE)
-    there = (r < R)[:, None] & (c < C)[None, :]
-    tiles = tl.load(mask + r[:, None] * C + c[None, :], there, 0).to(tl.int32)
-    of_rows = tl.sum(tiles, 1)
-    if line < R:
-        row = tl.load(mask + line * C + c, c < C, 0).to(tl.int32)
-        in_rows = _turn(of_rows, line, r, R, turns_r) + tl.cumsum(row, 0) - row
-        tl.store(others_r + in_rows, c, row != 0)
-        tl.store(lines + in_rows, tl.zeros_like(c) + line, row != 0)
-    if line < C:
-        column = tl.load(mask + r * C + line, r < R, 0).to(tl.int32)
-        of_columns = tl.sum(tiles, 0)
-        in_columns = _turn(of_columns, line, c, C, turns_c) + tl.cumsum(column, 0) - column
-        left = tl.sum(tl.where((c < line)[None, :], tiles, 0), 1)
-        tl.store(others_c + in_columns, r, column != 0)
-        tl.store(numbers + in_columns, tl.cumsum(of_rows, 0) - of_rows + left, column != 0)
 
 
 @triton.jit
@@ -112,13 +72,8 @@ def fill(mask: Tensor, made: list[Tensor]) -> None:
     """Writes the tensors of `block_lists.Lists` for a mask bool [R, C]."""
     R, C = mask.shape
     mask = mask.contiguous().view(torch.uint8)
-    tall, wide = triton.next_power_of_2(R), triton.next_power_of_2(C)
+    counts, before = (mask.new_empty(size, dtype=torch.int32) for size in (R + C, R * C))
+    wide = triton.next_power_of_2(max(R, C))
     with torch.cuda.device_of(mask):
-        if tall * wide <= SMALL:
-            warps = max(4, tall * wide // 512)
-            _count_and_fill[(max(R, C),)](mask, *made, R, C, TALL=tall, WIDE=wide, num_warps=warps)
-        else:
-            counts, before = (mask.new_empty(size, dtype=torch.int32) for size in (R + C, R * C))
-            most = max(tall, wide)
-            _count[(R + C,)](mask, counts, before, R, C, WIDE=most)
-            _fill[(R + C,)](mask, counts, before, *made, R, C, WIDE=most)
+        _count[(R + C,)](mask, counts, before, R, C, WIDE=wide)
+        _fill[(R + C,)](mask, counts, before, *made, R, C, WIDE=wide)
