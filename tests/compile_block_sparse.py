@@ -74,9 +74,9 @@ def gradient(block: int, plan, out: str = "bf16"):
     return compiled(block_product_triton.gradient, constants | {"OUT": out}, tiles, plan.warps)
 
 
-def lists(name: str, warps: int, **sizes: int):
+def lists(name: str, wide: int):
     """A kernel that makes lists."""
-    return compiled(getattr(block_lists_triton, name), sizes, {}, warps)
+    return compiled(getattr(block_lists_triton, name), {"WIDE": wide}, {}, 4)
 
 
 def tell(case: tuple, warps: int, made) -> None:
@@ -100,9 +100,5 @@ if __name__ == "__main__":
             for out in ("bf16", "fp32"):
                 made = gradient(block, plan, out)
                 tell(("gradient", block, str(plan), out), plan.warps, made)
-    for tall, wide in ((128, 32), (128, 128), (256, 64)):
-        warps = tall * wide // 512
-        made = lists("_count_and_fill", warps, TALL=tall, WIDE=wide)
-        tell(("_count_and_fill", tall, wide), warps, made)
     for name in ("_count", "_fill"):
-        tell((name, 256), 4, lists(name, 4, WIDE=256))
+        tell((name, 256), 4, lists(name, 256))
