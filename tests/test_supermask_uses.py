@@ -65,11 +65,28 @@ def test_an_averaged_model_keeps_as_many_tiles(use_buffers):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_a_cast_layer_keeps_as_many_tiles(dtype):
+def test_a_cast_layer_keeps_the_same_tiles_and_trains_their_scores(dtype):
     layer = SupermaskLinear(33, 29, block=4, sparsity=0.7)
-    before = layer.sparsity
-    assert layer.to(dtype).sparsity == before
-    assert layer(torch.ones(2, 33, dtype=dtype)).dtype == dtype
+    with torch.no_grad():
+        layer.scores.copy_(1 + 1e-6 * torch.randperm(layer.scores.numel()).view(layer.grid))
+    layer(torch.ones(2, 33)).sum().backward()
+    before, mask = layer.sparsity, layer.mask
+    layer.to(dtype)
+    assert layer.sparsity == before
+    assert torch.equal(layer.mask, mask)
+    y = layer(torch.ones(2, 33, dtype=dtype))
+    assert y.dtype == dtype
+    y.sum().backward()
+    wide = torch.promote_types(dtype, torch.float32)
+    assert layer.scores.dtype == layer.scores.grad.dtype == wide
+    torch.optim.SGD(layer.parameters(), lr=0.1).step()
+
+
+def test_scores_that_were_rounded_are_refused():
+    layer = SupermaskLinear(32, 32, block=16, sparsity=0.5)
+    layer.scores.data = layer.scores.data.bfloat16()  # as FSDP's mixed precision does
+    with pytest.raises(RuntimeError, match=r"scores are torch.bfloat16.*must be float32"):
+        layer(torch.ones(2, 32))
 
 
 def test_inside_autocast_the_product_is_bf16_and_the_gradients_are_the_parameters():

@@ -63,7 +63,8 @@ class Supermask:
     """What the two layers add to the ordinary ones.
 
     scores: nn.Parameter [rows, columns], the `grid` of tiles; float32, or float64 under a float64
-    weight. At first the mean of |W| in each tile, over the mean of these, so that a step means the
+    weight. A cast to bf16 or fp16 leaves them float32: rounding ties scores, which would keep other
+    tiles. At first the mean of |W| in each tile, over the mean of these, so that a step means the
     same in every layer; a model that was trained dense keeps its largest tiles so. The mask is
     found anew in every forward, on the device, so a captured or compiled step follows the scores
     and the sparsity.
@@ -104,12 +105,19 @@ class Supermask:
     def mask(self) -> Tensor:
         """The tiles that are kept, bool [rows, columns].
 
-        Raises RuntimeError where this rank holds a share of the scores and not all.
+        Raises RuntimeError where this rank holds a share of the scores and not all, and where
+        they were rounded to bf16 or fp16.
         """
         if self.scores.shape != self.grid:
             raise RuntimeError(
                 f"scores {list(self.scores.shape)} are a share of {list(self.grid)}: the mask is "
                 "known inside the layer's forward; outside read full_state_dict()"
+            )
+        if _is_half(self.scores):
+            raise RuntimeError(
+                f"scores are {self.scores.dtype}, which ties them and so keeps other tiles: they "
+                "must be float32 (for mixed precision use autocast, and no wrapper that casts "
+                "parameters)"
             )
         return tiles.keep_most(self.scores, self.kept // 2)
 
@@ -168,6 +176,17 @@ class Supermask:
             )
             return
         super()._load_from_state_dict(states, prefix, *others)
+
+    def _apply(self, fn, recurse=True):
+        scores = self._parameters["scores"]
+
+        def wide(tensor):
+            found = fn(tensor)
+            if (tensor is scores or tensor is scores.grad) and _is_half(found):
+                return tensor.to(found.device)
+            return found
+
+        return super()._apply(wide, recurse)
 
     def extra_repr(self) -> str:
         """As the ordinary layer's, with the block and the gradient."""
@@ -253,6 +272,10 @@ def cover(layer: nn.Module, settings: Settings) -> Supermask:
     if settings.fixed_weight:
         weight.requires_grad_(False)
     return layer
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 class _MaskedWeight(torch.autograd.Function):
