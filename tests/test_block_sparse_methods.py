@@ -84,9 +84,14 @@ def test_what_a_method_cannot_hold_is_refused_with_the_value_and_the_fix(name):
         r"the bias is \w+ \[127\].*needs \w+ \[128\]": (weight, bias[1:]),
         r"the bias is \w+ \[1, 128\]": (weight, bias[None]),
         r"the bias is float32.*needs": (weight, bias.float()),
+        "the bias is a list": (weight, [0.0] * 128),
+        "the weight is a list": ([[0.0]], None),
+        "sparse_coo": (weight.to_sparse(), None),
     }.items():
         with pytest.raises(ValueError, match=match):
             build(*operands, block=32)
+    with pytest.raises(ValueError, match="the mask is a list"):
+        build(weight, block=32, mask=[[True] * 6] * 4)
     ragged = weight[:100, :90]
     if name in ("torch_bsr", "semi_structured"):
         with pytest.raises(ValueError, match=r"N = 100.*multiple.*pad"):

@@ -263,6 +263,9 @@ def test_sparsity_is_set_for_every_layer_of_a_model():
     with pytest.raises(ValueError, match=r"layer 'head': sparsity = 0\.95 of 12 tiles"):
         set_sparsity(model, 0.95)  # the layers before the head have 32
     assert {layer.sparsity for _, layer in supermasks(model)} == {0.75}
+    fold(model)
+    with pytest.raises(ValueError, match="no supermasks; call apply_supermask"):
+        set_sparsity(model, 0.5)
 
 
 def test_the_cubic_schedule_is_that_of_its_equation():

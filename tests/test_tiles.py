@@ -115,6 +115,6 @@ def test_a_block_that_is_none_is_refused(block):
 
 
 def test_a_block_that_leaves_nothing_is_refused_with_the_fix():
-    with pytest.raises(ValueError, match=r"block = \(16, 16\) in a weight \[16, 64\].*smaller"):
+    with pytest.raises(ValueError, match=r"block = 16 in a weight \[16, 64\].*smaller"):
         tiles.check(16, 0.8, (16, 64))
     assert tiles.check(16, 0.75, (16, 64)) == (16, 16)

@@ -56,24 +56,24 @@ def bias_unsupported(weight: Tensor, bias: Tensor | None) -> str | None:
     A kernel would read past the end of one that is too short.
     """
     N = len(weight)
-    if bias is None or (bias.shape == (N,) and _like(bias) == _like(weight)):
+    if bias is None or (
+        isinstance(bias, Tensor)
+        and (bias.shape, bias.dtype, bias.device) == ((N,), weight.dtype, weight.device)
+    ):
         return None
     return (
-        f"the bias is {named(bias.dtype)} {list(bias.shape)} on {bias.device}: the weight needs "
-        f"{named(weight.dtype)} [{N}] on {weight.device}"
+        f"the bias is {_described(bias)}: the weight needs {named(weight.dtype)} [{N}] on "
+        f"{weight.device}"
     )
-
-
-def _like(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
-    return tensor.dtype, tensor.device
 
 
 def check(cls, weight: Tensor, bias: Tensor | None, **options) -> None:
     """Raises ValueError where a method cannot hold the weight and bias with these options."""
-    if weight.dim() != 2 or weight.dtype not in DTYPES or weight.is_meta:
+    _check_tensor("the weight", weight)
+    if weight.dim() != 2 or weight.dtype not in DTYPES:
         raise ValueError(
-            f"the weight is {named(weight.dtype)} {list(weight.shape)} on {weight.device}: [N, K] "
-            f"is needed, with values, of {', '.join(map(named, DTYPES))}"
+            f"the weight is {_described(weight)}: [N, K] is needed, of "
+            f"{', '.join(map(named, DTYPES))}"
         )
     if reason := bias_unsupported(weight, bias):
         raise ValueError(reason)
@@ -92,6 +92,7 @@ def choose(weight: Tensor, block: int, sparsity: float | None, mask: Tensor | No
     masks.check_finite(weight)
     grid = tiles.grid(weight.shape, square)
     if mask is not None:
+        _check_tensor("the mask", mask)
         if mask.dtype != torch.bool or tuple(mask.shape) != grid:
             raise ValueError(
                 f"a mask of {named(mask.dtype)} {list(mask.shape)}: bool "
@@ -110,7 +111,20 @@ def choose(weight: Tensor, block: int, sparsity: float | None, mask: Tensor | No
     return mask
 
 
-def named(dtype: torch.dtype) -> str:
+def _check_tensor(name: str, value) -> None:
+    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+        raise ValueError(f"{name} is {_described(value)}: a dense tensor with values is needed")
+
+
+def _described(value) -> str:
+    """Such as float32 [4, 8] on cpu."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    layout = "" if value.layout == torch.strided else f" {named(value.layout)}"
+    return f"{named(value.dtype)}{layout} {list(value.shape)} on {value.device}"
+
+
+def named(dtype: torch.dtype | torch.layout) -> str:
     """Such as float32."""
     return str(dtype).removeprefix("torch.")
 

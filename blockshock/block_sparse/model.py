@@ -89,10 +89,12 @@ def supermasks(model: nn.Module) -> Iterator[tuple[str, Supermask]]:
 def set_sparsity(model: nn.Module, sparsity: float) -> None:
     """Sets the sparsity of every covered layer; the next forward has it.
 
-    Raises ValueError, and changes nothing, for a sparsity outside [0, 1), or one that leaves a
-    layer no tile.
+    Raises ValueError, and changes nothing, for a model without covered layers, a sparsity outside
+    [0, 1), or one that leaves a layer no tile.
     """
     layers = dict(supermasks(model))
+    if not layers:
+        raise ValueError("the model has no supermasks; call apply_supermask first")
     for name, layer in layers.items():
         try:
             tiles.kept(math.prod(layer.grid), sparsity)

@@ -42,13 +42,14 @@ def check(block: int | Block, sparsity: float, shape: tuple[int, int]) -> Block:
         ValueError: block is not one or two whole numbers of at least 1; sparsity is outside [0, 1);
             (1 - sparsity) of the tiles is less than one.
     """
-    block = pair(block)
-    rows, columns = grid(shape, block)
+    sides = pair(block)
+    check_sparsity(sparsity)
+    rows, columns = grid(shape, sides)
     try:
         kept(rows * columns, sparsity)
     except ValueError as error:
         raise ValueError(f"block = {block} in a weight {list(shape)}: {error}") from None
-    return block
+    return sides
 
 
 def check_sparsity(sparsity: float) -> None:

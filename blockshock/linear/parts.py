@@ -191,8 +191,9 @@ def flatten(x: Tensor, width: int, like: Tensor) -> Tensor:
 
     Under autocast x is cast first.
     """
-    if x.shape[-1] != width:
-        raise ValueError(f"x has {x.shape[-1]} features, the layer takes {width}")
+    if x.shape[-1:] != (width,):
+        features = x.shape[-1] if x.dim() else "no"
+        raise ValueError(f"x has {features} features, the layer takes {width}")
     if autocast_dtype(x) and x.is_floating_point():
         x = x.to(like.dtype)
     if x.dtype != like.dtype or x.device != like.device:
