@@ -1,0 +1,330 @@
+// Y = X Wᵀ + b for a 2:4-sparse W [N, K] and many rows of X, on Hopper.
+//
+// D = A·B with A = W and B = Xᵀ by `wgmma.sp`. Its dense operand takes all that shared memory can
+// read, so the values of W are fed from registers. A block of threads has one producer group of
+// four warps, of which one thread copies, and GROUPS consumer groups with 64 rows of W each, over
+// the same COLUMNS rows of X. Blocks in a cluster have different rows of W and the same rows of X:
+// each copies its share of X to all of them. A block stays and takes tile after tile; while one
+// group writes its tile, the others and the copies go on.
+//
+// Compiled with: HALF (0 bf16, 1 fp16), BIAS (1: add it), GROUPS (2 to 4), COLUMNS (rows of X: 128,
+// 192, 256), STAGES (of 64 columns of W and X), CLUSTER (blocks: 1, 2, 4), BAND (tiles of W that
+// follow each other before the next rows of X), PRODUCER and CONSUMER (registers of a thread), and
+//   VALUES  0 loaded once, whatever K says: wrong sums, the rate without reading W
+//           1 through shared memory, from the plain row-major values
+//           2 from L2 to registers, in the order that `arrange_values` makes
+//   AHEAD   blocks of 64 columns that VALUES = 2 loads in advance (1 to 3); 1 elsewhere
+//
+// A block of 64 columns feeds two instructions. Thread 32w + 4g + q of a group gives instruction s
+// rows 16w + g and 16w + g + 8 of A: registers 0 and 1 the kept pairs of the group of four 8s + q,
+// registers 2 and 3 those of 8s + 4 + q. Its places are one word for both instructions: thread
+// 4g + 2s + u has the codes of groups 8s + 4u + 0..3 of row g, and above them those of row g + 8
+// (PTX ISA, "wgmma.mma_async.sp": fragments of A, metadata, sparsity selector).
+//
+// Rates that are expected (H100 at 700 W, TFLOP/s counted as dense, N = 16384, B = 4096; none is
+// measured). The instruction alone reaches 1334 with X refilled and A held, 128 × 256 per block:
+//   GROUPS × COLUMNS   2 × 256  3 × 256
+//   VALUES = 0, CLUSTER = 2     1270     1270    the pipeline and the epilogue, 5 % of the ceiling
+//   VALUES = 1, CLUSTER = 1      900      980    80 and 59 bytes a clock from L2: too many
+//   VALUES = 1, CLUSTER = 2     1130     1190    49 and 39 bytes
+//   VALUES = 1, CLUSTER = 4     1170     1200    33 and 29 bytes; some processors stay empty
+//   VALUES = 2, CLUSTER = 2     1190     1200    no second pass of W through shared memory
+// The library reaches 1000 to 1070.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+struct __align__(64) TensorMap { u64 opaque[16]; };
+
+#define THREADS ((GROUPS + 1) * 128)
+#define ROWS (GROUPS * 64)
+#define SETS (VALUES == 2 ? AHEAD + 1 : 2)  // of registers of A, each for a block of 64 columns
+#define X_STAGE (COLUMNS * 128)  // bytes
+#define W_STAGE (VALUES == 1 ? GROUPS * 4096 : 0)
+#define PLACES_STAGE (GROUPS * 512)
+#define PIECE 4096  // 32 rows of Y × 64 columns, of which a group has two
+#define W_AT (STAGES * X_STAGE)
+#define PIECES_AT (W_AT + STAGES * W_STAGE)
+#define PLACES_AT (PIECES_AT + GROUPS * 2 * PIECE)
+#define BARRIERS_AT (PLACES_AT + STAGES * PLACES_STAGE)
+
+#if HALF
+#define TYPE "f16"
+#else
+#define TYPE "bf16"
+#endif
+
+// --- barriers and copies
+
+__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
+        ::"r"(barrier), "r"(parity) : "memory");
+}
+
+__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
+                 : "memory");
+}
+
+// Arrives at the same barrier of another block of the cluster, or of this one.
+__device__ __forceinline__ void arrive(u32 barrier, u32 block) {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}"
+        ::"r"(barrier), "r"(block) : "memory");
+}
+
+__device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ void copy_in(
+    u32 target, const TensorMap& source, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3}], [%4];"
+        ::"r"(target), "l"(&source), "r"(column), "r"(row), "r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void copy_in(
+    u32 target, const TensorMap& source, int word, int block, int tile, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4}], [%5];"
+        ::"r"(target), "l"(&source), "r"(word), "r"(block), "r"(tile), "r"(barrier) : "memory");
+}
+
+// To the same address of every block of the cluster, each of which counts the bytes.
+__device__ __forceinline__ void copy_to_all(
+    u32 target, const TensorMap& source, int column, int row, u32 barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+        ::"r"(target), "l"(&source), "r"(column), "r"(row), "r"(barrier),
+          "h"((u16)((1 << CLUSTER) - 1)) : "memory");
+}
+
+__device__ __forceinline__ void copy_out(
+    const TensorMap& target, int column, int row, u32 source) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+        "cp.async.bulk.commit_group;"
+        ::"l"(&target), "r"(column), "r"(row), "r"(source) : "memory");
+}
+
+// --- operands and results
+
+// One instruction's A: 16 rows × 16 kept values of each warp.
+__device__ __forceinline__ void load_matrices(u32* a, u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// Read once by this block, so past L1.
+__device__ __forceinline__ void load_words(u32* a, const uint4* from) {
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "l"(from));
+}
+
+__device__ __forceinline__ u32 load_shared(u32 address) {
+    u32 word;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
+    return word;
+}
+
+__device__ __forceinline__ u32 rounded(float low, float high) {
+    u32 pair;
+    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+__device__ __forceinline__ float widened(u16 bits) {
+#if HALF
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+#else
+    return __uint_as_float((u32)bits << 16);
+#endif
+}
+
+// A core matrix row is 128 bytes, swizzled; eight rows of X are 1024 bytes.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    return (u64)(address >> 4 & 0x3FFF) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+struct Place { int row, column; };  // of a tile: first row of W of the cluster, first row of X
+
+// BAND tiles of W, then the next rows of X: blocks that run together share both in L2.
+__device__ __forceinline__ Place place_of(int tile, int N, int batch) {
+    const int tall = CLUSTER * ROWS, rows = (N + tall - 1) / tall;
+    const int columns = (batch + COLUMNS - 1) / COLUMNS;
+    const int first = tile / (BAND * columns) * BAND, high = min(BAND, rows - first);
+    const int within = tile - first * columns;
+    return {(first + within % high) * tall, within / high * COLUMNS};
+}
+
+// --- kernels
+
+// values [N, K/2] -> [N/64][K/32][128 threads] of the four registers that an instruction takes.
+// The grid is (K/64, N/64), of 256 threads.
+extern "C" __global__ void arrange_values(const u32* values, uint4* arranged, int K) {
+    const int thread = threadIdx.x % 128, step = blockIdx.x * 2 + threadIdx.x / 128;
+    const int row = blockIdx.y * 64 + thread / 32 * 16 + thread % 32 / 4;
+    const u32* low = values + (long long)row * (K / 4) + step * 8 + thread % 4;
+    const u32* high = low + (long long)8 * (K / 4);
+    arranged[((long long)blockIdx.y * (K / 32) + step) * 128 + thread] =
+        make_uint4(low[0], high[0], low[4], high[4]);
+}
+
+// x [batch, K], w (values [N, K/2]), places [N/64][K/64][128], arranged (VALUES 0 and 2), bias [N]
+// -> y [batch, N]. The grid is a multiple of CLUSTER; all of it must run at once.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) product(
+    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
+    const __grid_constant__ TensorMap places, const __grid_constant__ TensorMap y,
+    const uint4* arranged, const u16* bias, int N, int K, int batch) {
+    extern __shared__ unsigned char shared[];
+    const u32 base = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
+    const u32 full = base + BARRIERS_AT, empty = full + STAGES * 8;
+    const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
+    const int lane = thread % 32, warp = thread / 32;
+    const int rank = blockIdx.x % CLUSTER, blocks = K / 64;
+    const int tall = CLUSTER * ROWS;
+    const int tiles = (N + tall - 1) / tall * ((batch + COLUMNS - 1) / COLUMNS);
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + i * 8));
+            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + i * 8),
+                         "r"(CLUSTER * GROUPS * 4));  // one arrival of each warp that reads
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    cluster_wait();
+
+    int stage = 0;
+    u32 turn = 0;  // parity of the round through the stages
+    if (group < 0) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER));
+        if (threadIdx.x == 0) {
+            for (int tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
+                const Place at = place_of(tile, N, batch);
+                const int row = at.row + rank * ROWS;
+                for (int block = 0; block < blocks; block++) {
+                    const u32 ready = full + stage * 8;
+                    wait(empty + stage * 8, turn ^ 1);
+                    expect(ready, X_STAGE + W_STAGE + PLACES_STAGE);
+                    const int share = COLUMNS / CLUSTER;
+                    const u32 target = base + stage * X_STAGE + rank * (share * 128);
+                    if (CLUSTER > 1)
+                        copy_to_all(target, x, block * 64, at.column + rank * share, ready);
+                    else
+                        copy_in(target, x, block * 64, at.column, ready);
+                    if (VALUES == 1)
+                        copy_in(base + W_AT + stage * W_STAGE, w, block * 32, row, ready);
+                    copy_in(base + PLACES_AT + stage * PLACES_STAGE, places, 0, block, row / 64,
+                            ready);
+                    if (++stage == STAGES) stage = 0, turn ^= 1;
+                }
+            }
+        }
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER));
+        // The lane's row of the four 8 × 8 matrices, which are rows 0-7 and 8-15, then again the
+        // next 16 bytes; a row is 64 bytes, swizzled.
+        const int matrix_row = warp * 16 + lane % 16, half = lane / 16;
+        const u32 values_at = base + W_AT + group * 4096 + matrix_row * 64 +
+                              ((half ^ (matrix_row >> 1 & 3)) << 4);
+        const u32 places_at = base + PLACES_AT + group * 512 + thread * 4;
+        const u32 pieces_at = base + PIECES_AT + group * (2 * PIECE);
+        float sums[COLUMNS / 2];
+        u32 a[SETS][8];
+
+        for (int tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
+            const Place at = place_of(tile, N, batch);
+            const int row = at.row + rank * ROWS + group * 64;
+            const uint4* words =
+                arranged + (long long)min(row / 64, N / 64 - 1) * (K / 32) * 128 + thread;
+            auto load = [&](u32* set, int block) {
+                const uint4* from = words + (long long)min(block, blocks - 1) * 256;
+                load_words(set, from);
+                load_words(set + 4, from + 128);
+            };
+            if (VALUES != 1) {
+#pragma unroll
+                for (int i = 0; i < SETS - (VALUES == 2); i++) load(a[i], i);
+            }
+
+            int used = -1;  // the stage that the product in flight reads
+            auto release = [&]() {
+                if (used >= 0 && lane < CLUSTER) arrive(empty + used * 8, lane);
+            };
+            auto step = [&](u32* set, u32* next, int block) {
+                wait(full + stage * 8, turn);
+                if (VALUES == 1) {
+                    load_matrices(set, values_at + stage * W_STAGE);
+                    load_matrices(set + 4, (values_at ^ 32) + stage * W_STAGE);
+                }
+                const u32 codes = load_shared(places_at + stage * PLACES_STAGE);
+                const u64 x_block = descriptor(base + stage * X_STAGE);
+                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                multiply<0>(sums, set[0], set[1], set[2], set[3], x_block, codes, block > 0);
+                multiply<1>(sums, set[4], set[5], set[6], set[7], x_block + 4, codes, 1);
+                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                release();
+                used = stage;
+                if (VALUES == 2) load(next, block + SETS - 1);
+                if (++stage == STAGES) stage = 0, turn ^= 1;
+            };
+            int block = 0;
+            for (; block + SETS <= blocks; block += SETS) {
+#pragma unroll
+                for (int i = 0; i < SETS; i++)
+                    step(a[i], a[(i + SETS - 1) % SETS], block + i);
+            }
+#pragma unroll
+            for (int i = 0; i < SETS - 1; i++)
+                if (block + i < blocks) step(a[i], a[(i + SETS - 1) % SETS], block + i);
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            release();
+
+            const int own = row + warp * 16 + lane / 4;
+            const float low = BIAS && own < N ? widened(bias[own]) : 0.0f;
+            const float high = BIAS && own + 8 < N ? widened(bias[own + 8]) : 0.0f;
+#pragma unroll
+            for (int piece = 0; piece < COLUMNS / 32; piece++) {
+                const u32 target = pieces_at + piece % 2 * PIECE;
+                // The copy from this half, two pieces ago, has been read.
+                if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+                asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+#pragma unroll
+                for (int pair = 0; pair < 2; pair++) {
+                    const float* d = sums + (piece * 4 + pair * 2) * 4;
+                    const int y_row = pair * 16 + lane / 16 * 8 + lane % 8;
+                    const int chunk = warp * 2 + lane / 8 % 2;
+                    store_matrices(target + y_row * 128 + ((chunk ^ (y_row & 7)) << 4),
+                                   rounded(d[0] + low, d[1] + low),
+                                   rounded(d[2] + high, d[3] + high),
+                                   rounded(d[4] + low, d[5] + low),
+                                   rounded(d[6] + high, d[7] + high));
+                }
+                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+                asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+                if (thread == 0) copy_out(y, row, at.column + piece * 32, target);
+            }
+        }
+        if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    }
+    // A block that ends takes its shared memory from copies and arrivals of the others.
+    __syncwarp();
+    cluster_wait();
+}
