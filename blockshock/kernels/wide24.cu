@@ -286,6 +286,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 if (++stage == STAGES) stage = 0, turn ^= 1;
             };
             int block = 0;
+#pragma unroll 1
             for (; block + SETS <= blocks; block += SETS) {
 #pragma unroll
                 for (int i = 0; i < SETS; i++)
@@ -294,12 +295,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
             for (int i = 0; i < SETS - 1; i++)
                 if (block + i < blocks) step(a[i], a[(i + SETS - 1) % SETS], block + i);
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            release();
-
             const int own = row + warp * 16 + lane / 4;
             const float low = BIAS && own < N ? widened(bias[own]) : 0.0f;
             const float high = BIAS && own + 8 < N ? widened(bias[own + 8]) : 0.0f;
+            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            release();
+
 #pragma unroll
             for (int piece = 0; piece < COLUMNS / 32; piece++) {
                 const u32 target = pieces_at + piece % 2 * PIECE;

@@ -1,8 +1,194 @@
+"""The 2:4 product Y = X Wᵀ for many rows of X on Hopper, W from registers: `wide24.cu`.
+
+    values    [N, K/2]              the kept entries, as everywhere
+    places    [N/64, K/64, 128]     int32: the codes of `masks` in the order in which `wgmma.sp`
+                                    takes them; made from the mask once, an eighth of the values
+    arranged  [N/64, K/32, 128, 8]  the values in the order in which registers take them; only for a
+                                    plan that loads them past shared memory
+
+N and K multiples of 64, bf16 or fp16, any number of rows of X. The plain-PyTorch reference is
+`sparse24.product_reference`; the orders of `places` and `arranged` are functions here, in plain
+PyTorch as well. Source: PTX ISA, "wgmma.mma_async.sp", m64nNk32 for 16-bit types.
+
+No layer uses it: it has not been measured.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
+from torch import Tensor
+
+from blockshock.kernels import nvrtc, tensor_maps
+
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+HELD, SHARED, DIRECT = 0, 1, 2  # where the values of a product come from
+# Registers of a thread that copies and of one that multiplies; a block shares 65536.
+REGISTERS = {2: (40, 232), 3: (40, 152), 4: (32, 112)}
 
 
-def _multiply_source(dtype: torch.dtype, columns: int) -> str:
+@dataclass(frozen=True)
+class Plan:
+    """How `wide24.cu` is compiled; its header explains the constants."""
+
+    groups: int = 2
+    columns: int = 256
+    stages: int = 5
+    cluster: int = 2
+    values: int = SHARED
+    ahead: int = 1
+    band: int = 8
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: the consumer groups and the producer."""
+        return (self.groups + 1) * 128
+
+    @property
+    def shared_bytes(self) -> int:
+        """Stages, two pieces of Y for each group, barriers, and room to align them."""
+        values = self.groups * 4096 if self.values == SHARED else 0
+        stage = self.columns * 128 + values + self.groups * 512
+        return self.stages * (stage + 16) + self.groups * 8192 + 1024
+
+
+# The steps of the way, each compiled by itself: the name says what it adds.
+PLANS = {
+    "alone": Plan(cluster=1),
+    "pairs": Plan(cluster=2),
+    "fours": Plan(cluster=4, band=4),
+    "pairs of three": Plan(groups=3, columns=192),
+    "fours of three": Plan(groups=3, columns=192, cluster=4, band=3),
+    "direct": Plan(values=DIRECT, ahead=3),
+    "direct, three": Plan(groups=3, columns=192, values=DIRECT, ahead=2),
+    "direct, four": Plan(groups=4, columns=128, stages=8, values=DIRECT, band=4),
+    "held": Plan(values=HELD),
+    "held, three": Plan(groups=3, columns=192, values=HELD),
+}
+USUAL = PLANS["pairs"]
+
+
+def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
+    """Why the kernel cannot run, or None when it can."""
+    if device_type != "cuda":
+        return f"the wide 2:4 kernel is CUDA code; the layer is on the {device_type}: use 'auto'"
+    if dtype not in DTYPES:
+        return f"the wide 2:4 kernel takes bf16 or fp16, got {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.get_device_capability() != (9, 0):
+        return "the wide 2:4 kernel needs a Hopper GPU (compute capability 9.0); use 'auto'"
+    if not nvrtc.available():
+        return "the wide 2:4 kernel needs NVRTC, which a CUDA build of PyTorch brings"
+    return None
+
+
+def arrange_places(codes: Tensor) -> Tensor:
+    """codes uint8 [N, K/4] -> places int32 [N/64, K/64, 128].
+
+    Word 32w + 4g + 2s + u of a tile of 64 rows × 64 columns holds, four bits each, the codes of
+    groups 8s + 4u + 0..3 of row 16w + g, and above them those of row 16w + g + 8.
+    """
+    N, groups = codes.shape
+    places = torch.empty(N // 64, groups // 16, 128, dtype=torch.int32, device=codes.device)
+    shifts = torch.arange(0, 32, 4, device=codes.device).view(2, 1, 1, 1, 1, 4)  # half, of four
+    step = max(1, (1 << 20) // groups)  # tiles at once: the words are wide on the way
+    for at in range(0, N // 64, step):
+        some = codes[at * 64 : (at + step) * 64]
+        code = some.view(-1, 4, 2, 8, groups // 16, 2, 2, 4).long()  # t, w, half, g, b, s, u, j
+        words = (code << shifts).sum((2, 7)).permute(0, 3, 1, 2, 4, 5)  # t, b, w, g, s, u
+        words = words.reshape(-1, groups // 16, 128)
+        places[at : at + step] = torch.where(words >= 1 << 31, words - (1 << 32), words)
+    return places
+
+
+def arrange_reference(values: Tensor) -> Tensor:
+    """values [N, K/2] -> arranged [N/64, K/32, 128, 8], in plain PyTorch.
+
+    Thread 32w + 4g + q of step k holds, as its four registers of two values, the kept pairs of
+    group 8k + q of rows 16w + g and 16w + g + 8, then those of group 8k + 4 + q.
+    """
+    N, half = values.shape
+    split = values.view(N // 64, 4, 2, 8, half // 16, 2, 4, 2)  # t, w, row half, g, k, u, q, e
+    return split.permute(0, 4, 1, 3, 6, 5, 2, 7).reshape(N // 64, half // 16, 128, 8)
+
+
+def arrange(values: Tensor) -> Tensor:
+    """`arrange_reference` on a GPU, in one pass; values contiguous."""
+    N, half = values.shape
+    arranged = values.new_empty(N // 64, half // 16, 128, 8)
+    kernel = _kernels(values.dtype, False, USUAL)[0]
+    kernel((half // 32, N // 64, 1), (256, 1, 1), [values, arranged, half * 2])
+    return arranged
+
+
+def product(
+    x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None = None, plan: Plan = USUAL
+) -> Tensor:
+    """X Wᵀ + b: x [B, K], places of `arrange_places`, bias [N] -> [B, N], contiguous.
+
+    values [N, K/2]; for a plan whose values are not SHARED, `arrange(values)`. The sums are
+    float32, in the order of K.
+    """
+    (batch, K), N = x.shape, places.shape[0] * 64
+    if batch == 0:
+        return x.new_empty(0, N)
+    shape = (N, K // 2) if plan.values == SHARED else (N // 64, K // 32, 128, 8)
+    if values.shape != shape or not values.is_contiguous():
+        raise ValueError(
+            f"values of shape {tuple(values.shape)}: x and places of this size and {plan} need "
+            f"contiguous {shape}; pass the kept values, or `arrange` of them"
+        )
+    if not tensor_maps.aligned(x):
+        x = x.clone(memory_format=torch.contiguous_format)
+    y = x.new_empty(batch, N)
+    # A plan that does not copy values into shared memory reads no map of them.
+    w = values if plan.values == SHARED else values.view(N, K // 2)
+    maps = [
+        tensor_maps.tensor_map(x, (plan.columns // plan.cluster, 64), 128),
+        tensor_maps.tensor_map(w, (plan.groups * 64, 32), 64),
+        tensor_maps.tensor_map(places, (plan.groups, 1, 128)),
+        tensor_maps.tensor_map(y, (32, 64), 128),
+    ]
+    multiply = _kernels(x.dtype, bias is not None, plan)[1]
+    tiles = -(-N // (plan.cluster * plan.groups * 64)) * -(-batch // plan.columns)
+    blocks = min(tiles, _clusters(x.dtype, bias is not None, plan)) * plan.cluster
+    arguments = [*maps, values, values if bias is None else bias, N, K, batch]
+    tensor_maps.launch(multiply, blocks, plan.threads, arguments, plan.shared_bytes)
+    return y
+
+
+@lru_cache
+def _clusters(dtype: torch.dtype, bias: bool, plan: Plan) -> int:
+    """Clusters that run at once: the kernel stays and takes tile after tile."""
+    multiply = _kernels(dtype, bias, plan)[1]
+    return tensor_maps.most_clusters(multiply, plan.cluster, plan.threads, plan.shared_bytes)
+
+
+def macros(dtype: torch.dtype, bias: bool, plan: Plan) -> dict[str, int]:
+    """The compile-time constants of `wide24.cu`."""
+    producer, consumer = REGISTERS[plan.groups]
+    return {
+        "HALF": int(dtype == torch.float16),
+        "BIAS": int(bias),
+        "GROUPS": plan.groups,
+        "COLUMNS": plan.columns,
+        "STAGES": plan.stages,
+        "CLUSTER": plan.cluster,
+        "VALUES": plan.values,
+        "AHEAD": plan.ahead,
+        "BAND": plan.band,
+        "PRODUCER": producer,
+        "CONSUMER": consumer,
+    }
+
+
+@lru_cache
+def _kernels(dtype: torch.dtype, bias: bool, plan: Plan):
+    prelude, constants = multiply_source(dtype, plan.columns), macros(dtype, bias, plan)
+    shared = {"arrange_values": 0, "product": plan.shared_bytes}
+    return [nvrtc.kernel("wide24.cu", name, shared[name], prelude, **constants) for name in shared]
+
+
+def multiply_source(dtype: torch.dtype, columns: int) -> str:
     """The wrapper of `wgmma.sp`: how many operands it has depends on the rows of X."""
     n, name = columns // 2, DTYPES[dtype]
     sums = ", ".join(f"%{i}" for i in range(n))
