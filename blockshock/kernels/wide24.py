@@ -59,11 +59,11 @@ PLANS = {
     "fours": Plan(cluster=4, band=4),
     "pairs of three": Plan(groups=3, columns=192),
     "fours of three": Plan(groups=3, columns=192, cluster=4, band=3),
-    "direct": Plan(values=DIRECT, ahead=3),
-    "direct, three": Plan(groups=3, columns=192, values=DIRECT, ahead=2),
+    "direct": Plan(stages=6, values=DIRECT, ahead=3),
+    "direct, three": Plan(groups=3, columns=192, stages=7, values=DIRECT, ahead=2),
     "direct, four": Plan(groups=4, columns=128, stages=8, values=DIRECT, band=4),
-    "held": Plan(values=HELD),
-    "held, three": Plan(groups=3, columns=192, values=HELD),
+    "held": Plan(stages=6, values=HELD),
+    "held, three": Plan(groups=3, columns=192, stages=7, values=HELD),
 }
 USUAL = PLANS["pairs"]
 

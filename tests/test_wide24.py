@@ -1,0 +1,275 @@
+"""The wide 2:4 kernel: its operands follow the instruction's layout, its products match float64.
+
+What needs no GPU runs everywhere: an emulator of `wgmma.sp` puts together again the matrix that the
+registers of a group of warps describe. The kernel itself is CUDA code.
+"""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from blockshock import masks
+from blockshock.kernels import nvrtc, pack, tensor_maps, wide24
+from blockshock.measure.clock import capture
+from blockshock.measure.errors import relative_error
+
+on_gpu = pytest.mark.gpus(1)
+RIGHT = [name for name, plan in wide24.PLANS.items() if plan.values != wide24.HELD]
+
+# (N, K, B): one block of everything; rows that fill no block, no cluster; odd and even numbers of
+# blocks of columns, more and fewer than stages; more tiles than processors; ragged B.
+SHAPES = [
+    (64, 64, 1),
+    (64, 128, 8),
+    (192, 320, 5),
+    (704, 960, 333),
+    (1024, 4096, 256),
+    (448, 2368, 1000),
+    (4160, 1088, 4097),
+    (8192, 64, 1025),
+]
+
+
+class Case:
+    """A matrix, its mask and its layout; `product` multiplies by it, in poisoned memory."""
+
+    def __init__(self, N, K, pattern="random", dtype=torch.bfloat16, device="cuda", term=0):
+        generator = torch.Generator(device).manual_seed(N + K)
+        self.weight = torch.randn(N, K, generator=generator, device=device).to(dtype)
+        mask = masks.make(pattern, self.weight)
+        mask = ~mask if term else mask
+        self.codes = masks.encode(mask)
+        self.dense = self.weight * mask
+        self.values = pack.gather_kept(self.weight, self.codes)
+        self.places = wide24.arrange_places(self.codes)
+
+    def input(self, B, seed=0):
+        generator = torch.Generator(self.weight.device).manual_seed(seed)
+        K = self.weight.shape[1]
+        x = torch.randn(B, K, generator=generator, device=self.weight.device)
+        return x.to(self.weight.dtype)
+
+    def bias(self):
+        return self.input(1, seed=1).new_empty(len(self.weight)).normal_()
+
+    def product(self, x, bias=None, plan=wide24.USUAL):
+        values = self.values if plan.values == wide24.SHARED else wide24.arrange(self.values)
+        poison()
+        return wide24.product(x, values, self.places, bias, plan)
+
+
+def poison():
+    """Blocks of NaN of many sizes, given back at once: new memory comes from them."""
+    held = [torch.full((1 << n,), torch.nan, device="cuda") for n in range(7, 24) for _ in "ab"]
+    del held
+
+
+def truth(case, x, bias=None):
+    return F.linear(x.double(), case.dense.double(), None if bias is None else bias.double())
+
+
+def operand(registers, words, selector):
+    """The matrix A, [64, 32], of one `wgmma.sp`, from what its 128 threads give it.
+
+    registers [128, 4, 2] are values, words [128] are codes. PTX ISA, "register fragments for
+    wgmma.mma_async.sp.m64k32", "sparse matrix storage" and "sparsity selector".
+    """
+    kept, full = torch.zeros(64, 16), torch.zeros(64, 32)
+    for thread in range(128):
+        warp, g, q = thread // 32, thread % 32 // 4, thread % 4
+        for register in range(4):
+            row, column = 16 * warp + g + 8 * (register % 2), 8 * (register // 2) + 2 * q
+            kept[row, column : column + 2] = registers[thread, register]
+    for warp in range(4):
+        for g in range(8):
+            for u in range(2):
+                word = int(words[32 * warp + 4 * g + 2 * selector + u])
+                for half in range(2):
+                    row = 16 * warp + g + 8 * half
+                    for j in range(4):
+                        code, group = word >> (16 * half + 4 * j) & 15, 4 * u + j
+                        for i, place in enumerate((code & 3, code >> 2)):
+                            full[row, 4 * group + place] = kept[row, 2 * group + i]
+    return full
+
+
+def through_shared_memory(values, block):
+    """The registers [2, 128, 4, 2] that `ldmatrix` loads of a tile of 64 rows × 32 values.
+
+    The copy puts the 16 bytes at chunk c of row r (64 bytes) at chunk c ^ (r / 2 % 4).
+    """
+    tile = values[:, 32 * block : 32 * block + 32].view(64, 4, 8)
+    shared = torch.empty(64, 4, 8)
+    for row in range(64):
+        for chunk in range(4):
+            shared[row, chunk ^ (row >> 1 & 3)] = tile[row, chunk]
+    found = torch.empty(2, 128, 4, 2)
+    for step in range(2):
+        for warp in range(4):
+            for lane in range(32):  # gives the address of row lane % 8 of matrix lane / 8
+                row, half = warp * 16 + lane % 16, lane // 16
+                address = row * 64 + ((half ^ (row >> 1 & 3)) << 4) ^ 32 * step
+                eight = shared.view(-1, 8)[address // 16].view(4, 2)
+                receivers = slice(warp * 32 + lane % 8 * 4, warp * 32 + lane % 8 * 4 + 4)
+                found[step, receivers, lane // 8] = eight
+    return found
+
+
+@pytest.mark.parametrize("pattern", ["random", "tile", "1010"])
+@pytest.mark.parametrize("source", ["shared memory", "arranged"])
+def test_the_registers_describe_the_matrix(pattern, source):
+    case = Case(128, 192, pattern, torch.float32, device="cpu")
+    arranged = wide24.arrange_reference(case.values)
+    assert arranged.shape == (2, 6, 128, 8)
+    for tile in range(2):
+        rows = slice(64 * tile, 64 * tile + 64)
+        for block in range(3):
+            given = through_shared_memory(case.values[rows], block)
+            if source == "arranged":
+                given = arranged[tile, 2 * block : 2 * block + 2].view(2, 128, 4, 2)
+            for step in range(2):
+                start = 64 * block + 32 * step
+                found = operand(given[step], case.places[tile, block], step)
+                assert torch.equal(found, case.dense[rows, start : start + 32])
+
+
+def test_places_of_many_tiles_are_those_of_each():
+    case = Case(192, 128, device="cpu")
+    wide = case.codes.repeat(1, (1 << 20) // 32)  # so many groups a row that each tile is alone
+    found = wide24.arrange_places(wide)
+    assert found.dtype == torch.int32
+    assert torch.equal(found[:, :2], case.places)
+    assert torch.equal(found[:, -2:], case.places)
+
+
+def test_every_plan_fits_the_shared_memory_of_a_block():
+    for plan in wide24.PLANS.values():
+        assert plan.shared_bytes <= 227 * 1024, plan
+
+
+def test_what_the_kernel_does_not_take_is_named():
+    assert "cpu" in wide24.unsupported(torch.bfloat16, "cpu")
+    for dtype in (torch.float32, torch.float64):
+        assert "bf16 or fp16" in wide24.unsupported(dtype, "cuda")
+        assert str(dtype).removeprefix("torch.") in wide24.unsupported(dtype, "cuda")
+
+
+def test_no_rows_give_none_and_values_in_another_order_are_refused():
+    case = Case(64, 64, device="cpu")
+    assert wide24.product(case.input(0), case.values, case.places).shape == (0, 64)
+    with pytest.raises(ValueError, match="pass the kept values, or `arrange` of them"):
+        wide24.product(case.input(1), wide24.arrange_reference(case.values), case.places)
+    plan = wide24.PLANS["direct"]
+    with pytest.raises(ValueError, match="pass the kept values, or `arrange` of them"):
+        wide24.product(case.input(1), case.values, case.places, plan=plan)
+
+
+def test_a_tensor_map_of_rows_off_sixteen_bytes_is_refused():
+    x = torch.zeros(4, 72, dtype=torch.bfloat16)
+    assert tensor_maps.aligned(x[:, :64])
+    for bad in (x[:, 4:68], x.t(), x[:, ::2], x.view(8, 36)[:, :32], x[:1].expand(4, 72)):
+        assert not tensor_maps.aligned(bad)
+        with pytest.raises(ValueError, match="multiples of 16 bytes"):
+            tensor_maps.tensor_map(bad, (4, 64), 128)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of a CUDA toolkit")
+@pytest.mark.parametrize("name", wide24.PLANS)
+def test_every_plan_compiles_without_spills_and_without_waits_between_products(name, tmp_path):
+    plan, file = wide24.PLANS[name], tmp_path / "wide24.cu"
+    source = wide24.multiply_source(torch.bfloat16, plan.columns)
+    file.write_text(source + (nvrtc.FOLDER / "wide24.cu").read_text(encoding="utf-8"))
+    target = ["-gencode", "arch=compute_90a,code=sm_90a", "-std=c++17", "-Xptxas", "-v"]
+    macros = wide24.macros(torch.bfloat16, True, plan)
+    command = ["nvcc", *target, *(f"-D{key}={value}" for key, value in macros.items())]
+    command += ["-cubin", "-o", str(tmp_path / "cubin"), str(file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = done.stdout + done.stderr
+    assert "Performance Loss" not in report, report  # wgmma one after the other
+    assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
+
+
+@on_gpu
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize(("N", "K", "B"), SHAPES)
+def test_the_product_is_as_near_to_float64_as_the_dense_one(N, K, B, name):
+    for dtype, pattern, term in ((torch.bfloat16, "random", 0), (torch.float16, "tile", 1)):
+        case = Case(N, K, pattern, dtype, term=term)
+        x = case.input(B)
+        for bias in (None, case.bias()):
+            exact = truth(case, x, bias)
+            found = case.product(x, bias, wide24.PLANS[name])
+            assert found.shape == (B, N)
+            own, dense = (relative_error(y, exact) for y in (found, F.linear(x, case.dense, bias)))
+            assert own <= 1.1 * dense, (pattern, bias is not None)
+
+
+@on_gpu
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("dtype", wide24.DTYPES)
+def test_unit_rows_give_the_columns_of_the_weight_to_the_bit(dtype, name):
+    case = Case(320, 192, dtype=dtype)
+    eye = torch.eye(192, dtype=dtype, device="cuda")
+    assert torch.equal(case.product(eye, plan=wide24.PLANS[name]), case.dense.t())
+
+
+@on_gpu
+def test_arranging_on_the_gpu_is_the_reference():
+    case = Case(192, 320)
+    assert torch.equal(wide24.arrange(case.values), wide24.arrange_reference(case.values))
+
+
+@on_gpu
+def test_rows_do_not_depend_on_the_rows_beside_them():
+    case = Case(192, 320)
+    x = case.input(300)
+    whole = case.product(x)
+    for batch in (1, 64, 255, 257):
+        other = x.clone()
+        other[batch:] = torch.nan
+        assert torch.equal(case.product(other)[:batch], whole[:batch])
+
+
+@on_gpu
+def test_inputs_with_strides_and_odd_starts_give_the_same_bits():
+    case = Case(192, 320)
+    x, bias = case.input(33), case.bias()
+    y = case.product(x, bias)
+    for before, pitch in ((0, 324), (4, 328), (1, 321), (8, 328), (2, 322), (0, 328)):
+        wide = torch.full((33, pitch), torch.nan, device="cuda").to(x)
+        wide[:, before : before + 320] = x
+        assert torch.equal(case.product(wide[:, before : before + 320], bias), y), (before, pitch)
+    assert torch.equal(case.product(x.t().contiguous().t(), bias), y)
+
+
+@on_gpu
+def test_one_wrong_place_is_found():
+    case = Case(64, 64)
+    x = case.input(8)
+    exact = truth(case, x)
+    assert relative_error(case.product(x), exact) < 0.35 * torch.finfo(x.dtype).eps
+    case.codes[13, 7] = masks.complement(case.codes[13:14, 7:8])[0, 0]
+    case.places = wide24.arrange_places(case.codes)
+    assert relative_error(case.product(x), exact) > torch.finfo(x.dtype).eps
+
+
+@on_gpu
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_replayed_graph_follows_what_x_and_the_values_have_become(name):
+    case, plan = Case(1024, 4096), wide24.PLANS[name]
+    values = case.values if plan.values == wide24.SHARED else wide24.arrange(case.values)
+    x, result = case.input(600), {}
+    graph = capture(lambda: result.update(y=wide24.product(x, values, case.places, plan=plan)))
+    for seed in (1, 2):
+        x.copy_(case.input(600, seed))
+        values.mul_(-2)
+        result["y"].fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(result["y"], wide24.product(x, values, case.places, plan=plan))
