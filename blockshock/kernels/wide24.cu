@@ -1,19 +1,21 @@
 // Y = X Wᵀ + b for a 2:4-sparse W [N, K] and many rows of X, on Hopper.
 //
 // D = A·B with A = W and B = Xᵀ by `wgmma.sp`. Its dense operand takes all that shared memory can
-// read, so the values of W are fed from registers. A block of threads has one producer group of
-// four warps, of which one thread copies, and GROUPS consumer groups with 64 rows of W each, over
-// the same COLUMNS rows of X. Blocks in a cluster have different rows of W and the same rows of X:
-// each copies its share of X to all of them. A block stays and takes tile after tile; while one
-// group writes its tile, the others and the copies go on.
+// read, so the values of W are fed from registers. A block of threads has GROUPS groups of four
+// warps that multiply, with 64 rows of W each, over the same COLUMNS rows of X. One thread copies:
+// of a group of its own, or where the sums leave no registers for one, of the first group. Blocks in
+// a cluster have other rows of W and the same rows of X: each copies its share of X to all of them.
+// A block stays and takes tile after tile; copies for the next one go on while a tile is written.
 //
 // Compiled with: HALF (0 bf16, 1 fp16), BIAS (1: add it), GROUPS (2 to 4), COLUMNS (rows of X: 128,
 // 192, 256), STAGES (of 64 columns of W and X), CLUSTER (blocks: 1, 2, 4), BAND (tiles of W that
-// follow each other before the next rows of X), PRODUCER and CONSUMER (registers of a thread), and
+// follow each other before the next rows of X), COPIERS (1: a group that only copies), COPIER and
+// MULTIPLIER (registers of a thread, where COPIERS = 1), and
 //   VALUES  0 loaded once, whatever K says: wrong sums, the rate without reading W
 //           1 through shared memory, from the plain row-major values
-//           2 from L2 to registers, in the order that `arrange_values` makes
-//   AHEAD   blocks of 64 columns that VALUES = 2 loads in advance (1 to 3); 1 elsewhere
+//           2 from L2 to registers, in the order that `arrange_values` makes, SETS - 1 ahead
+//   SETS    of registers of A, each for 64 columns; with 1 a group waits for its own product, and
+//           the other groups keep the tensor cores busy
 //
 // A block of 64 columns feeds two instructions. Thread 32w + 4g + q of a group gives instruction s
 // rows 16w + g and 16w + g + 8 of A: registers 0 and 1 the kept pairs of the group of four 8s + q,
@@ -21,15 +23,21 @@
 // 4g + 2s + u has the codes of groups 8s + 4u + 0..3 of row g, and above them those of row g + 8
 // (PTX ISA, "wgmma.mma_async.sp": fragments of A, metadata, sparsity selector).
 //
-// Rates that are expected (H100 at 700 W, TFLOP/s counted as dense, N = 16384, B = 4096; none is
-// measured). The instruction alone reaches 1334 with X refilled and A held, 128 × 256 per block:
-//   GROUPS × COLUMNS   2 × 256  3 × 256
-//   VALUES = 0, CLUSTER = 2     1270     1270    the pipeline and the epilogue, 5 % of the ceiling
-//   VALUES = 1, CLUSTER = 1      900      980    80 and 59 bytes a clock from L2: too many
-//   VALUES = 1, CLUSTER = 2     1130     1190    49 and 39 bytes
-//   VALUES = 1, CLUSTER = 4     1170     1200    33 and 29 bytes; some processors stay empty
-//   VALUES = 2, CLUSTER = 2     1190     1200    no second pass of W through shared memory
-// The library reaches 1000 to 1070.
+// Rates that are expected, TFLOP/s counted as dense, H100 at 700 W, N = 16384, B = 4096; none is
+// measured. Known: the instruction alone, 128 × 256, with X refilled, A held 1334, A from shared
+// memory 1073, which is what the library reaches (1000 to 1070). A stage takes 512 clocks of the
+// tensor cores at 128 × 256; what it reads of L2 a clock is in brackets.
+//   alone                 950  [82 bytes: L2 is the limit]
+//   pairs                1120  [50] A goes through shared memory once more, as in the library
+//   pairs, one set       1100  waits show where both groups wait
+//   fours                1140  [34] but a few processors of 132 have no place in a cluster of four
+//   direct               1180  [50] values pass L1, not the ring
+//   three                1170  [39] 192 × 256: each byte of X serves three groups
+//   fours of three       1190  [29]
+//   narrow three         1120  [45] 192 × 192
+//   narrow three, direct 1160
+//   narrow four          1080  [52] 256 × 128: A is read twice as often for each byte of X
+//   held                 1270  the ceiling of the pipeline: 5 % for the epilogue and the start
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -37,9 +45,8 @@ typedef unsigned long long u64;
 
 struct __align__(64) TensorMap { u64 opaque[16]; };
 
-#define THREADS ((GROUPS + 1) * 128)
+#define THREADS ((GROUPS + COPIERS) * 128)
 #define ROWS (GROUPS * 64)
-#define SETS (VALUES == 2 ? AHEAD + 1 : 2)  // of registers of A, each for a block of 64 columns
 #define X_STAGE (COLUMNS * 128)  // bytes
 #define W_STAGE (VALUES == 1 ? GROUPS * 4096 : 0)
 #define PLACES_STAGE (GROUPS * 512)
@@ -194,7 +201,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     extern __shared__ unsigned char shared[];
     const u32 base = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     const u32 full = base + BARRIERS_AT, empty = full + STAGES * 8;
-    const int group = threadIdx.x / 128 - 1, thread = threadIdx.x % 128;
+    const int group = threadIdx.x / 128 - COPIERS, thread = threadIdx.x % 128;
     const int lane = thread % 32, warp = thread / 32;
     const int rank = blockIdx.x % CLUSTER, blocks = K / 64;
     const int tall = CLUSTER * ROWS;
@@ -210,34 +217,46 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
     cluster_wait();
 
-    int stage = 0;
-    u32 turn = 0;  // parity of the round through the stages
-    if (group < 0) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(PRODUCER));
-        if (threadIdx.x == 0) {
-            for (int tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
-                const Place at = place_of(tile, N, batch);
-                const int row = at.row + rank * ROWS;
-                for (int block = 0; block < blocks; block++) {
-                    const u32 ready = full + stage * 8;
-                    wait(empty + stage * 8, turn ^ 1);
-                    expect(ready, X_STAGE + W_STAGE + PLACES_STAGE);
-                    const int share = COLUMNS / CLUSTER;
-                    const u32 target = base + stage * X_STAGE + rank * (share * 128);
-                    if (CLUSTER > 1)
-                        copy_to_all(target, x, block * 64, at.column + rank * share, ready);
-                    else
-                        copy_in(target, x, block * 64, at.column, ready);
-                    if (VALUES == 1)
-                        copy_in(base + W_AT + stage * W_STAGE, w, block * 32, row, ready);
-                    copy_in(base + PLACES_AT + stage * PLACES_STAGE, places, 0, block, row / 64,
-                            ready);
-                    if (++stage == STAGES) stage = 0, turn ^= 1;
-                }
-            }
+    // One thread copies: the next block of 64 columns into the next stage, tile after tile.
+    int next_tile = blockIdx.x / CLUSTER, next_block = 0, next_stage = 0;
+    u32 next_turn = 0;
+    Place next = place_of(next_tile, N, batch);
+    auto fetch = [&]() {
+        const u32 ready = full + next_stage * 8;
+        wait(empty + next_stage * 8, next_turn ^ 1);
+        expect(ready, X_STAGE + W_STAGE + PLACES_STAGE);
+        const int share = COLUMNS / CLUSTER, row = next.row + rank * ROWS;
+        const u32 target = base + next_stage * X_STAGE + rank * (share * 128);
+        if (CLUSTER > 1)
+            copy_to_all(target, x, next_block * 64, next.column + rank * share, ready);
+        else
+            copy_in(target, x, next_block * 64, next.column, ready);
+        if (VALUES == 1)
+            copy_in(base + W_AT + next_stage * W_STAGE, w, next_block * 32, row, ready);
+        copy_in(base + PLACES_AT + next_stage * PLACES_STAGE, places, 0, next_block, row / 64,
+                ready);
+        if (++next_stage == STAGES) next_stage = 0, next_turn ^= 1;
+        if (++next_block == blocks) {
+            next_block = 0, next_tile += gridDim.x / CLUSTER;
+            next = place_of(next_tile, N, batch);
         }
+    };
+
+    if (group < 0) {
+#if COPIERS
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPIER));
+#endif
+        if (threadIdx.x == 0)
+            while (next_tile < tiles) fetch();
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(CONSUMER));
+#if COPIERS
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLIER));
+#else
+        if (threadIdx.x == 0)
+            for (int i = 0; i < STAGES - 2 && next_tile < tiles; i++) fetch();
+#endif
+        int stage = 0;
+        u32 turn = 0;  // parity of the round through the stages
         // The lane's row of the four 8 × 8 matrices, which are rows 0-7 and 8-15, then again the
         // next 16 bytes; a row is 64 bytes, swizzled.
         const int matrix_row = warp * 16 + lane % 16, half = lane / 16;
@@ -279,9 +298,12 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 multiply<0>(sums, set[0], set[1], set[2], set[3], x_block, codes, block > 0);
                 multiply<1>(sums, set[4], set[5], set[6], set[7], x_block + 4, codes, 1);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                // Into the stage that was used two blocks ago.
+                if (!COPIERS && threadIdx.x == 0 && next_tile < tiles) fetch();
+                if (SETS == 1) used = stage;
+                asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(SETS > 1) : "memory");
                 release();
-                used = stage;
+                used = SETS == 1 ? -1 : stage;
                 if (VALUES == 2) load(next, block + SETS - 1);
                 if (++stage == STAGES) stage = 0, turn ^= 1;
             };

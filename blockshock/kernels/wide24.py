@@ -23,7 +23,7 @@ from blockshock.kernels import nvrtc, tensor_maps
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 HELD, SHARED, DIRECT = 0, 1, 2  # where the values of a product come from
-# Registers of a thread that copies and of one that multiplies; a block shares 65536.
+# Registers of a thread that copies and of one that multiplies, by groups: a block has 65536.
 REGISTERS = {2: (40, 232), 3: (40, 152), 4: (32, 112)}
 
 
@@ -36,13 +36,14 @@ class Plan:
     stages: int = 5
     cluster: int = 2
     values: int = SHARED
-    ahead: int = 1
+    sets: int = 2
+    copiers: int = 1
     band: int = 8
 
     @property
     def threads(self) -> int:
-        """Threads of a block: the consumer groups and the producer."""
-        return (self.groups + 1) * 128
+        """Threads of a block: the groups that multiply, and the one that copies."""
+        return (self.groups + self.copiers) * 128
 
     @property
     def shared_bytes(self) -> int:
@@ -52,18 +53,19 @@ class Plan:
         return self.stages * (stage + 16) + self.groups * 8192 + 1024
 
 
-# The steps of the way, each compiled by itself: the name says what it adds.
+# The steps of the way, from simple to clever; each is compiled by itself.
 PLANS = {
     "alone": Plan(cluster=1),
-    "pairs": Plan(cluster=2),
+    "pairs": Plan(),
+    "pairs, one set": Plan(sets=1),
     "fours": Plan(cluster=4, band=4),
-    "pairs of three": Plan(groups=3, columns=192),
-    "fours of three": Plan(groups=3, columns=192, cluster=4, band=3),
-    "direct": Plan(stages=6, values=DIRECT, ahead=3),
-    "direct, three": Plan(groups=3, columns=192, stages=7, values=DIRECT, ahead=2),
-    "direct, four": Plan(groups=4, columns=128, stages=8, values=DIRECT, band=4),
+    "direct": Plan(stages=6, values=DIRECT, sets=4),
+    "three": Plan(groups=3, stages=4, sets=1, copiers=0),
+    "fours of three": Plan(groups=3, stages=4, sets=1, copiers=0, cluster=4, band=3),
+    "narrow three": Plan(groups=3, columns=192),
+    "narrow three, direct": Plan(groups=3, columns=192, stages=7, values=DIRECT, sets=3),
+    "narrow four": Plan(groups=4, columns=128, sets=1, band=4),
     "held": Plan(stages=6, values=HELD),
-    "held, three": Plan(groups=3, columns=192, stages=7, values=HELD),
 }
 USUAL = PLANS["pairs"]
 
@@ -165,7 +167,7 @@ def _clusters(dtype: torch.dtype, bias: bool, plan: Plan) -> int:
 
 def macros(dtype: torch.dtype, bias: bool, plan: Plan) -> dict[str, int]:
     """The compile-time constants of `wide24.cu`."""
-    producer, consumer = REGISTERS[plan.groups]
+    copies, multiplies = REGISTERS[plan.groups]
     return {
         "HALF": int(dtype == torch.float16),
         "BIAS": int(bias),
@@ -174,10 +176,11 @@ def macros(dtype: torch.dtype, bias: bool, plan: Plan) -> dict[str, int]:
         "STAGES": plan.stages,
         "CLUSTER": plan.cluster,
         "VALUES": plan.values,
-        "AHEAD": plan.ahead,
+        "SETS": plan.sets,
+        "COPIERS": plan.copiers,
         "BAND": plan.band,
-        "PRODUCER": producer,
-        "CONSUMER": consumer,
+        "COPIER": copies,
+        "MULTIPLIER": multiplies,
     }
 
 
