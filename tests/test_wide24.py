@@ -237,6 +237,20 @@ def test_rows_do_not_depend_on_the_rows_beside_them():
 
 
 @on_gpu
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row_and_column(name, bad):
+    case, plan = Case(192, 320), wide24.PLANS[name]
+    x, plain = case.input(300), torch.ones(300, 192, dtype=torch.bool, device="cuda")
+    whole = case.product(x, plan=plan)
+    x[7], case.values[70, 33] = bad, bad
+    plain[7], plain[:, 70] = False, False
+    found = case.product(x, plan=plan)
+    assert torch.equal(found.isfinite(), plain)
+    assert torch.equal(found[plain], whole[plain])
+
+
+@on_gpu
 def test_inputs_with_strides_and_odd_starts_give_the_same_bits():
     case = Case(192, 320)
     x, bias = case.input(33), case.bias()

@@ -238,7 +238,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         if (++next_stage == STAGES) next_stage = 0, next_turn ^= 1;
         if (++next_block == blocks) {
             next_block = 0, next_tile += gridDim.x / CLUSTER;
-            next = place_of(next_tile, N, batch);
+            if (next_tile < tiles) next = place_of(next_tile, N, batch);
         }
     };
 
@@ -267,21 +267,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         float sums[COLUMNS / 2];
         u32 a[SETS][8];
 
-        for (int tile = blockIdx.x / CLUSTER; tile < tiles; tile += gridDim.x / CLUSTER) {
-            const Place at = place_of(tile, N, batch);
-            const int row = at.row + rank * ROWS + group * 64;
-            const uint4* words =
-                arranged + (long long)min(row / 64, N / 64 - 1) * (K / 32) * 128 + thread;
-            auto load = [&](u32* set, int block) {
-                const uint4* from = words + (long long)min(block, blocks - 1) * 256;
-                load_words(set, from);
-                load_words(set + 4, from + 128);
-            };
-            if (VALUES != 1) {
+        const uint4* words = arranged;  // of the tile
+        auto load = [&](u32* set, int block) {
+            const uint4* from = words + (long long)min(block, blocks - 1) * 256;
+            load_words(set, from);
+            load_words(set + 4, from + 128);
+        };
+        auto load_first = [&](int tile) {  // what a tile begins with
+            const int row = place_of(tile, N, batch).row + rank * ROWS + group * 64;
+            words = arranged + (long long)min(row / 64, N / 64 - 1) * (K / 32) * 128 + thread;
 #pragma unroll
-                for (int i = 0; i < SETS - (VALUES == 2); i++) load(a[i], i);
-            }
+            for (int i = 0; i < SETS - (VALUES == 2); i++) load(a[i], i);
+        };
+        const int first = blockIdx.x / CLUSTER, apart = gridDim.x / CLUSTER;
+        if (VALUES != 1) load_first(first);
 
+        for (int tile = first; tile < tiles; tile += apart) {
             int used = -1;  // the stage that the product in flight reads
             auto release = [&]() {
                 if (used >= 0 && lane < CLUSTER) arrive(empty + used * 8, lane);
@@ -317,11 +318,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
             for (int i = 0; i < SETS - 1; i++)
                 if (block + i < blocks) step(a[i], a[(i + SETS - 1) % SETS], block + i);
+            const Place at = place_of(tile, N, batch);
+            const int row = at.row + rank * ROWS + group * 64;
             const int own = row + warp * 16 + lane / 4;
             const float low = BIAS && own < N ? widened(bias[own]) : 0.0f;
             const float high = BIAS && own + 8 < N ? widened(bias[own + 8]) : 0.0f;
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
             release();
+            if (VALUES == 2 && tile + apart < tiles) load_first(tile + apart);
 
 #pragma unroll
             for (int piece = 0; piece < COLUMNS / 32; piece++) {
