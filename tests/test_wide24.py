@@ -18,7 +18,7 @@ from blockshock.measure.clock import capture
 from blockshock.measure.errors import relative_error
 
 on_gpu = pytest.mark.gpus(1)
-RIGHT = [name for name, plan in wide24.PLANS.items() if plan.values != wide24.HELD]
+RIGHT = [name for name, plan in wide24.PLANS.items() if plan.right]
 
 # (N, K, B): one block of everything; rows that fill no block, no cluster; odd and even numbers of
 # blocks of columns, more and fewer than stages; more tiles than processors; ragged B.

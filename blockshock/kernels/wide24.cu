@@ -14,6 +14,7 @@
 //   VALUES  0 loaded once, whatever K says: wrong sums, the rate without reading W
 //           1 through shared memory, from the plain row-major values
 //           2 from L2 to registers, in the order that `arrange_values` makes, SETS - 1 ahead
+//   STILL   1: only the first round of stages is copied: wrong sums, the rate without refilling
 //   SETS    of registers of A, each for 64 columns; with 1 a group waits for its own product, and
 //           the other groups keep the tensor cores busy
 //
@@ -38,6 +39,7 @@
 //   narrow three, direct 1160
 //   narrow four          1080  [52] 256 × 128: A is read twice as often for each byte of X
 //   held                 1270  the ceiling of the pipeline: 5 % for the epilogue and the start
+//   held, still          1490  the same without copies: 1581 less the epilogue
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -218,23 +220,26 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     cluster_wait();
 
     // One thread copies: the next block of 64 columns into the next stage, tile after tile.
-    int next_tile = blockIdx.x / CLUSTER, next_block = 0, next_stage = 0;
+    int next_tile = blockIdx.x / CLUSTER, next_block = 0, next_stage = 0, left = STAGES;
     u32 next_turn = 0;
     Place next = place_of(next_tile, N, batch);
     auto fetch = [&]() {
         const u32 ready = full + next_stage * 8;
         wait(empty + next_stage * 8, next_turn ^ 1);
-        expect(ready, X_STAGE + W_STAGE + PLACES_STAGE);
+        const bool copied = !STILL || left-- > 0;
+        expect(ready, copied ? X_STAGE + W_STAGE + PLACES_STAGE : 0);
         const int share = COLUMNS / CLUSTER, row = next.row + rank * ROWS;
         const u32 target = base + next_stage * X_STAGE + rank * (share * 128);
-        if (CLUSTER > 1)
-            copy_to_all(target, x, next_block * 64, next.column + rank * share, ready);
-        else
-            copy_in(target, x, next_block * 64, next.column, ready);
-        if (VALUES == 1)
-            copy_in(base + W_AT + next_stage * W_STAGE, w, next_block * 32, row, ready);
-        copy_in(base + PLACES_AT + next_stage * PLACES_STAGE, places, 0, next_block, row / 64,
-                ready);
+        if (copied) {
+            if (CLUSTER > 1)
+                copy_to_all(target, x, next_block * 64, next.column + rank * share, ready);
+            else
+                copy_in(target, x, next_block * 64, next.column, ready);
+            if (VALUES == 1)
+                copy_in(base + W_AT + next_stage * W_STAGE, w, next_block * 32, row, ready);
+            copy_in(base + PLACES_AT + next_stage * PLACES_STAGE, places, 0, next_block, row / 64,
+                    ready);
+        }
         if (++next_stage == STAGES) next_stage = 0, next_turn ^= 1;
         if (++next_block == blocks) {
             next_block = 0, next_tile += gridDim.x / CLUSTER;

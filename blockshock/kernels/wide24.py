@@ -38,7 +38,13 @@ class Plan:
     values: int = SHARED
     sets: int = 2
     copiers: int = 1
+    still: int = 0
     band: int = 8
+
+    @property
+    def right(self) -> bool:
+        """Whether the product is one: the other plans only measure what a part of it costs."""
+        return self.values != HELD and not self.still
 
     @property
     def threads(self) -> int:
@@ -66,6 +72,7 @@ PLANS = {
     "narrow three, direct": Plan(groups=3, columns=192, stages=7, values=DIRECT, sets=3),
     "narrow four": Plan(groups=4, columns=128, sets=1, band=4),
     "held": Plan(stages=6, values=HELD),
+    "held, still": Plan(stages=6, values=HELD, still=1),
 }
 USUAL = PLANS["pairs"]
 
@@ -178,6 +185,7 @@ def macros(dtype: torch.dtype, bias: bool, plan: Plan) -> dict[str, int]:
         "VALUES": plan.values,
         "SETS": plan.sets,
         "COPIERS": plan.copiers,
+        "STILL": plan.still,
         "BAND": plan.band,
         "COPIER": copies,
         "MULTIPLIER": multiplies,
