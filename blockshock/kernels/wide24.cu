@@ -78,11 +78,13 @@ __device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
                  : "memory");
 }
 
-// Arrives at the same barrier of another block of the cluster, or of this one.
+// Arrives at the same barrier of another block of the cluster, or of this one. It says that reads
+// have ended, and they have: `wgmma.wait_group` came before. So it needs no release to the cluster,
+// which is a fence of the whole GPU (MEMBAR.ALL.GPU): a round trip to L2 in every step.
 __device__ __forceinline__ void arrive(u32 barrier, u32 block) {
     asm volatile(
         "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
         ::"r"(barrier), "r"(block) : "memory");
 }
 
