@@ -5,16 +5,24 @@
 For every N = K and B each method is built with reduce="auto" (and kernel="auto"), and its forward
 and its backward run once, with weights that train. What was fastest is kept for this GPU, driver
 and libraries (`blockshock.tuning`), where every later use of the size finds it.
+
+    python -m blockshock.tune block_sparse --shape 8192x8192 --block 64 --sparsity 0.9 --B 4096
+
+measures the plans of the block-sparse kernels, on one GPU. `--ship` adds them to the table that
+comes with the package.
 """
 
 import argparse
+import itertools
 import logging
 import sys
 
 import torch
 
 from blockshock import cache, masks, sources, tuning
+from blockshock.block_sparse import plans, tiles
 from blockshock.distributed import note, open_ranks
+from blockshock.kernels import block_lists, block_plans
 from blockshock.linear import METHODS, ways
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,8 +44,51 @@ def measure(method: str, mask: str | None, N: int, B: int, dtype: str) -> dict[s
     return ways.answers(layer, B)
 
 
+def block_sparse(argv: list[str]) -> int:
+    """The command for block-sparse kernels; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m blockshock.tune block_sparse")
+    add = parser.add_argument
+    add("--shape", type=_shapes, default=[(8192, 8192)], metavar="NxK[,NxK]", help="of W")
+    add("--block", type=_numbers, default=[32, 64, 128], metavar="b[,b]", help="sides of tiles")
+    add("--sparsity", type=_rates, default=[0.8, 0.9], metavar="s[,s]", help="of tiles")
+    add("--B", type=_numbers, default=[4096], metavar="B[,B]", help="rows of x")
+    add("--dtype", type=_known(DTYPES), default=["bf16"], metavar="D[,D]", help="bf16, fp16")
+    add("--ship", action="store_true", help=f"adds the answers to {plans.SHIPPED.name}")
+    options = parser.parse_args(argv)
+    unknown = [block for block in options.block if block not in block_plans.BLOCKS]
+    if unknown:
+        parser.error(f"--block {unknown[0]}: use {', '.join(map(str, block_plans.BLOCKS))}")
+    for shape in options.shape:
+        for block in options.block:
+            for sparsity in options.sparsity:
+                try:
+                    tiles.check(block, sparsity, shape)
+                except ValueError as error:
+                    parser.error(str(error))
+    if not torch.cuda.is_available():
+        parser.error("a GPU is needed, found none")
+    tuning.exact_sizes()
+    logging.getLogger("blockshock.tuning").setLevel(logging.ERROR)  # the command tells it all
+    device = torch.device("cuda", torch.cuda.current_device())
+    for dtype, B, (N, K), block, sparsity in itertools.product(
+        options.dtype, options.B, options.shape, options.block, options.sparsity
+    ):
+        scores = torch.rand(tiles.grid((N, K), (block, block)), device=device)
+        lists = block_lists.lists(tiles.keep_top(scores, sparsity))
+        x = torch.randn(B, K, dtype=DTYPES[dtype], device=device)
+        found = plans.measure((N, K), lists, block, x)
+        for question, answer in found.items():
+            print(line({"question": question, "way": answer.name, **vars(answer)}), flush=True)
+        if options.ship:
+            plans.ship(found, device)
+    print(f"kept in {plans.SHIPPED if options.ship else cache.folder()}")
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """The command; returns its exit code."""
+    if argv[:1] == ["block_sparse"]:
+        return block_sparse(argv[1:])
     parser = argparse.ArgumentParser(prog="python -m blockshock.tune", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
@@ -90,6 +141,20 @@ def _numbers(text: str) -> list[int]:
     if not all(word.isdecimal() and int(word) for word in words):
         raise argparse.ArgumentTypeError(f"{text!r}: sizes are whole numbers from 1 on")
     return [int(word) for word in words]
+
+
+def _shapes(text: str) -> list[tuple[int, int]]:
+    pairs = [word.split("x") for word in text.split(",")]
+    if not all(len(pair) == 2 and all(n.isdecimal() and int(n) for n in pair) for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r}: shapes are NxK, such as 8192x8192")
+    return [(int(N), int(K)) for N, K in pairs]
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: sparsities are numbers below 1") from None
 
 
 def _known(valid):

@@ -100,6 +100,13 @@ def cpu_ranks(ranks):
             yield pool
 
 
+@pytest.fixture(scope="session")
+def four():
+    """Four CPU ranks beside the session's."""
+    with open_ranks(4, "cpu") as pool:
+        yield pool
+
+
 @pytest.fixture
 def shared_ranks(cpu_ranks, monkeypatch):
     """Runs inside a test use the same ranks, as it takes seconds to start them."""

@@ -14,7 +14,7 @@ from blockshock.data_parallel import METHODS, replicated
 from blockshock.distributed.ranks import device
 from blockshock.measure.errors import relative_error
 
-ROWS, TOKENS, WIDTH = 8, 11, 8
+ROWS, TOKENS, WIDTH = 16, 11, 8  # two rows for each of eight ranks, which accumulate
 GROUPS = [{"names": ["blocks.0.weight", "seven"], "lr": 0.02, "weight_decay": 0.0}]
 SMALL = {  # buckets of one KiB, so that there are several
     "bucketed": {"bucket_mib": 1 / 1024},

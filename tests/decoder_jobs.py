@@ -1,7 +1,9 @@
 """What ranks run for tests/test_decoder.py."""
 
 import torch
+import torch.distributed as dist
 
+from blockshock.distributed import collectives
 from blockshock.transformer import Decoder, DecoderConfig
 
 SIZES = {"vocabulary": 96, "context": 16, "width": 128, "depth": 1, "heads": 2, "hidden": 128}
@@ -26,3 +28,10 @@ def against_dense(linear):
     whole = [name for name in exact if name.rpartition(".")[0] not in replaced]
     errors = [float((own[n] - exact[n]).norm() / exact[n].norm()) for n in whole]
     return replaced, found[None][0], found[linear][0], max(errors)
+
+
+def sampled(linear):
+    """Whether ranks with different seeds write the same text."""
+    model = made(linear)
+    torch.manual_seed(dist.get_rank())
+    return collectives.same_on_all_ranks(model.generate(torch.arange(4).view(1, 4), 8))

@@ -5,19 +5,21 @@ from pathlib import Path
 import pytest
 
 from bench import asked
+from blockshock.phases.families import FAMILIES
 
 ROOT = Path(__file__).parents[1]
+EVERY = list(FAMILIES)
 
 
 @pytest.mark.parametrize(
     ("paths", "folder", "families"),
     [
-        (["bench"], ".", ["linear", "attention", "data_parallel"]),
-        (["."], ".", ["linear", "attention", "data_parallel"]),
+        (["bench"], ".", EVERY),
+        (["."], ".", EVERY),
         (["bench/bench_attention.py"], ".", ["attention"]),
         (["bench/bench_linear.py::bench_drift[x::y]", "tests"], ".", ["linear"]),
         (["bench_attention.py", "bench_linear.py"], "bench", ["linear", "attention"]),
-        ([f"{ROOT}/bench"], "/", ["linear", "attention", "data_parallel"]),
+        ([f"{ROOT}/bench"], "/", EVERY),
         (["bench/bench_lm.py"], ".", ["data_parallel"]),
         (["tests"], ".", []),
         (["bench/bench_nothing.py"], ".", []),

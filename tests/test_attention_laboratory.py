@@ -164,8 +164,13 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("scores", [2**25, 1000, 100], ids=["whole", "parts", "rows"])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("mask", "scores"),
+    [
+        *((mask, scores) for mask in MASKS for scores in (2**25, 1000)),
+        *((mask, 300) for mask in ("causal", "grouped", "both")),  # cut inside a head's rows
+    ],
+)
 def test_the_truth_is_the_reference_in_float64_however_it_is_cut(monkeypatch, mask, scores):
     monkeypatch.setattr(attention_problem, "SCORES", scores)
     case = make(**MASKS[mask])
@@ -208,12 +213,19 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("pattern", ["band(16)", "causal_band(40)", "random_blocks(64,0.1)"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "band(16)",
+        pytest.param("causal_band(40)", marks=pytest.mark.slow),
+        pytest.param("random_blocks(64,0.1)", marks=pytest.mark.slow),
+    ],
+)
 def test_a_long_pattern_is_checked_and_counted_without_its_mask(monkeypatch, pattern):
     T, device = 512, torch.device(DEVICE)
     chunk = "CHUNK_CPU" if DEVICE == "cpu" else "CHUNK"
     for module, name in ((attention_problem, "SCORES"), (rules, chunk), (peers, "CHUNK")):
-        monkeypatch.setattr(module, name, 16 * T)
+        monkeypatch.setattr(module, name, 64 * T)
     case = make("forward_backward", "block_sparse", batch=1, heads=2, Tq=T, pattern=pattern)
     with Largest() as largest:
         problem = AttentionProblem(case, device)

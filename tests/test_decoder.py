@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from blockshock.attention import patterns
 from blockshock.distributed.ranks import RankFailure
 from blockshock.transformer import Decoder, DecoderConfig, compile_model, counts
-from blockshock.transformer.decoder import rotate
-from tests.decoder_jobs import against_dense
+from blockshock.transformer.sublayers import rotate
+from tests.decoder_jobs import against_dense, sampled
 
 SIZES = {"vocabulary": 61, "context": 24, "width": 48, "depth": 2, "heads": 4}
 
@@ -112,7 +112,8 @@ def test_scores_depend_on_the_distance_of_two_positions_alone():
     q, k = torch.randn(2, 1, 4, 1, 12, dtype=torch.float64).unbind()
 
     def score(at_q, at_k):
-        turned = [rotate(x, model.double()._rope(t, t + 1)) for x, t in ((q, at_q), (k, at_k))]
+        ropes = [[part[-1:] for part in model.double()._rope(t + 1)] for t in (at_q, at_k)]
+        turned = [rotate(x, rope) for x, rope in zip((q, k), ropes, strict=True)]
         return (turned[0] * turned[1]).sum(-1)
 
     torch.testing.assert_close(score(9, 4), score(1009, 1004))
@@ -224,8 +225,8 @@ def test_inside_autocast_products_are_bf16_and_the_loss_is_float32():
 
 
 def test_positions_are_exact_in_a_model_cast_to_bf16():
-    cos, _ = made().bfloat16()._rope(0, 24)
-    assert torch.equal(cos, made()._rope(0, 24)[0])
+    cos, _ = made().bfloat16()._rope(24)
+    assert torch.equal(cos, made()._rope(24)[0])
 
 
 @pytest.mark.parametrize("changed", [{}, {"pattern": patterns.band(3)}, {"kv_heads": 2}])
@@ -236,6 +237,23 @@ def test_generated_tokens_are_the_most_probable_ones_of_the_whole_sequence(chang
     for _ in range(8):
         tokens = torch.cat([tokens, model(tokens)[:, -1:].argmax(-1)], dim=1)
     assert torch.equal(found, tokens)
+
+
+@pytest.mark.parametrize("changed", [{}, {"kv_heads": 2, "bias": True}, {"attention": None}])
+def test_a_step_with_kept_keys_is_the_next_position(changed):
+    model, (tokens, _) = made(**changed), batch()
+    logits, caches = model(tokens), model.cache(*tokens.shape)
+    for t in range(tokens.shape[1]):
+        step = model.decode_step(tokens[:, t : t + 1], caches, t)
+        torch.testing.assert_close(step, logits[:, t], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_is_in_the_dtype_of_the_products():
+    model, (tokens, _) = made(), batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        caches = model.cache(2, 3)
+        assert model.decode_step(tokens[:, :1], caches, 0).dtype == torch.bfloat16
+    assert {kept.dtype for block in caches.blocks for kept in block} == {torch.bfloat16}
 
 
 def test_samples_are_seeded_and_of_the_top_k():
@@ -252,7 +270,14 @@ def test_samples_are_seeded_and_of_the_top_k():
 
 
 @pytest.mark.parametrize(
-    "changed", [{}, {"tied": False}, {"kv_heads": 2}, {"hidden": 40, "depth": 3}]
+    "changed",
+    [
+        {},
+        {"tied": False},
+        {"kv_heads": 2},
+        {"hidden": 40, "depth": 3},
+        {"kv_heads": 2, "bias": True},
+    ],
 )
 def test_counts_are_those_of_the_model_and_of_pytorch(changed):
     model = made(**changed)
@@ -307,6 +332,15 @@ def test_a_config_that_cannot_be_is_refused_with_value_and_fix(changed, message)
         (lambda m, x: m.generate(x[:, :0], 3), "at least one token"),
         (lambda m, x: m.generate(x[:, :3], 3, temperature=-1), "temperature = -1"),
         (lambda m, x: m.generate(x[:, :3], 3, top_k=62), "top_k = 62: 1 to 61"),
+        (lambda m, x: m.cache(2, 25), "a cache of 25 tokens: 1 to context = 24"),
+        (lambda m, x: m.decode_step(x, m.cache(2, 9), 0), r"token \[2, 24\]: int64 \[2, 1\]"),
+        (lambda m, x: m.decode_step(x[:1, :1], m.cache(2, 9), 0), r"token \[1, 1\]"),
+        (lambda m, x: m.decode_step(x[:, :1], m.cache(2, 9), 9), "position = 9: .* 0 to 8"),
+        (lambda m, x: m.decode_step(x[:, :1], m.cache(2, 9), -1), "position = -1"),
+        (
+            lambda m, x: made(pattern=patterns.band(2)).decode_step(x[:, :1], m.cache(2, 9), 0),
+            "a model with pattern band.* use generate",
+        ),
         (lambda m, x: counts(m.config, 25), "tokens = 25: 1 to context = 24"),
     ],
 )
@@ -326,6 +360,11 @@ def test_a_linear_method_in_the_projections_gives_the_dense_model(ranks, linear)
         assert replaced == [f"blocks.0.{x}" for x in ("qkv", "out", "gate_up", "down")]
         assert own == pytest.approx(dense, rel=1e-6)
         assert error < 1e-5
+
+
+@pytest.mark.parametrize("linear", ["dense_tp_row", "block_shock"])
+def test_ranks_that_hold_projections_together_write_one_text(ranks, linear):
+    assert all(ranks.run(sampled, linear))
 
 
 def test_a_linear_method_that_cannot_hold_a_projection_is_refused(ranks):

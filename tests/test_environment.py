@@ -260,3 +260,12 @@ def test_reading_the_machine_starts_no_cuda():
     """
     program = [sys.executable, "-c", textwrap.dedent(code)]
     subprocess.run(program, check=True, timeout=60, cwd=Path(__file__).parents[1])
+
+
+def test_the_commit_is_that_of_the_checkout_and_unknown_without_one(monkeypatch, tmp_path):
+    found = environment.commit()
+    assert found is None or (len(found["id"]) == 40 and found["dirty"] in (True, False))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "blockshock/measure/x.py"))
+    assert environment.commit() is None
+    (tmp_path / ".git").touch()  # git refuses it
+    assert environment.commit() is None

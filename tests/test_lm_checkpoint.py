@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from blockshock.lm import checkpoint, files
+from blockshock.lm import checkpoint
 from blockshock.lm.config import Refused
+from blockshock.runs import files
 from tests.lm_runs import ROOT
 
 

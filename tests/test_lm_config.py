@@ -8,7 +8,7 @@ import pytest
 from blockshock.lm import config as settings
 from blockshock.lm.config import CONFIGS, Config, Refused, Train
 from blockshock.lm.model import decoder_config
-from blockshock.lm.schedule import learning_rate
+from blockshock.runs.schedule import learning_rate
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
@@ -50,6 +50,11 @@ def test_what_is_saved_reads_as_the_same_config(tmp_path):
         ("train.compile=1", "train.compile = 1: it takes bool, not int"),
         ("train.autocast=fp8", "train.autocast = 'fp8': use one of none, bf16"),
         ("train.steps=null", "train.steps = None: it takes int, not null"),
+        (
+            "model.sync=12",
+            """model.sync = 12: it takes str or null, not int; quote it: model.sync='"12"'""",
+        ),
+        ("run=[a]", "run = ['a']: it takes str, not list"),
         ("model.kv_heads=two", "model.kv_heads = 'two': it takes int or null, not str"),
         ("train.warmup=200", "train.warmup = 200 leaves no step of train.steps = 200"),
         ("train.min_lr=1", "train.min_lr = 1 exceeds train.lr = 0.002"),

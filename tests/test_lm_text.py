@@ -13,9 +13,9 @@ import torch
 from blockshock.lm import near, tokenizer, tokens
 from blockshock.lm.config import Data, Refused
 from blockshock.lm.corpus import open_corpus
-from blockshock.lm.files import alone
 from blockshock.lm.prepare import open_prepared, prepare
 from blockshock.lm.tokens import Batches, TokenFile
+from blockshock.runs.files import alone
 
 pytest.importorskip("tokenizers", reason="the extra lm is not installed")
 

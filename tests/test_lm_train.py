@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from blockshock.lm import checkpoint, files, tokens
+from blockshock.lm import checkpoint, tokens
 from blockshock.lm.__main__ import main
-from tests import lm_runs
+from blockshock.runs import files
+from tests import lm_parallel_jobs, lm_runs
 from tests.lm_runs import assert_same_run, rows, write
 
 
@@ -102,6 +103,21 @@ def test_accumulating_equals_a_larger_batch(whole, tmp_path):
     for mine, other in zip(rows(tmp_path), rows(whole), strict=True):
         assert mine[:2] == other[:2]
         assert float(mine[2]) == pytest.approx(float(other[2]), rel=1e-4)
+
+
+def test_sharded_parameters_have_the_weight_decay_of_whole_ones(whole, cpu_ranks, tmp_path):
+    config = write(tmp_path, train__steps=3, train__data_parallel="fully_sharded")
+    assert run(config, "prepare") == 0
+    ends = cpu_ranks.run(lm_parallel_jobs.command, "train", "--config", config)
+    assert ends == [(0, "")] * cpu_ranks.size
+    decays = [
+        {name: group["weight_decay"] for group in groups for name in group["names"]}
+        for groups in (
+            checkpoint.load(folder / "run")["optimizer"]["groups"] for folder in (tmp_path, whole)
+        )
+    ]
+    assert decays[0] == decays[1]
+    assert set(decays[0].values()) == {0.0, 0.1}
 
 
 def test_options_of_the_model_change_no_values(whole, tmp_path):

@@ -161,7 +161,12 @@ def test_an_optimizer_that_sends_parameters_is_refused_the_parts(ranks):
 
 
 @pytest.mark.parametrize(
-    "ddp", [{}, {"gradient_as_bucket_view": True, "static_graph": True}], ids=["plain", "views"]
+    "ddp",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"gradient_as_bucket_view": True, "static_graph": True},
+    ],
+    ids=["plain", "views"],
 )
 @EACH
 def test_ddp_over_a_layers_ranks_leaves_the_parts_alone(ranks, method, options, ddp):

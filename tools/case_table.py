@@ -1,6 +1,8 @@
 """The report's table of cases: a row each with all its figures, whatever its family."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from tools.cases import Result
 from tools.tables import Column, Table, count, figure, milliseconds, number, percent, size
@@ -48,6 +50,28 @@ def case_table(
     """A table of results. where: the columns that say which case it is, filled by `place`."""
     columns = (Column("id", "case"), Column("method", "method"), *where, *FIGURES)
     return Table(title, columns, [place(r) | _figures(r) for r in results], example=example)
+
+
+def by_phase(
+    titles: Mapping[str, str],
+    of_phase: Callable[[str], list[Result]],
+    by_place: Callable[[list[Result]], dict[Any, list[Result]]],
+    where: Sequence[Column],
+    cells: Callable[[Result, Sequence[Result]], dict],
+    example: str,
+) -> list[Table]:
+    """A table of each phase that has results. cells: of (result, results of its point)."""
+    made = []
+    for phase, title in titles.items():
+        found = of_phase(phase)
+        near = {r.id: here for here in by_place(found).values() for r in here}
+        place = partial(_placed, cells, near)
+        made.append(case_table(title, found, where, place, example))
+    return [table for table in made if table.rows]
+
+
+def _placed(cells: Callable, near: Mapping[str, Sequence[Result]], result: Result) -> dict:
+    return cells(result, near[result.id])
 
 
 def _figures(result: Result) -> dict:

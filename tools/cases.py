@@ -149,7 +149,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Results:
-    """The results of one or more files of one device, each id once, and where they come from."""
+    """The results of one or more files of one device, each id once, and where they come from.
+
+    Where ranks are compared, an id is there once for each number of them.
+    """
 
     files: tuple[str, ...]
     machine: dict[str, Any]
@@ -220,6 +223,12 @@ def grouped(results: Iterable[Result], key: Callable[[Result], Any]) -> dict[Any
     for result in results:
         groups.setdefault(key(result), []).append(result)
     return groups
+
+
+def over_ranks(results: Iterable[Result]) -> list[list[Result]]:
+    """The cases that were measured on several numbers of ranks, each with the fewest first."""
+    cases = grouped(sorted(results, key=lambda r: r.case.ranks or 0), lambda r: r.id).values()
+    return [found for found in cases if len({r.case.ranks for r in found}) > 1]
 
 
 def fastest(results: Iterable[Result]) -> Result | None:

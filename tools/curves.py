@@ -32,17 +32,11 @@ def split(files: Iterable[str]) -> tuple[list[str], list[str]]:
 
 def curve(path: str) -> Drawing:
     """The loss of one run. Raises ToolError for a file without steps and losses."""
-    rows = list(csv.DictReader(io.StringIO(read_text(path))))
-    missing = {"step", "loss"} - set(rows[0] if rows else ())
-    if missing:
-        raise ToolError(
-            f"{path} has no {' and no '.join(sorted(missing))} in its rows: give the CSV of a "
-            "training run"
-        )
+    rows = read_rows(path)
     lines = []
     for label, column in (("training", "loss"), ("validation", "val_loss")):
         points = [
-            Point(_number(row, "step", path), _number(row, column, path), note=_note(row, path))
+            Point(number(row, "step", path), number(row, column, path), note=_note(row, path))
             for row in rows
             if row.get(column)
         ]
@@ -54,6 +48,29 @@ def curve(path: str) -> Drawing:
     axis = Axis("loss", "{:.4f}".format, "log")
     panel = Panel("", tuple(lines), "step", axis)
     return Drawing(f"loss_{name}", f"Loss of {name}", _ended(rows[-1], path), CAPTION, (panel,))
+
+
+def read_rows(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a run's CSV. Raises ToolError for a file without steps and losses."""
+    rows = list(csv.DictReader(io.StringIO(read_text(path))))
+    missing = {"step", "loss"} - set(rows[0] if rows else ())
+    if missing:
+        raise ToolError(
+            f"{path} has no {' and no '.join(sorted(missing))} in its rows: give the CSV of a "
+            "training run"
+        )
+    return rows
+
+
+def number(row: dict, column: str, path: str | Path) -> float:
+    """A value of a row. Raises ToolError for what is no finite number."""
+    try:
+        value = float(row[column])
+    except (TypeError, ValueError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise ToolError(f"{path} has {column} = {row[column]!r}, which is no finite number")
+    return value
 
 
 def section(charts: list[dict]) -> dict:
@@ -70,19 +87,9 @@ def section(charts: list[dict]) -> dict:
     }
 
 
-def _number(row: dict, column: str, path: str) -> float:
-    try:
-        value = float(row[column])
-    except (TypeError, ValueError):
-        value = math.nan
-    if not math.isfinite(value):
-        raise ToolError(f"{path} has {column} = {row[column]!r}, which is no finite number")
-    return value
-
-
 def _note(row: dict, path: str) -> str:
     rate = row.get("tokens_per_s")
-    return f"{count(_number(row, 'tokens_per_s', path))} tokens/s" if rate else ""
+    return f"{count(number(row, 'tokens_per_s', path))} tokens/s" if rate else ""
 
 
 def _name(path: Path) -> str:
@@ -98,5 +105,5 @@ def _ended(row: dict, path: str) -> str:
         "tokens_per_s": lambda value: f"{count(value)} tokens/s at the end",
         "mfu": lambda value: f"MFU {percent(value)}",
     }
-    found = (write(_number(row, name, path)) for name, write in known.items() if row.get(name))
+    found = (write(number(row, name, path)) for name, write in known.items() if row.get(name))
     return " · ".join(found)

@@ -48,6 +48,17 @@ class Written:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """What a family shows over ranks, given results in which an id is there once for each number of
+    ranks. tables: with `ranks` as a column, none where nothing was measured on two numbers of them.
+    figures: as those of a family.
+    """
+
+    tables: Callable[[Results], list[Written]]
+    figures: dict[str, Callable[[Results], list[Drawing]]]
+
+
+@dataclass(frozen=True)
 class Family:
     """title: the family in words; question: what it asks; reading: (term, what it means).
 
@@ -55,7 +66,8 @@ class Family:
     tables: every case, in the tables of the report.
     judge: the verdicts on its hypotheses at a threshold; None without a hypothesis. readme: one
     table of at most README_ROWS and README_COLUMNS, or None where nothing fits. full: every table
-    of results/README.md. naming: how its cases are named, ordered and compared.
+    of results/README.md. naming: how its cases are named, ordered and compared. scaling: None where
+    ranks are not compared.
 
     Each is given the results of this family alone. The defaults serve a family that the tools do
     not know.
@@ -72,9 +84,10 @@ class Family:
     readme: Callable[[Results], Written | None] = lambda results: None
     full: Callable[[Results], list[Written]] = lambda results: []
     naming: Naming = PLAIN
+    scaling: Scaling | None = None
 
 
-def draw_all(results: Results, family: Family) -> tuple[list[Drawing], dict[str, str]]:
+def draw_all(results: Results, family: Family | Scaling) -> tuple[list[Drawing], dict[str, str]]:
     """Every figure of a family that has data, in order, and the others with the reason."""
     drawings: list[Drawing] = []
     absent: dict[str, str] = {}

@@ -6,7 +6,9 @@ that is not one) is a ToolError of one line that names the file, what was found 
 
 import json
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tools.families import FAMILIES
 from tools.files import ToolError, read_text
 
 SCHEMA = 1
+COUNT = re.compile(r"\b\d+x ")  # of GPUs, in the name of a device
 
 
 def load(path: str | Path) -> Results:
@@ -78,9 +81,24 @@ def load_by_device(paths: Iterable[str | Path]) -> list[Results]:
     return [_merged(group) for group in groups.values()]
 
 
-def _merged(loaded: list[Results]) -> Results:
+def load_by_card(paths: Iterable[str | Path]) -> list[Results]:
+    """Read several files, those of one kind of GPU as one, however many of them were used.
+
+    An id is there once for each number of ranks; the device is "NVIDIA H200", or "CPU".
+    """
+    groups: dict[str, list[Results]] = {}
+    for results in (load(path) for path in paths):
+        card = "CPU" if results.cpu else COUNT.sub("", results.device)
+        machine = results.machine | {"device": card, "ranks": None}
+        groups.setdefault(card, []).append(replace(results, machine=machine))
+    return [_merged(group, lambda r: (r.id, r.case.ranks)) for group in groups.values()]
+
+
+def _merged(
+    loaded: list[Results], key: Callable[[Result], Hashable] = lambda result: result.id
+) -> Results:
     first = loaded[0]
-    merged: dict[str, Result] = {}
+    merged: dict[Hashable, Result] = {}
     notes: list[str] = []
     for results in loaded:
         notes += results.notes
@@ -98,13 +116,13 @@ def _merged(loaded: list[Results]) -> Results:
             notes.append(
                 f"{first.files[0]} has {first.versions}; {results.files[0]} has {results.versions}"
             )
-        again = [result.id for result in results.results if result.id in merged]
+        again = [result.id for result in results.results if key(result) in merged]
         if again:
             notes.append(
                 f"cases in more than one file: {len(again)} ({again[0]}, …); "
                 f"those of {results.files[0]} are used"
             )
-        merged |= {result.id: result for result in results.results}
+        merged |= {key(result): result for result in results.results}
     return Results(
         tuple(file for results in loaded for file in results.files),
         first.machine,

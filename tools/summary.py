@@ -5,17 +5,19 @@
 Files of one device and number of ranks are read as one set. --readme writes one short table a
 family between the lines <!-- FAMILY:begin --> and <!-- FAMILY:end -->, from the first set that has
 the family; a family without such lines is left out, and so is told. --tables writes a whole file:
-every table and verdict of every set, in the order given. With neither the full tables are printed.
+every table and verdict of every set, in the order given, and then what sets of one kind of GPU show
+over ranks. With neither the full tables are printed.
 --check writes nothing and exits with 1 where a file is not what these results give.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tools.cases import CPU_CAVEAT, Results
 from tools.families import held
 from tools.family import Written
 from tools.files import ToolError, parser, read_text, run, save
-from tools.results import load_by_device
+from tools.results import load_by_card, load_by_device
 from tools.verdict import judged, line
 
 INTRODUCTION = (
@@ -64,8 +66,11 @@ def replaced(readme: str, tables: dict[str, str], path: str) -> tuple[str, list[
     return readme, left
 
 
-def full_tables(sets: list[Results]) -> str:
-    """Every table and verdict of every set, as a Markdown page."""
+def full_tables(sets: list[Results], cards: Sequence[Results] = ()) -> str:
+    """Every table and verdict of every set, then those over ranks, as a Markdown page.
+
+    cards: the same results, by kind of GPU.
+    """
     parts = ["# Results", INTRODUCTION]
     for results in sets:
         files = ", ".join(f"`{Path(file).name}`" for file in results.files)
@@ -78,6 +83,15 @@ def full_tables(sets: list[Results]) -> str:
             lines = [f"- {line(judgement)}" for judgement in verdict.deciding]
             if lines:
                 parts += [f"**{verdict.name}**: *{verdict.claim}*", "\n".join(lines)]
+    for results in cards:
+        tables = [
+            _with_caption(written, results, "")
+            for family, own in held(results).values()
+            if family.scaling
+            for written in family.scaling.tables(own)
+        ]
+        if tables:
+            parts += [f"## {_device(results)}, over ranks", *tables]
     return "\n\n".join(parts) + "\n"
 
 
@@ -112,7 +126,7 @@ def main(argv: list[str]) -> int:
     options = command.parse_args(argv)
     if options.check and not (options.readme or options.tables):
         raise ToolError("--check needs --readme FILE or --tables FILE: it compares that file")
-    sets = load_by_device(options.files)
+    sets, cards = load_by_device(options.files), load_by_card(options.files)
     for results in sets:
         for note in results.notes:
             print(f"note: {note}")
@@ -122,9 +136,9 @@ def main(argv: list[str]) -> int:
         made[options.readme], left = replaced(before, readme_tables(sets), options.readme)
         print(*left, sep="\n", end="\n" * bool(left))
     if options.tables:
-        made[options.tables] = full_tables(sets)
+        made[options.tables] = full_tables(sets, cards)
     if not made:
-        print(full_tables(sets), end="")
+        print(full_tables(sets, cards), end="")
     late = False
     for path, text in made.items():
         old = Path(path).exists() and read_text(path) == text

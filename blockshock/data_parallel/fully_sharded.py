@@ -54,6 +54,7 @@ class FullySharded(Wrapper):
     """
 
     method = "fully_sharded"
+    takes_parts = False
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class TorchFSDP(Wrapper):
     """
 
     method = "torch_fsdp"
+    takes_parts = False
 
     def __init__(self, module, *, group=None, compute_dtype: torch.dtype | None = None):
         super().__init__(module, group, compute_dtype=compute_dtype)

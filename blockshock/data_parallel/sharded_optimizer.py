@@ -24,6 +24,7 @@ from blockshock.data_parallel.groups import group_options
 from blockshock.data_parallel.sends import own_share, start_gather, start_mean_of_share
 from blockshock.data_parallel.wrapper import Wrapper
 from blockshock.distributed import collectives
+from blockshock.linear.part import PartWeight
 
 _PIECES = (
     "each rank steps pieces of the parameters, and the parameters have no .grad; use the wrapper's "
@@ -156,14 +157,20 @@ class ShardedOptimizer(Wrapper):
                 torch.autograd.graph.increment_version(parameter)  # it was written by its pieces
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
-        pieces = [piece for piece in self.trained().values() if piece.grad is not None]
-        with torch._C.DisableTorchFunctionSubclass():
-            own = get_total_norm([piece.grad for piece in pieces])
-        first = next(self.module.parameters())
-        square = own.to(first.device, torch.float64).square()  # ranks may have pieces of one dtype
-        dist.all_reduce(square, group=self.group)
-        norm = square.sqrt().to(torch.promote_types(first.dtype, torch.float32))
-        clip_grads_with_norm_(pieces, max_norm, norm)
+        pieces = {n: piece for n, piece in self.trained().items() if piece.grad is not None}
+        parameters = dict(self.module.named_parameters())
+        # A part's group may be None, the default one.
+        held = {n: (p.group,) if isinstance(p, PartWeight) else () for n, p in parameters.items()}
+        first = next(iter(parameters.values()))
+        total = torch.zeros((), dtype=torch.float64, device=first.device)
+        for group in dict.fromkeys(held.values()):
+            own = [piece.grad for name, piece in pieces.items() if held[name] == group]
+            with torch._C.DisableTorchFunctionSubclass():
+                square = get_total_norm(own).to(first.device, torch.float64).square()
+            dist.all_reduce(square, group=self.group)
+            total += collectives.all_reduce(square, *group) if group else square
+        norm = total.sqrt().to(torch.promote_types(first.dtype, torch.float32))
+        clip_grads_with_norm_(list(pieces.values()), max_norm, norm)
         return norm
 
     def full_optimizer_state(self, optimizer, *, cpu: bool = False) -> dict:

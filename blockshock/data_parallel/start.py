@@ -5,12 +5,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from blockshock.data_parallel.buckets import cut
+from blockshock.distributed import collectives
+from blockshock.linear.part import PartWeight, replicas
 
 _CHUNK = 1 << 26  # bytes of one broadcast, for which a copy is made
 
 
-def problem_of(tensors: dict[str, Tensor], *, alone: bool) -> str | None:
-    """Why no method can wrap a module with these tensors, or None. alone: on one rank."""
+def problem_of(tensors: dict[str, Tensor], group=None, *, alone: bool, parts: bool) -> str | None:
+    """Why a method cannot wrap a module with these tensors, or None.
+
+    alone: on one rank. parts: whether it takes parts of weights of which this rank alone of the
+    group holds others.
+    """
     devices = {tensor.device for tensor in tensors.values()}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         names = ", ".join(sorted(map(str, devices)))
@@ -18,12 +24,27 @@ def problem_of(tensors: dict[str, Tensor], *, alone: bool) -> str | None:
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
             return f"{name!r} has no shape yet; run a batch through the module first"
-        if not alone and type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-            return (
-                f"{name!r} is a {type(tensor).__name__}, of which other ranks may hold another "
-                "part; use DistributedDataParallel over the ranks that hold the same part"
-            )
+        if alone or type(tensor) in (Tensor, nn.Parameter, nn.Buffer):
+            continue
+        said = f"{name!r} is a {type(tensor).__name__}, of which other ranks may hold another part"
+        if not (isinstance(tensor, PartWeight) and tensor.values_only):
+            return f"{said}; use DistributedDataParallel over the ranks that hold the same part"
+        if not replicas(tensor, group):
+            return f"{said}; give group= the ranks that hold the same part"
+        if not parts:
+            return f"{said}, and this method would shard it again; use 'overlapped'"
     return None
+
+
+def described(tensor: Tensor) -> str:
+    """What ranks must have in common of a tensor: shape, dtype, part, whether it is trained."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    text = f"{'no shape' if lazy else list(tensor.shape)} {kind}"
+    if isinstance(tensor, PartWeight):
+        ranks = collectives.group_size(tensor.group)
+        text += f", part {collectives.group_rank(tensor.group)} of {ranks}"
+    return text + (", trained" if tensor.requires_grad else "")
 
 
 @torch.no_grad()

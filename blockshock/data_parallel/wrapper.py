@@ -23,7 +23,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from blockshock.data_parallel.buckets import Gradients
 from blockshock.data_parallel.groups import by_name, group_options, steps_of
-from blockshock.data_parallel.start import broadcast, problem_of
+from blockshock.data_parallel.start import broadcast, described, problem_of
 from blockshock.distributed import collectives
 from blockshock.distributed.agree import told_by_all
 
@@ -43,6 +43,7 @@ class Wrapper(nn.Module):
 
     method: str
     alone = False  # whether a rank has nothing to do with the others
+    takes_parts = True  # whether parameters may be parts of weights that other groups hold
     gradients: Gradients | None = None  # those that hooks follow
 
     def __init__(self, module: nn.Module, group=None, **options):
@@ -148,7 +149,7 @@ class Wrapper(nn.Module):
         """Scales the gradients so that the norm of all of them is at most max_norm.
 
         After `finish_gradient_sync`. Returns the 2-norm before, a scalar, of the whole gradient
-        over all ranks.
+        over all ranks, also those that hold other parts of weights.
         """
         return nn.utils.clip_grad_norm_(list(self.trained().values()), max_norm)
 
@@ -225,13 +226,11 @@ def _agree(wrapper: Wrapper, module: nn.Module, options: dict) -> None:
     facts = {"the method": wrapper.method, **{f"option {k}": str(v) for k, v in options.items()}}
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:
-        kind = str(tensor.dtype).removeprefix("torch.")
-        trained = ", trained" if tensor.requires_grad else ""
-        lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
-        facts[name] = f"{'no shape' if lazy else list(tensor.shape)} {kind}{trained}"
+        facts[name] = described(tensor)
     devices = {tensor.device for _, tensor in tensors}
     place = {"device_type": next((d.type for d in devices), "cpu"), "ranks": wrapper.ranks}
-    problem = problem_of(dict(tensors), alone=wrapper.alone) or wrapper.refusal(module)
+    rules = {"alone": wrapper.alone, "parts": wrapper.takes_parts}
+    problem = problem_of(dict(tensors), wrapper.group, **rules) or wrapper.refusal(module)
     problem = problem or wrapper.unsupported(**place, **options)
     own = json.dumps([problem, facts])
     told = [own]

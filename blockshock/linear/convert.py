@@ -10,31 +10,28 @@ The converted model computes the dense model's outputs and gradients; its own st
 rank's parts and loads back to the bit.
 """
 
-import gc
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from blockshock.distributed import collectives
-from blockshock.linear import METHODS, alike, extras, trainers
+from blockshock.linear import METHODS, alike, encoders, extras, replacing, trainers
 from blockshock.linear.dense import DenseSingle
 from blockshock.linear.split import Split
 
 _CLASSES = tuple(METHODS.values())
-_NESTED = "_nested_before_convert"  # an encoder's flag, for `revert`
 
 
 @dataclass
 class Conversion:
-    """What `convert` did.
+    """What `convert`, or another change of a whole model, did.
 
     replaced: names of layers; left: name -> reason; parameters: old parameter -> new one, for as
     long as somebody holds the old one, as an optimizer does that was made before.
@@ -46,7 +43,7 @@ class Conversion:
     parameters: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary, repr=False)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.replaced)} linear layers are now {self.method}"]
+        lines = [f"{len(self.replaced)} layers are now {self.method}"]
         lines += [f"  {name}" for name in self.replaced]
         if self.left:
             lines.append(f"{len(self.left)} were left:")
@@ -93,15 +90,15 @@ def convert(
                 name: _converted(name, layer, cls, group, options) for name, layer in wanted.items()
             }
     for name, layer in built.items():  # nothing is replaced before all ranks could build all
-        _replace(model, name, layer)
+        replacing.put(model, name, layer)
         report.replaced.append(name)
-    _avoid_fused_encoders(model, built)
+    encoders.avoid_fused(model, built.values())
     if built and collectives.group_size(group) == collectives.group_size():
         trainers.ignore_in_ddp(model)
     old = [parameter for layer in wanted.values() for parameter in layer.parameters()]
     new = [parameter for layer in built.values() for parameter in layer.parameters()]
     report.parameters.update(zip(old, new, strict=True))
-    _warn_of_holders(old, "convert", ", or, in an optimizer, put report.parameters[old] for old")
+    replacing.warn_of_holders(old, "convert", replacing.OR_PUT)
     if not built:
         warnings.warn(f"convert changed nothing: {report}", stacklevel=2)
     return report
@@ -129,13 +126,10 @@ def revert(model: nn.Module) -> list[str]:
     with torch.inference_mode(False), torch.no_grad():
         plain = {layer: _reverted(layer) for layer in dict.fromkeys(found.values())}
     for name, layer in found.items():
-        _replace(model, name, plain[layer])
-    for encoder in model.modules():
-        if hasattr(encoder, _NESTED):
-            encoder.use_nested_tensor = getattr(encoder, _NESTED)
-            delattr(encoder, _NESTED)
+        replacing.put(model, name, plain[layer])
+    encoders.restore(model)
     trainers.forget(model)
-    _warn_of_holders([p for layer in plain for p in layer.parameters()], "revert")
+    replacing.warn_of_holders([p for layer in plain for p in layer.parameters()], "revert")
     return list(found)
 
 
@@ -162,7 +156,7 @@ def _check(model: nn.Module, method: str, options: dict) -> None:
 def _wanted(model: nn.Module, cls, where, group, options, report) -> dict[str, nn.Linear]:
     """The layers to replace; the report gets the others, with the reason."""
     asked = where if callable(where) else lambda name, layer: fnmatch(name, where)
-    users, wanted = _users(model), {}
+    users, wanted = replacing.users(model), {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, _CLASSES):
             report.left[name] = f"it is {layer.method} already; revert it first"
@@ -178,11 +172,7 @@ def _wanted(model: nn.Module, cls, where, group, options, report) -> dict[str, n
 
 def _why_left(layer: nn.Linear, cls, users: Counter, group, options) -> str | None:
     """Why a layer stays as it is, or None."""
-    own = (layer, *layer._parameters.values())
-    if any(users[_place(one)] > 1 for one in own if one is not None):
-        return "it, its weight or its bias is shared with another module"
-    reason = extras.why_not(layer)
-    if reason:
+    if reason := replacing.why_left(layer, users):
         return reason
     N, K = layer.weight.shape
     asked = inspect.signature(cls.unsupported).parameters
@@ -253,70 +243,3 @@ def _reverted(layer: nn.Module) -> nn.Linear:
         linear.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
     extras.carry(layer, linear)
     return linear.train(layer.training)
-
-
-def _users(model: nn.Module) -> Counter:
-    """How many names each module, and each parameter's memory, has in the model."""
-    users = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    users.update(
-        _place(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
-    )
-    return users
-
-
-def _place(one: nn.Module | nn.Parameter):
-    """What two names of the same thing have in common; parameters may share memory alone."""
-    if type(one) is nn.Parameter and one.data_ptr():
-        return "at", one.data_ptr()
-    return id(one)
-
-
-def _replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-
-
-def _warn_of_holders(old: list[nn.Parameter], step: str, else_: str = "") -> None:
-    """Optimizers and DDP only: any other holder of a parameter is not to be told from a list."""
-    lost = {id(parameter) for parameter in old}
-    if not any(_holding(lost)):
-        return
-    gc.collect()  # one that nobody uses any more is not meant
-    for name in sorted({type(holder).__name__ for holder in _holding(lost)}):
-        warnings.warn(
-            f"{name} holds parameters that {step} has replaced, and not the new ones; make "
-            f"it after {step}{else_}",
-            stacklevel=3,
-        )
-
-
-def _holding(lost: set[int]) -> Iterator[torch.optim.Optimizer | DistributedDataParallel]:
-    """What trains one of these parameters, given by its id."""
-    for one in gc.get_objects():
-        if issubclass(type(one), torch.optim.Optimizer):
-            held = (p for group in vars(one).get("param_groups", ()) for p in group["params"])
-        elif issubclass(type(one), DistributedDataParallel):
-            held = vars(one).get("_module_parameters", ())
-        else:
-            continue
-        if any(id(parameter) in lost for parameter in held):
-            yield one
-
-
-def _avoid_fused_encoders(model: nn.Module, built: dict[str, nn.Module]) -> None:
-    """PyTorch's encoder, in eval, hands its layers' weights to one kernel and never calls them.
-
-    It does so for no module that has a hook, and for no encoder without nested tensors.
-    """
-    for name, layer in built.items():
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            layer.register_forward_pre_hook(extras.must_be_called)
-    new = set(built.values())
-    for encoder in model.modules():
-        if isinstance(encoder, nn.TransformerEncoder) and new & set(encoder.modules()):
-            if not hasattr(encoder, _NESTED):
-                setattr(encoder, _NESTED, encoder.use_nested_tensor)
-            encoder.use_nested_tensor = False

@@ -51,19 +51,20 @@ def acting(layer: nn.Module) -> str | None:
     return None
 
 
-def carry(old: nn.Module, new: nn.Module) -> None:
+def carry(old: nn.Module, new: nn.Module, weight: str = "weight") -> None:
     """Gives the new layer, its weight and its bias the plain values that were put on the old ones.
 
-    Raises ValueError where the new layer has another use for the name.
+    weight: what the new layer calls its weight. Raises ValueError where it has another use for a
+    name.
     """
-    values = _extra(old)
+    values, called = _extra(old), {"weight": weight, "bias": "bias"}
     for (owner, name), value in values.items():
         if not owner and hasattr(new, name):
             raise ValueError(
                 f"the layer has an attribute {name!r}, which {type(new).__name__} has as well; "
                 "remove or rename it"
             )
-        setattr(getattr(new, owner) if owner else new, name, value)
+        setattr(getattr(new, called[owner]) if owner else new, name, value)
     if type(new) is not nn.Linear:
         new.carried = tuple(values)
 

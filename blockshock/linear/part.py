@@ -25,10 +25,10 @@ _OTHER_NORMS = {torch.linalg.norm, torch.linalg.matrix_norm, torch.renorm, Tenso
 _PRODUCTS = {
     torch.nn.functional.linear,
     torch.nn.functional.embedding,
-    *(getattr(torch, name) for name in ("mm", "matmul", "addmm", "bmm", "einsum", "t")),
+    *(getattr(torch, name) for name in ("mm", "mv", "matmul", "addmm", "bmm", "einsum", "t")),
     *(
         getattr(Tensor, name)
-        for name in ("mm", "matmul", "__matmul__", "__rmatmul__", "addmm", "t")
+        for name in ("mm", "mv", "matmul", "__matmul__", "__rmatmul__", "addmm", "t")
     ),
     *(getattr(Tensor, name).__get__ for name in ("T", "mT")),
 }
@@ -89,10 +89,12 @@ class PartWeight(nn.Parameter):
     A part of the shape [N, K] would give a wrong Y without a word to code that takes a layer's
     weight and multiplies by itself. Use `layer(x)`, or `layer.to_dense()` for the whole weight.
 
-    group: of the ranks that hold the other parts. grad: None, or a `PartGradient`.
+    group: of the ranks that hold the other parts. grad: None, or a `PartGradient`. values_only:
+    nothing is made of its values, such as a mask or a compressed form, that ranks which hold the
+    same part must have in common.
     """
 
-    group = None
+    group, values_only = None, False
 
     @classmethod
     def of(cls, weight: nn.Parameter, group) -> "PartWeight":
@@ -149,6 +151,14 @@ class PartWeight(nn.Parameter):
         """Saved as a plain parameter: a process group cannot be."""
         values = nn.Parameter(self.detach(), requires_grad=self.requires_grad)
         return values.__reduce_ex__(protocol)
+
+
+def replicas(weight: PartWeight, group) -> bool:
+    """Whether no two ranks of a group hold different parts of the weight."""
+    if not dist.is_initialized():
+        return True
+    ranks = set(dist.get_process_group_ranks(group))
+    return ranks & set(dist.get_process_group_ranks(weight.group)) == {dist.get_rank()}
 
 
 def check_bias(bias: nn.Parameter | None, group) -> None:

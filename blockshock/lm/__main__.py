@@ -9,11 +9,13 @@ import json
 import math
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from blockshock.lm import config as settings
 from blockshock.lm.config import CONFIGS, Config, Refused
+from blockshock.runs.command import answer, check_options, is_trained
 
 COMMANDS = ("prepare", "train", "evaluate", "sample")
 
@@ -21,38 +23,27 @@ COMMANDS = ("prepare", "train", "evaluate", "sample")
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 0, or 1 after one line that says what is wrong."""
     options = _parser().parse_args(arguments)
-    ranks, rank, code = None, "", 0
-    try:  # torch is imported in here, so that Ctrl-C is one line from the start
-        lacks = [name for name in ("tokenizers", "tqdm") if find_spec(name) is None]
-        if lacks:
-            raise Refused(f"{', '.join(lacks)} not installed; pip install 'blockshock[lm]'")
-        _check_options(options)
-        config = settings.load(options.config, options.set)
-        from blockshock.lm import ranks as processes
-
-        ranks = processes.join(config.device)
-        rank = f" rank {ranks.rank}:" if ranks.size > 1 else ""
-        _run(config, ranks, options)
-    except Refused as error:
-        print(f"blockshock.lm:{rank} {error}", file=sys.stderr, flush=True)
-        code = 1
-    except KeyboardInterrupt:  # training ends by itself; the rest is made again
-        print(f"blockshock.lm:{rank} interrupted", file=sys.stderr, flush=True)
-        return 130
-    if ranks:
-        ranks.leave()
-    return code
+    return answer("blockshock.lm", partial(_command, options))
 
 
-def _check_options(options: argparse.Namespace) -> None:
-    """Refuses what only training reads, where nothing is trained."""
-    given = [name for name in ("resume", "init_from", "skip_data") if getattr(options, name)]
-    if given and options.command not in (None, "train"):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise Refused(f"{options.command} {names}: only train reads it; leave it out")
+def _command(options: argparse.Namespace, join: Callable) -> None:
+    lacks = [name for name in ("tokenizers", "tqdm") if find_spec(name) is None]
+    if lacks:
+        raise Refused(f"{', '.join(lacks)} not installed; pip install 'blockshock[lm]'")
+    check_options(options, "resume", "init_from", "skip_data")
+    config = settings.load(options.config, [*_short_forms(options), *options.set])
+    ranks = join(config.device)
+    if options.command != "prepare":  # which one process can do for any number of ranks
+        ranks = ranks.split(config.model.tensor_parallel)
+    _run(config, ranks, options)
+
+
+def _short_forms(options: argparse.Namespace) -> list[str]:
+    return [] if options.sync is None else [f"model.sync={json.dumps(options.sync)}"]
 
 
 def _run(config: Config, ranks, options: argparse.Namespace) -> None:
+    from blockshock.lm.checkpoint import load
     from blockshock.lm.model import decoder_config, trained
     from blockshock.lm.prepare import open_prepared, prepare
     from blockshock.lm.train import train
@@ -70,7 +61,7 @@ def _run(config: Config, ranks, options: argparse.Namespace) -> None:
     if wanted == ["prepare"]:
         return
     data = open_prepared(config.data)
-    if "train" in wanted and not _is_trained(config, options, tell):
+    if "train" in wanted and not is_trained(config, options, load, tell):
         done = train(
             config,
             data,
@@ -83,31 +74,17 @@ def _run(config: Config, ranks, options: argparse.Namespace) -> None:
         if not done:
             return
     if "evaluate" in wanted:
-        model, step = trained(config, data, ranks.device)
+        model, step = trained(config, data, ranks)
         _evaluate(model, step, config, data, ranks, tell)
-    if "sample" in wanted and ranks.first:
-        _sample(trained(config, data, ranks.device)[0], config, data, tell)
+    if "sample" in wanted and ranks.data_rank == 0:
+        _sample(trained(config, data, ranks)[0], config, data, ranks, tell)
     ranks.wait("the sample")
-
-
-def _is_trained(config: Config, options: argparse.Namespace, tell: Callable) -> bool:
-    """Whether nothing is left to train; asked only where all is to be done."""
-    from blockshock.lm import checkpoint
-
-    file = Path(config.run) / checkpoint.NAME
-    if options.command or options.init_from or not file.exists():
-        return False
-    done = checkpoint.load(file)["step"]
-    if done < config.train.steps:
-        return False
-    tell(f"trained already: {done} steps")
-    return True
 
 
 def _evaluate(model, step: int, config: Config, data, ranks, tell: Callable) -> None:
     """The loss over all validation tokens, shown and written to `<run>/evaluation.json`."""
-    from blockshock.lm.files import written_whole
     from blockshock.lm.model import mean_loss
+    from blockshock.runs.files import written_whole
 
     found = mean_loss(model, data.validation, config, ranks)
     found = {"step": step, **found, "perplexity": math.exp(min(found["loss"], 700.0))}
@@ -120,15 +97,16 @@ def _evaluate(model, step: int, config: Config, data, ranks, tell: Callable) -> 
             out.write(json.dumps(found, indent=1).encode())
 
 
-def _sample(model, config: Config, data, tell: Callable) -> None:
-    """Text, shown and written to `<run>/sample.txt`."""
-    from blockshock.lm.files import written_whole
+def _sample(model, config: Config, data, ranks, tell: Callable) -> None:
+    """Text, shown and written to `<run>/sample.txt`; made by all ranks that hold the model."""
     from blockshock.lm.sample import sample
+    from blockshock.runs.files import written_whole
 
     text = sample(model, data, config.sample)
     tell(text)
-    with written_whole(Path(config.run) / "sample.txt") as out:
-        out.write(text.encode())
+    if ranks.first:
+        with written_whole(Path(config.run) / "sample.txt") as out:
+            out.write(text.encode())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -139,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("command", nargs="?", choices=COMMANDS, help="without it: all, skipping what is done")
     add("--config", default="small", metavar="C", help=f"a .yaml file, or one of {names}")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="such as train.lr=3e-4")
+    add("--sync", metavar="PLAN", help="sets model.sync: tp, spd12, 6, desync:6, …")
     add("--resume", action="store_true", help="go on from the run's checkpoint")
     add("--init-from", metavar="PATH", help="begin with the weights of a checkpoint")
     add("--skip-data", type=_count, default=0, metavar="N", help="leave out N sequences of data")

@@ -1,4 +1,4 @@
-"""A checkpoint is one file, `<run>/checkpoint.pt`: always the last one that was written whole.
+"""What a language model's checkpoint holds, and which model and tokenizer it fits.
 
     format     FORMAT
     step       steps done;  position: sequences read by all ranks;  seconds: of training
@@ -8,26 +8,24 @@
     config     all settings;  tokenizer: the digest of its own
 
 The learning rate is a function of the step, and the data of the position, so nothing else is state.
-Loading it with `weights_only`, a checkpoint from a stranger runs no code.
 """
 
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from blockshock.lm.config import Refused
-from blockshock.lm.files import written_whole
-from blockshock.lm.ranks import Ranks
+from blockshock.runs import checkpoint as saving
+from blockshock.runs.checkpoint import NAME, restore_rng, rng_state
+from blockshock.transformer.sync import plan
+
+__all__ = ["NAME", "fits", "load", "restore_rng", "rng_state", "save"]
 
 FORMAT = 1
-NAME = "checkpoint.pt"
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` in place of what is there. Raises Refused on a full disk; the old stays."""
-    with written_whole(path) as out:
-        torch.save({"format": FORMAT, **state}, out)
+    saving.save(path, state, FORMAT)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -36,27 +34,25 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         Refused: none there, no checkpoint of this program, or one of another format.
     """
-    file = path / NAME if path.is_dir() else path
-    if not file.is_file():
-        raise Refused(f"{file}: no checkpoint there; train first, or name the run's folder")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        found = state["format"]
-    except Exception as error:  # of a torn file the unpickler raises anything
-        raise Refused(f"{file}: no checkpoint of blockshock.lm ({str(error)[:200]})") from error
-    if found != FORMAT:
-        raise Refused(f"{file}: format {found}, and this version reads {FORMAT}; train anew")
-    return state
+    return saving.load(path, FORMAT, "blockshock.lm")
 
 
-def fits(state: dict[str, Any], model: dict[str, Any], vocabulary: int, digest: str) -> None:
+def fits(
+    state: dict[str, Any],
+    model: dict[str, Any],
+    vocabulary: int,
+    digest: str,
+    *,
+    goes_on: bool = True,
+) -> None:
     """Compares a checkpoint with the model and the tokenizer that are asked for.
 
-    model: the section of the config. Raises Refused where they differ.
+    model: the section of the config. goes_on: whether the model must compute what was trained, and
+    not only begin with its weights. Raises Refused where they differ.
     """
     saved = {**state["config"]["model"], "vocabulary": state["config"]["data"]["vocabulary"]}
     wanted = {**model, "vocabulary": vocabulary}
-    free = {"attention", "linear"}  # other ways to compute the same
+    free = {"attention", "linear", "sync", "tensor_parallel"}  # other ways to compute the same
     other = [
         f"{key} = {saved.get(key)}, here {wanted[key]}"
         for key in wanted
@@ -67,6 +63,13 @@ def fits(state: dict[str, Any], model: dict[str, Any], vocabulary: int, digest: 
             f"the checkpoint is of another model: {'; '.join(other)}. Set these as they were, or "
             "begin a new run"
         )
+    (computed, was), (here, words) = _computed(saved), _computed(model)
+    if goes_on and computed != here:
+        raise Refused(
+            f"the checkpoint was trained as {was}, here it would be {words}: that computes "
+            "something else from the same weights. Set model.sync and model.tensor_parallel as "
+            "they were, or begin a new run (--init-from)"
+        )
     if state["tokenizer"] != digest:
         raise Refused(
             f"the checkpoint was trained with tokenizer {state['tokenizer']}, and data.folder "
@@ -74,18 +77,14 @@ def fits(state: dict[str, Any], model: dict[str, Any], vocabulary: int, digest: 
         )
 
 
-def rng_state(device: torch.device) -> dict[str, torch.Tensor | None]:
-    """Of this rank's generators."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+def _computed(model: dict[str, Any]) -> tuple[tuple, str]:
+    """What a section of a config makes of weights, and in words.
 
-
-def restore_rng(states: list[dict], ranks: Ranks) -> bool:
-    """Sets this rank's generators; False, and nothing is set, where the run had other ranks."""
-    if len(states) != ranks.size:
-        return False
-    mine = states[ranks.rank]
-    torch.set_rng_state(mine["cpu"])
-    if mine["cuda"] is not None and ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(mine["cuda"], ranks.device)
-    return True
+    With fewer syncs it depends on the ranks. A plan may have several names.
+    """
+    name, ranks = model.get("sync"), model.get("tensor_parallel", 1)
+    made = plan(name or "tp", model["depth"])
+    if made.dense:
+        return (), "the dense model"
+    words = f"plan {name} on {ranks} tensor-parallel ranks"
+    return (made.kind, made.groups, ranks), words

@@ -13,8 +13,8 @@ from typing import Any
 
 from blockshock.lm import corpus, tokenizer
 from blockshock.lm.config import Data, Refused
-from blockshock.lm.files import alone, written_whole
 from blockshock.lm.tokens import TokenFile, write
+from blockshock.runs.files import alone, written_whole
 
 TOGETHER = 512  # documents that the library encodes at once, on all cores
 TRAIN_BYTES = 2**28  # of text that the tokenizer is trained on; more does not change it much

@@ -5,10 +5,10 @@ import torch
 from blockshock.lm import tokenizer
 from blockshock.lm.config import Refused, Sample
 from blockshock.lm.prepare import Prepared
-from blockshock.transformer import Decoder
+from blockshock.transformer.language_model import LanguageModel
 
 
-def sample(model: Decoder, data: Prepared, options: Sample) -> str:
+def sample(model: LanguageModel, data: Prepared, options: Sample) -> str:
     """The prompt and what the model writes after it, until its context is full.
 
     Raises:

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from blockshock.lm.config import Refused
-from blockshock.lm.files import written_whole
+from blockshock.runs.files import written_whole
+from blockshock.runs.order import Order
 
 DTYPES = {"uint16": (torch.uint16, "H"), "uint32": (torch.uint32, "I")}
 
@@ -124,23 +125,16 @@ class Batches:
     """
 
     def __init__(self, file: TokenFile, *, context: int, batch: int, seed: int, rank=0, ranks=1):
-        self.file, self.context, self.batch, self.seed = file, context, batch, seed
-        self.rank, self.ranks, self.count = rank, ranks, file.windows(context)
-        self._epoch, self._order = -1, torch.empty(0)
+        self.file, self.context, self.batch = file, context, batch
+        self.rank, self.ranks = rank, ranks
         check_size(file, context, batch, ranks)
+        self.order = Order(file.windows(context), seed)
 
     def at(self, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's inputs and targets [batch, context] where all ranks have read `position`."""
         first = position + self.rank * self.batch
-        return self.file.take([self._window(first + i) for i in range(self.batch)], self.context)
-
-    def _window(self, sequence: int) -> int:
-        epoch, place = divmod(sequence, self.count)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-            self._order = torch.randperm(self.count, generator=generator)
-            self._epoch = epoch
-        return int(self._order[place])
+        windows = [self.order[first + i] for i in range(self.batch)]
+        return self.file.take(windows, self.context)
 
 
 def check_size(file: TokenFile, context: int, batch: int, ranks: int) -> None:

@@ -3,31 +3,38 @@
     step s:  for each of `accumulate` batches: loss / accumulate, backward (sent with the last one)
              gradients = mean over ranks; clip; AdamW at learning_rate(s)
 
-The host waits for the device only where a row is logged, a loss is measured or a checkpoint is
-written. There a loss or a norm that is not finite ends the run, before anything is overwritten.
+`runs.loop` says when the host waits for the device.
 """
 
 import math
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from blockshock.data_parallel import METHODS
-from blockshock.lm import checkpoint
+from blockshock.lm import checkpoint, record
 from blockshock.lm import config as settings
-from blockshock.lm.config import Config, Refused
-from blockshock.lm.files import alone, written_whole
-from blockshock.lm.log import Log, memory_mib, peak_flops
-from blockshock.lm.model import autocast, decoder_config, make, mean_loss, to_device
+from blockshock.lm.config import Config
+from blockshock.lm.log import open_log, peak_flops
+from blockshock.lm.model import decoder_config, make, mean_loss
 from blockshock.lm.prepare import Prepared
-from blockshock.lm.ranks import Ranks, Stop
-from blockshock.lm.schedule import learning_rate
 from blockshock.lm.tokens import Batches, check_size
+from blockshock.lm.whole import put, whole
+from blockshock.runs.checkpoint import where_from
+from blockshock.runs.device import autocast, to_device
+from blockshock.runs.files import written_whole
+from blockshock.runs.log import Log, memory_mib
+from blockshock.runs.loop import check_finite, loop, only_here
+from blockshock.runs.parallel import wrapped
+from blockshock.runs.ranks import Ranks
+from blockshock.runs.schedule import learning_rate
+from blockshock.runs.settings import Refused, changes
 from blockshock.transformer import counts
+
+APART = 1e-4  # relative difference of replicas: thousands of float32 roundings
 
 
 def train(
@@ -51,16 +58,8 @@ def train(
         Refused: a checkpoint that is there without `resume`, is missing or does not fit; a run that
             another process trains; too little data; a loss that is not finite; a full disk.
     """
-    with ExitStack() as held:
-        ranks.by_first(lambda: held.enter_context(alone(Path(config.run), lambda: _busy(config))))
+    with only_here(config.run, ranks):
         return _train(config, data, ranks, tell, resume, init_from, skip_data)
-
-
-def _busy(config: Config) -> None:
-    raise Refused(
-        f"run = {config.run}: another process is training there; wait for its end, or choose "
-        "another folder (--set run=FOLDER)"
-    )
 
 
 def _train(
@@ -82,13 +81,13 @@ def _train(
         for line in run.restore(state):
             tell(line)
     elif state:
-        run.model.load_full_state_dict(state["model"])
+        put(run.model, state["model"])
     run.position += skip_data
+    run.choices |= {"init_from": init_from, "skip_data": skip_data}
     tell(run.about())
     ranks.by_first(run.open_log)
     try:
-        with Stop(ranks) as stop:
-            done = run.loop(stop)
+        done = loop(run, ranks, config.train, config.log.every)
     finally:
         if run.log:
             run.log.close()
@@ -107,22 +106,25 @@ class Run:
         self.config, self.data, self.ranks = config, data, ranks
         self.step, self.position, self.seconds = 0, 0, 0.0
         self.log: Log | None = None
+        self.choices: dict[str, Any] = {"changed": {}}  # of this start, for `record`
         options = config.train
         self.batches = Batches(
             data.train,
             context=config.model.context,
             batch=options.batch,
             seed=options.seed,
-            rank=ranks.rank,
-            ranks=ranks.size,
+            rank=ranks.data_rank,
+            ranks=ranks.data_size,
         )
         # Asked for before the first step, not after the last.
-        check_size(data.validation, config.model.context, options.batch, ranks.size)
-        torch.manual_seed(options.seed + ranks.rank)
-        self.model = _wrapped(config, ranks)
+        check_size(data.validation, config.model.context, options.batch, ranks.data_size)
+        torch.manual_seed(options.seed + ranks.data_rank)
+        module = make(config, ranks)
+        vectors = _vectors(module)  # asked before a method cuts the parameters into flat pieces
+        self.model = wrapped(module, options, ranks.data_size, ranks.data)
         self.optimizer = self.model.optimizer(
             torch.optim.AdamW,
-            [{"names": _vectors(self.model.module), "weight_decay": 0.0}],
+            [{"names": vectors, "weight_decay": 0.0}],
             lr=options.lr,
             betas=(options.beta1, options.beta2),
             weight_decay=options.weight_decay,
@@ -131,51 +133,42 @@ class Run:
         self.counts = counts(decoder_config(config))
         self.peak = peak_flops(config, ranks.device)
         self.norm = torch.zeros(())
-        self._begin_window()
+        self.begin_window()
 
     def open_log(self) -> None:
-        """Writes the settings and opens the log."""
+        """Writes the settings and what else is told of the run, and opens the log."""
         with written_whole(Path(self.config.run) / "config.yaml") as out:
             out.write(settings.dump(self.config).encode())
-        self.log = Log(self.config, self.step)
+        record.write(self.config, self.data, self.ranks, self.step, self.choices)
+        self.log = open_log(self.config, self.step)
 
     def about(self) -> str:
         """A line: the model, the ranks, the tokens of a step."""
         t, sizes = self.config.train, self.counts
-        tokens = self.config.model.context * t.batch * t.accumulate * self.ranks.size
+        tokens = self.config.model.context * t.batch * t.accumulate * self.ranks.data_size
         ranks = "1 rank" if self.ranks.size == 1 else f"{self.ranks.size} ranks"
+        if self.ranks.tensor_size > 1:
+            plan = self.model.module.plan
+            ranks += (
+                f", {self.ranks.tensor_size} hold a model: plan {plan.name}, {plan.syncs} syncs"
+            )
         return (
             f"{sizes.parameters / 1e6:.1f} M parameters, {ranks} "
             f"({self.model.method}) on {self.ranks.device.type}, {tokens} tokens a step, step "
             f"{self.step} of {t.steps}"
         )
 
-    def loop(self, stop: Stop) -> bool:
-        """Steps until the last one (True) or a signal (False); both leave a checkpoint."""
-        options = self.config.train
-        while self.step < options.steps:
-            stop.ask()
-            self._take_step()
-            last, stopping = self.step == options.steps, stop.decided()
-            saving = last or stopping or _due(self.step, options.checkpoint_every)
-            evaluating = last or _due(self.step, options.evaluate_every)
-            if saving or evaluating or _due(self.step, self.config.log.every):
-                self._report(evaluating)
-                if saving:
-                    self._save()
-                self._begin_window()
-            if stopping:
-                break
-        return self.step == options.steps
-
     def restore(self, state: dict[str, Any]) -> list[str]:
         """Goes on from a checkpoint; returns lines on what is not as it was."""
-        self.model.load_full_state_dict(state["model"])
-        self.model.load_full_optimizer_state(self.optimizer, state["optimizer"])
+        put(self.model, state["model"], self.optimizer, state["optimizer"])
         self.step, self.position = state["step"], state["position"]
         self.seconds = state["seconds"]
-        changed = _changes(state["config"], settings.to_dict(self.config))
-        lines = [f"changed since the checkpoint: {change}" for change in changed]
+        changed = changes(state["config"], settings.to_dict(self.config))
+        self.choices["changed"] = {key: was for key, (was, _) in changed.items()}
+        lines = [
+            f"changed since the checkpoint: {key} = {value}, was {was}"
+            for key, (was, value) in changed.items()
+        ]
         if not checkpoint.restore_rng(state["rng"], self.ranks):
             lines.append(
                 f"the checkpoint is of {len(state['rng'])} ranks, this run has {self.ranks.size}: "
@@ -183,17 +176,18 @@ class Run:
             )
         return lines
 
-    def _take_step(self) -> None:
+    def take_step(self) -> None:
+        """One step of all ranks."""
         options, model = self.config.train, self.model
         rate = learning_rate(self.step + 1, options)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         for turn in range(options.accumulate):
             x, y = (to_device(t, self.ranks.device) for t in self.batches.at(self.position))
-            self.position += options.batch * self.ranks.size
+            self.position += options.batch * self.ranks.data_size
             last = turn == options.accumulate - 1
             with nullcontext() if last else model.no_sync():
-                with autocast(self.config, self.ranks.device):
+                with autocast(options.autocast, self.ranks.device):
                     loss = model(x, y) / options.accumulate
                 loss.backward()
             self.losses += loss.detach()
@@ -204,21 +198,16 @@ class Run:
         self.step += 1
         self.steps += 1
 
-    def _report(self, evaluating: bool) -> None:
+    def report(self, evaluating: bool) -> None:
         """Waits for the device, checks the loss, writes a row."""
         # Each rank has the same norm, so its mean is the norm.
         loss, norm = self.ranks.mean(torch.stack([self.losses / self.steps, self.norm.float()]))
         seconds = time.perf_counter() - self.began
         self.seconds += seconds
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Refused(
-                f"step {self.step}: loss = {loss}, norm of the gradient = {norm}: the run "
-                "diverged. A checkpoint that was written before is kept; lower train.lr, or raise "
-                "train.warmup, and begin anew or --resume from it"
-            )
+        check_finite(self.step, loss, norm)
         options, context = self.config.train, self.config.model.context
-        tokens = options.batch * options.accumulate * self.ranks.size * context * self.steps
-        rate = tokens / seconds
+        sequences = options.batch * options.accumulate * self.ranks.data_size * self.steps
+        rate = sequences * context / seconds
         value = None
         if evaluating:
             batches = options.evaluate_batches
@@ -241,19 +230,21 @@ class Run:
                 memory_mib=memory_mib(self.ranks.device),
             )
 
-    def _begin_window(self) -> None:
+    def begin_window(self) -> None:
         """The steps whose mean the next row tells begin here."""
         self.losses = torch.zeros((), device=self.ranks.device)
         self.steps, self.began = 0, time.perf_counter()
 
-    def _save(self) -> None:
+    def save(self) -> None:
         """Rank 0 writes; where it cannot, every rank raises."""
+        self._check_replicas()
+        weights, optimizer = whole(self.model, self.optimizer)
         state = {
             "step": self.step,
             "position": self.position,
             "seconds": self.seconds,
-            "model": self.model.full_state_dict(cpu=True),
-            "optimizer": self.model.full_optimizer_state(self.optimizer, cpu=True),
+            "model": weights,
+            "optimizer": optimizer,
             "rng": self.ranks.gather(checkpoint.rng_state(self.ranks.device)),
             "config": settings.to_dict(self.config),
             "tokenizer": self.data.digest,
@@ -261,57 +252,30 @@ class Run:
         path = Path(self.config.run) / checkpoint.NAME
         self.ranks.by_first(lambda: checkpoint.save(path, state))
 
+    def _check_replicas(self) -> None:
+        """Sums in another order may differ in the last bits; more is a model that fell apart."""
+        module = self.model.module
+        apart = module.replicas_apart() if self.ranks.tensor_size > 1 else 0.0
+        if not apart <= APART:
+            raise Refused(
+                f"step {self.step}: what all tensor-parallel ranks hold is {apart:.1e} apart, "
+                f"relative, and at most {APART:g} can be rounding. A checkpoint that was written "
+                "before is kept; --resume from it"
+            )
+
 
 def _starting_state(
     config: Config, data: Prepared, resume: bool, init_from: str | None
 ) -> dict[str, Any] | None:
-    file = Path(config.run) / checkpoint.NAME
-    if resume and init_from:
-        raise Refused("--resume and --init-from: a run goes on, or begins with other weights")
-    if not resume and file.exists():
-        raise Refused(
-            f"{file} is there: --resume goes on from it; for a new run choose another folder "
-            "(--set run=FOLDER), or delete this one"
-        )
-    if not (resume or init_from):
+    place = where_from(config.run, resume, init_from)
+    if place is None:
         return None
-    state = checkpoint.load(file if resume else Path(init_from))
-    checkpoint.fits(state, settings.to_dict(config)["model"], config.data.vocabulary, data.digest)
+    state = checkpoint.load(place)
+    model = settings.to_dict(config)["model"]
+    checkpoint.fits(state, model, config.data.vocabulary, data.digest, goes_on=resume)
     return state
-
-
-def _wrapped(config: Config, ranks: Ranks) -> Any:
-    """The model in its data-parallel method; without a process group that is `none`."""
-    name = config.train.data_parallel
-    if name not in METHODS:
-        raise Refused(f"train.data_parallel = {name!r}: use one of {', '.join(METHODS)}")
-    if ranks.size > 1 and name == "none":
-        raise Refused(f"train.data_parallel = none: {ranks.size} ranks would train apart; name one")
-    if ranks.size == 1:
-        return METHODS["none"](make(config, ranks.device))
-    options = {}
-    if config.train.bucket_mib is not None:
-        options["bucket_mib"] = config.train.bucket_mib
-    try:
-        return METHODS[name](make(config, ranks.device), **options)
-    except (TypeError, ValueError) as error:
-        raise Refused(f"train.data_parallel = {name}, {options}: {error}") from error
 
 
 def _vectors(model: torch.nn.Module) -> list[str]:
     """Parameters without weight decay: the norms' scales."""
     return [name for name, p in model.named_parameters() if p.dim() < 2]
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
-
-
-def _changes(before: dict[str, Any], after: dict[str, Any], place: str = "") -> list[str]:
-    found = []
-    for key, value in after.items():
-        if isinstance(value, dict):
-            found += _changes(before.get(key, {}), value, f"{place}{key}.")
-        elif before.get(key) != value:
-            found.append(f"{place}{key} = {value}, was {before.get(key)}")
-    return found

@@ -26,7 +26,8 @@ import torch.distributed as dist
 
 from blockshock.kernels import graphs
 
-MODES = ("graph", "events", "sync", "host")
+ON_GPUS = ("graph", "events", "sync")
+MODES = (*ON_GPUS, "host")
 CACHES = ("warm", "cold")
 MAX_CALLS = 20
 FLUSH = (
@@ -49,7 +50,7 @@ class Stopwatch:
         self, mode: str, device: torch.device, align: Callable[[], None], *, l2: str = "warm"
     ):
         if mode not in MODES or (mode == "host") != (device.type == "cpu"):
-            valid = "host" if device.type == "cpu" else "graph, events, sync"
+            valid = "host" if device.type == "cpu" else ", ".join(ON_GPUS)
             raise ValueError(f"timing mode {mode!r} on {device.type}; valid there: {valid}")
         if l2 not in CACHES:
             raise ValueError(f"unknown l2 {l2!r}; use one of {', '.join(CACHES)}")

@@ -8,6 +8,7 @@ of the ranks and create no CUDA context there: what torch would have to start CU
 import importlib.metadata
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from blockshock.version import __version__
 
 _GPU_FIELDS = "name,memory.total,power.limit,clocks.max.sm,compute_cap,driver_version"
 _CLOCK_FIELDS = {"sm_mhz": "clocks.sm", "power_w": "power.draw", "temperature_c": "temperature.gpu"}
+_READ = {"capture_output": True, "text": True, "check": True, "timeout": 10}
 _CLOCK_TIMEOUT = 2.0  # seconds; clocks are read twice a case
 
 
@@ -110,6 +112,20 @@ def host() -> dict:
         model = named[0].partition(":")[2].strip() if named else model
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"cpu": model, "cpu_cores": cores, "system": f"{platform.system()} {platform.release()}"}
+
+
+def commit() -> dict | None:
+    """{"id", "dirty"} of the checkout that this package lies in; None for an installed one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    git = "git", "-C", str(root)
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], **_READ).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], **_READ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or one that refuses the folder
+        return None
+    return {"id": head, "dirty": bool(changed)}
 
 
 def clocks(indices: list[int]) -> list[dict] | None:

@@ -61,7 +61,7 @@ def combine(
         for name, f in of(case).items()
         if name != "method"
         and not f.metadata.get("per_method")
-        and f.metadata.get("only", phase) == phase
+        and phase in f.metadata.get("only", (phase,))
     ]
     return [
         case(

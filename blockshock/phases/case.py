@@ -21,7 +21,7 @@ def about(text: str, default=MISSING, *, kw_only: bool = False, **more):
         least: of a whole number; 1 if left out.
         names: the texts that it may be.
         axis: what a sweep means where it does not say it, if that is not [default].
-        only: the one phase that has it.
+        only: the phases that have it.
         per_method: each method takes values of its own; a sweep may say them method by method.
         labels: sizes that this text describes; where `--set` replaces one, the text is dropped.
         shown: in a case's name, when it is not the default.
@@ -78,6 +78,13 @@ class Case:
     def as_dict(self) -> dict:
         return asdict(self)
 
+    def _shown(self) -> list[str]:
+        """NAME=VALUE of each field that a name shows and that is not its default."""
+        shown = [f for f in fields(self) if f.metadata.get("shown")]
+        shown.sort(key=lambda f: f.name == "seed")  # the seed last
+        valued = [(f.name, getattr(self, f.name), f.default) for f in shown]
+        return [f"{n}={str(v).replace('/', '~')}" for n, v, default in valued if v != default]
+
     def _fill(self, **values) -> None:
         """Sets the fields that are None."""
         for name, value in values.items():
@@ -106,6 +113,9 @@ def _check(declared, value) -> None:
         least = declared.metadata.get("least", 1)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{told} a whole number, {least} or more")
+    elif float in wanted:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"{told} a number")
     elif not isinstance(value, str):
         raise ValueError(f"{told} text; put it in quotes")
     if "names" in declared.metadata:

@@ -76,10 +76,12 @@ def measure_ceilings() -> dict:
 def measure_point(cases: list[Case], options: Options) -> list[dict]:
     """One outcome per case: `samples` and figures, or `refused` / `failed` with a reason."""
     device = rank_device()
-    timings = family(cases[0]).timings if device.type == "cuda" else ("host",)
+    phase, of_phases = cases[0].phase, family(cases[0]).timings
+    timings = of_phases.get(phase, clock.ON_GPUS) if device.type == "cuda" else ("host",)
     mode = options.mode or timings[0]
     if mode not in timings:
-        reason = f"timing mode {mode!r}: {cases[0].family} is timed in {', '.join(timings)}"
+        name = f"{cases[0].family}'s {phase}"
+        reason = f"timing mode {mode!r}: {name} is timed in {', '.join(timings)}"
         return [{"refused": f"{reason}; use --timing {timings[0]}"} for _ in cases]
     stopwatch = clock.Stopwatch(mode, device, _aligner(device), l2=options.l2)
     note(f"making the data of {cases[0].point_label}")

@@ -1,7 +1,7 @@
 """The parts that a family gives to the laboratory."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,8 +24,9 @@ class Family:
     check_all: raises ValueError or ImportError for cases whose data cannot be made. learn: is given
     (case, samples, extra_info) of all that was measured side by side, after each point, and what
     runs a function in all ranks. ranks: the only number of ranks it is measured with, or None.
-    timings: the modes of `measure.clock` that GPUs can be timed in, the usual one first. benches:
-    names of bench files, bench_<name>.py, that ask it beside that of its own name.
+    timings: by phase, the modes of `measure.clock` that GPUs can be timed in, the usual one first;
+    a phase that is not named has all of them. benches: names of bench files, bench_<name>.py, that
+    ask it beside that of its own name.
     """
 
     case: type[Case]
@@ -40,5 +41,5 @@ class Family:
     check_all: Callable[[list[Case]], None] = lambda cases: None
     learn: Callable[[list[tuple[Case, list[float], dict]], Callable], None] | None = None
     ranks: int | None = None
-    timings: tuple[str, ...] = ("graph", "events", "sync")
+    timings: dict[str, tuple[str, ...]] = field(default_factory=dict)
     benches: tuple[str, ...] = ()

@@ -68,7 +68,7 @@ def _section(name: str, family: Family) -> str:
     for declared in fields(family.case):
         meaning = declared.metadata["about"]
         if "only" in declared.metadata:
-            meaning += f"; only in {declared.metadata['only']}"
+            meaning += f"; only in {' and '.join(declared.metadata['only'])}"
         cells = [f"`{declared.name}`", meaning, _values(declared, family), _usual(declared, usual)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -86,6 +86,8 @@ def _values(declared, family: Family) -> str:
         values = "true, false"
     elif int in wanted:
         values = f"a whole number, {declared.metadata.get('least', 1)} or more"
+    elif float in wanted:
+        values = "a number"
     else:
         values = "text"
     return f"{values}, or null" if NoneType in wanted else values

@@ -20,8 +20,9 @@ class DecoderConfig:
     vocabulary, context: number of tokens, and of positions in a sequence. width: of the residual
     stream; each of the `heads` has width / heads, which rotary positions need even. kv_heads: of
     keys and values, a divisor of heads (None: heads). hidden: of the SwiGLU MLP (None: 8/3 width,
-    rounded up to a multiple of 128). tied: the head's weight is the embedding. attention: a name
-    in `blockshock.attention.METHODS` (None: flash_triton on CUDA and flash_torch elsewhere; with a
+    rounded up to a multiple of 128). tied: the head's weight is the embedding. bias: whether the
+    projections of every block have biases, zero at first. attention: a name in
+    `blockshock.attention.METHODS` (None: flash_triton on CUDA and flash_torch elsewhere; with a
     pattern block_sparse, reference). pattern: of `attention.patterns`, ANDed with causal. linear:
     a name in `blockshock.linear.METHODS` that `blockshock.convert` puts into the projections of
     every block (None: nn.Linear). rope_base: rotary frequencies are rope_base^(−2i/D). eps: of
@@ -40,6 +41,7 @@ class DecoderConfig:
     kv_heads: int | None = None
     hidden: int | None = None
     tied: bool = True
+    bias: bool = False
     attention: str | None = None
     pattern: Pattern | None = None
     linear: str | None = None
@@ -65,8 +67,7 @@ class DecoderConfig:
                 "equally many heads of queries; use a divisor"
             )
         if self.hidden is None:
-            hidden = -(-8 * self.width // 3)
-            object.__setattr__(self, "hidden", -(-hidden // ROUND_HIDDEN) * ROUND_HIDDEN)
+            object.__setattr__(self, "hidden", usual_hidden(self.width))
         for name, least in (("rope_base", 1), ("eps", 0)):
             if not least < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} = {getattr(self, name)}: it must be above {least}")
@@ -84,10 +85,19 @@ class DecoderConfig:
 
     def attention_on(self, device_type: str) -> str:
         """The attention method that runs on a device."""
-        if self.attention is not None:
-            return self.attention
-        choices = ATTENTION.get(device_type, ATTENTION["other"])
-        return choices[0] if self.pattern is None else choices[1]
+        return self.attention or usual_attention(device_type, self.pattern)
+
+
+def usual_hidden(width: int) -> int:
+    """Hidden units of a SwiGLU MLP: 8/3 width, rounded up to a multiple of 128."""
+    hidden = -(-8 * width // 3)
+    return -(-hidden // ROUND_HIDDEN) * ROUND_HIDDEN
+
+
+def usual_attention(device_type: str, pattern: Pattern | None) -> str:
+    """The attention method for a device where none is named."""
+    choices = ATTENTION.get(device_type, ATTENTION["other"])
+    return choices[0] if pattern is None else choices[1]
 
 
 def _attention_refused(config: DecoderConfig) -> str | None:

@@ -40,13 +40,15 @@ def counts(config: DecoderConfig, tokens: int | None = None) -> Counts:
     D = config.width // config.heads
     keys = config.kv_heads * D
     per_block = config.width * (2 * config.width + 2 * keys + 3 * config.hidden)
-    norms = config.width * (2 * config.depth + 1)
+    vectors = config.width * (2 * config.depth + 1)  # scales of the norms, and biases
+    if config.bias:
+        vectors += config.depth * (3 * config.width + 2 * keys + 2 * config.hidden)
     table = config.vocabulary * config.width
     multiplied = config.depth * per_block + table
     attention = config.depth * config.width * T
     return Counts(
-        parameters=multiplied + norms + (0 if config.tied else table),
-        parameters_without_embeddings=config.depth * per_block + norms,
+        parameters=multiplied + vectors + (0 if config.tied else table),
+        parameters_without_embeddings=config.depth * per_block + vectors,
         flops_per_token=6 * multiplied + 12 * attention,
         flops_per_token_causal=6 * multiplied + 6 * attention,
     )

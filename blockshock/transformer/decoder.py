@@ -5,16 +5,15 @@
     x = x + down(silu(gate) ∘ up)                        gate, up = gate_up(rms(x)), per block
     logits = rms(x) Hᵀ                                   H [vocabulary, width], E itself if tied
 
-No biases. rope turns the pair (x_i, x_{i + D/2}) of position t by the angle t · base^(−2i/D) (Su et
-al., arXiv:2104.09864), so that q · k depends on the distance of two positions alone. SwiGLU:
-Shazeer, arXiv:2002.05202. RMSNorm: Zhang and Sennrich, arXiv:1910.07467. Grouped queries: Ainslie
-et al., arXiv:2305.13245.
+The sublayers are in `sublayers`. The four projections of a block have biases where the config says
+so, and begin with zeros.
 
 Initial weights are normal with standard deviation 0.02; those that write to the residual stream
 (out, down) have 0.02 / √(2 depth), as in GPT-2, so that the stream does not grow with the depth.
 """
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -23,14 +22,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import blockshock
-from blockshock.attention import METHODS
+from blockshock.distributed import collectives
+from blockshock.linear.split import Split
 from blockshock.transformer.config import DecoderConfig
+from blockshock.transformer.language_model import LanguageModel
+from blockshock.transformer.sublayers import Cache, Rope, attention, mlp, rms
 
 STD = 0.02
 IGNORED = -100  # a target that adds nothing to the loss
-
-Rope = tuple[Tensor, Tensor]  # cosines and sines [T, D/2], float32 or float64
-Cache = tuple[Tensor, Tensor]  # keys and values of one block [B, kv_heads, tokens, D]
 
 
 class Block(nn.Module):
@@ -40,7 +39,7 @@ class Block(nn.Module):
         super().__init__()
         width, D = config.width, config.head_width
         small = STD / (2 * config.depth) ** 0.5
-        linear = partial(_linear, generator=generator)
+        linear = partial(_linear, bias=config.bias, generator=generator)
         self.config, self.checkpointed = config, checkpointed
         self.attention_norm = nn.RMSNorm(width, config.eps)
         self.qkv = linear((config.heads + 2 * config.kv_heads) * D, width, STD)
@@ -51,7 +50,7 @@ class Block(nn.Module):
         self.run = Block.compute
 
     def forward(self, x: Tensor, rope: Rope, cache: Cache | None = None, start: int = 0) -> Tensor:
-        """rope: of the positions of x, which begin at `start`; cache: see `Decoder.generate`."""
+        """rope: of the positions of x, which begin at `start`; cache: see `sublayers.attention`."""
         if self.checkpointed and torch.is_grad_enabled():
             return checkpoint(self.run, self, x, rope, use_reentrant=False)
         if cache is not None:
@@ -60,23 +59,9 @@ class Block(nn.Module):
 
     def compute(self, x: Tensor, rope: Rope, cache: Cache | None = None, start: int = 0) -> Tensor:
         """What `forward` returns; `compile_model` compiles it, and so no hooks of the module."""
-        config = self.config
-        heads, kv_heads = config.heads, config.kv_heads
-        qkv = self.qkv(_normed(self.attention_norm, x)).unflatten(-1, (-1, config.head_width))
-        q, k, v = qkv.transpose(1, 2).split((heads, kv_heads, kv_heads), dim=1)
-        q, k = rotate(q, rope), rotate(k, rope)
-        causal = True
-        if cache is not None:
-            stop = start + x.shape[1]
-            for kept, new in zip(cache, (k, v), strict=True):
-                kept[:, :, start:stop] = new
-            k, v = (kept[:, :, :stop] for kept in cache)
-            causal = start == 0  # one new token sees all that went before it
-        attend = METHODS[config.attention_on(x.device.type)]
-        mixed = attend(q, k, v, causal=causal, pattern=config.pattern)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(_normed(self.mlp_norm, x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        config, h = self.config, _normed(self.attention_norm, x)
+        x = x + attention(h, self.qkv, self.out, rope, config, config.pattern, cache, start)
+        return x + mlp(_normed(self.mlp_norm, x), self.gate_up, self.down)
 
 
 class Head(nn.Module):
@@ -89,18 +74,26 @@ class Head(nn.Module):
         self.linear.weight = weight
         self.run = Head.compute
 
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """x [B, T, width] -> logits [B, T, vocabulary], or the mean loss of the targets."""
-        return self.run(self, x, targets)
+    def forward(
+        self, x: Tensor, targets: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """x [B, T, width] -> logits [B, T, vocabulary], or the mean loss of the targets.
 
-    def compute(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        scale [width]: stands for the norm's.
+        """
+        return self.run(self, x, targets, scale)
+
+    def compute(
+        self, x: Tensor, targets: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
         """What `forward` returns.
 
         Compiled, the float32 logits of the loss are in no memory: the softmax's sums are taken, and
         its gradient is written, from the logits in the dtype of the product. Eager PyTorch holds
         them twice, and their gradient: 12 · B · T · vocabulary bytes more.
         """
-        logits = self.linear(_normed(self.norm, x))
+        x = _normed(self.norm, x) if scale is None else rms(x, scale, self.norm.eps)
+        logits = self.linear(x)
         if targets is None:
             return logits
         wide = torch.promote_types(logits.dtype, torch.float32)
@@ -108,7 +101,7 @@ class Head(nn.Module):
         return F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED)
 
 
-class Decoder(nn.Module):
+class Decoder(LanguageModel):
     """A language model; `model(tokens)` are logits, `model(tokens, targets)` is the loss.
 
     config: its parts. checkpoint_blocks: each block keeps its input alone and computes the rest
@@ -132,118 +125,29 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.config = config
-        size = config.vocabulary, config.width
-        weight = _normal(*size, STD, generator)
-        self.embedding = nn.Embedding(*size, _weight=weight)
-        self.blocks = nn.ModuleList(
-            Block(config, checkpoint_blocks, generator) for _ in range(config.depth)
-        )
-        head = self.embedding.weight if config.tied else _normal(*size, STD, generator)
-        self.head = Head(config, head if config.tied else nn.Parameter(head))
+        make = partial(Block, config, checkpoint_blocks, generator)
+        self.embedding, self.blocks, self.head = drawn(config, make, generator)
         self.to(device)
         if config.linear is not None:
             self._convert()
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """tokens int64 [B, T], T up to the context -> logits [B, T, vocabulary].
+    def compute(self, tokens, rope, targets=None, *, caches=None, start=0, last=False) -> Tensor:
+        """As in `LanguageModel`."""
+        x = self._embed(tokens)
+        for place, block in enumerate(self.blocks):
+            x = block(x, rope) if caches is None else block(x, rope, caches[place], start)
+        return self.head.compute(x[:, -1:]) if last else self.head(x, targets)
 
-        The logits have the dtype of the products (bf16 inside such an autocast). targets int64
-        [B, T]: instead the mean cross-entropy in float32 (float64 for a float64 model) over the
-        targets that are not −100, NaN if all are.
+    def compile_parts(self, compiler: Callable) -> None:
+        """Blocks and head."""
+        block = compiler(Block.compute)
+        for one in self.blocks:
+            one.run = block
+        self.head.run = compiler(Head.compute)
 
-        Raises:
-            ValueError: another dtype or shape, or a sequence beyond the context.
-        """
-        self._check(tokens, targets)
-        x, rope = self._embed(tokens), self._rope(0, tokens.shape[1])
-        for block in self.blocks:
-            x = block(x, rope)
-        return self.head(x, targets)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        tokens: Tensor,
-        n: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """tokens int64 [B, T] followed by n sampled ones: [B, T + n], at most the context.
-
-        temperature: divides the logits; 0 takes the most probable token. top_k: samples from so
-        many of the most probable ones. generator: on the model's device. Keys and values are kept,
-        so each token costs one position; with a pattern, which counts queries from 0, all positions
-        are computed again.
-
-        Raises:
-            ValueError: n, temperature or top_k out of range, no token to begin with, or more tokens
-                than the context.
-        """
-        self._check(tokens, None)
-        B, T = tokens.shape
-        if n < 0 or T + n > self.config.context:
-            raise ValueError(
-                f"{T} tokens and n = {n}: together they must fit the context of "
-                f"{self.config.context}, and n be at least 0; give fewer"
-            )
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature = {temperature}: a number of at least 0 is needed")
-        if top_k is not None and not 1 <= top_k <= self.config.vocabulary:
-            raise ValueError(f"top_k = {top_k}: 1 to {self.config.vocabulary}, or None, is needed")
-        cached = self.config.pattern is None
-        caches, start = None, 0
-        for _ in range(n):
-            x = self._embed(tokens[:, start:])
-            if cached and caches is None:
-                caches = [self._cache(B, T + n - 1) for _ in self.blocks]
-            rope = self._rope(start, tokens.shape[1])
-            for place, block in enumerate(self.blocks):
-                x = block(x, rope, caches[place], start) if cached else block(x, rope)
-            logits = self.head.compute(x[:, -1:])[:, 0]
-            tokens = torch.cat([tokens, _sample(logits, temperature, top_k, generator)], dim=1)
-            start = tokens.shape[1] - 1 if cached else 0
-        return tokens
-
-    def _check(self, tokens: Tensor, targets: Tensor | None) -> None:
-        if tokens.dtype != torch.int64 or tokens.dim() != 2 or tokens.shape[1] < 1:
-            raise ValueError(
-                f"tokens {str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)}: "
-                "int64 [batch, tokens] with at least one token is needed"
-            )
-        if tokens.shape[1] > self.config.context:
-            raise ValueError(
-                f"{tokens.shape[1]} tokens: the context is {self.config.context}; give fewer, or "
-                "make the model with a larger context"
-            )
-        if targets is not None and (targets.dtype, targets.shape) != (tokens.dtype, tokens.shape):
-            raise ValueError(
-                f"targets {str(targets.dtype).removeprefix('torch.')} {list(targets.shape)}: int64 "
-                f"{list(tokens.shape)} like the tokens is needed"
-            )
-
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """The residual stream's beginning, in the products' dtype: autocast leaves it float32."""
-        x, kind = self.embedding(tokens), tokens.device.type
-        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
-    def _rope(self, start: int, stop: int) -> Rope:
-        """Made at each call: a buffer would be rounded by `.to(bfloat16)`."""
-        weight, D = self.embedding.weight, self.config.head_width
-        float64 = {"dtype": torch.float64, "device": weight.device}
-        turns = self.config.rope_base ** (-torch.arange(0, D, 2, **float64) / D)
-        angles = torch.outer(torch.arange(start, stop, **float64), turns)
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return angles.cos().to(wide), angles.sin().to(wide)
-
-    def _cache(self, B: int, tokens: int) -> Cache:
-        weight = self.embedding.weight
-        kind, dtype = weight.device.type, weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        size = B, self.config.kv_heads, tokens, self.config.head_width
-        return tuple(torch.empty(size, dtype=dtype, device=weight.device) for _ in range(2))
+    def _alike(self, token: Tensor) -> Tensor:
+        part = next((layer for layer in self.modules() if isinstance(layer, Split)), None)
+        return token if part is None else collectives.all_gather(token, part.group)[0]
 
     def _convert(self) -> None:
         with warnings.catch_warnings():
@@ -258,27 +162,15 @@ class Decoder(nn.Module):
             )
 
 
-def compile_model(model: Decoder, **options) -> Decoder:
-    """Compiles each block, and the loss, whole (no graph breaks); in place, returns the model.
-
-    What is compiled are the computations, not the modules' calls: hooks on a block or on the head,
-    such as a wrapper that gathers its parameters, run around them. All blocks share one graph.
-    options: for `torch.compile`. `generate` stays eager: its sizes change with every token.
-    """
-    block = torch.compile(Block.compute, fullgraph=True, **options)
-    head = torch.compile(Head.compute, fullgraph=True, **options)
-    for one in model.blocks:
-        one.run = block
-    model.head.run = head
-    return model
-
-
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """x [B, heads, T, D] turned by its positions, computed in the dtype of rope, in that of x."""
-    cos, sin = rope
-    first, second = x.to(cos.dtype).chunk(2, dim=-1)
-    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return turned.to(x.dtype)
+def drawn(
+    config: DecoderConfig, block: Callable[[], nn.Module], generator
+) -> tuple[nn.Embedding, nn.ModuleList, Head]:
+    """Embedding, blocks and head with initial weights, in the order in which they are drawn."""
+    size = config.vocabulary, config.width
+    embedding = nn.Embedding(*size, _weight=_normal(*size, STD, generator))
+    blocks = nn.ModuleList(block() for _ in range(config.depth))
+    weight = embedding.weight if config.tied else nn.Parameter(_normal(*size, STD, generator))
+    return embedding, blocks, Head(config, weight)
 
 
 def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
@@ -286,23 +178,14 @@ def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     return norm(x.to(norm.weight.dtype))
 
 
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator) -> Tensor:
-    """logits [B, vocabulary] -> tokens [B, 1]."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
-
-
 def _normal(rows: int, columns: int, std: float, generator) -> Tensor:
     return torch.empty(rows, columns).normal_(0, std, generator=generator)
 
 
-def _linear(rows: int, columns: int, std: float, *, generator) -> nn.Linear:
+def _linear(rows: int, columns: int, std: float, *, bias: bool, generator) -> nn.Linear:
     # On the meta device first: nn.Linear would draw weights of its own.
-    layer = nn.Linear(columns, rows, bias=False, device="meta")
+    layer = nn.Linear(columns, rows, bias=bias, device="meta")
     layer.weight = nn.Parameter(_normal(rows, columns, std, generator))
+    if bias:
+        layer.bias = nn.Parameter(torch.zeros(rows))
     return layer

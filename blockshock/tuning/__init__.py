@@ -39,6 +39,7 @@ RIVALS = ((1.15, 7), (1.06, 31))  # those so near to the fastest are timed in so
 CLEARLY, OFTEN = 0.98, 0.9  # a clearly faster one takes at most this time, in so many rounds
 
 _memory = ByGroup(Memory)
+_alone = Memory()  # of `recall`, which ranks need not have alike
 _exact = False  # whether each size is measured by itself
 _told: set[Path] = set()  # for which files it was said that there is measuring
 
@@ -95,6 +96,21 @@ def pick(
     return remember(question, found, group)
 
 
+def recall(question: str, names: list[str], shipped: Mapping[str, dict]) -> Answer | None:
+    """What was measured for the question, or for other rows of its class, as far as this process
+    can know: no rank is asked, and nothing is measured.
+
+    names: the candidates. shipped: entries by question as on disk, which come after the disk's.
+    """
+    found = _alone.find(question, names, exact=_exact)
+    if found is None:
+        for entries in (shipped, cache.read(cache_file())):
+            for other, answer in _of_class(question, entries).items():
+                _alone.settle(other, answer)
+        found = _alone.find(question, names, exact=_exact)
+    return found
+
+
 def remember(question: str, answer: Answer, group=None) -> Answer:
     """Keeps an answer in memory."""
     hold(_memory.of(group).answers, question, answer)
@@ -128,6 +144,7 @@ def learn(question: str, name: str, ratio: float) -> None:
 def forget() -> None:
     """Asks the disk again."""
     _memory.clear()
+    _alone.settled.clear()
     cache_file.cache_clear()
 
 
@@ -135,11 +152,16 @@ def _looked_up(question: str) -> tuple[dict[str, Answer], bool]:
     """(what the disk says of a class of rows, by question; whether measuring is allowed), on the
     rank that speaks for all.
     """
-    whole, _ = sizes.split(question)
-    entries = cache.read(cache_file()).items()
-    kept = {asked: _of_entry(entry) for asked, entry in entries if sizes.split(asked)[0] == whole}
     allowed = os.environ.get("BLOCKSHOCK_TUNE", "1") != "0"
-    return {asked: answer for asked, answer in kept.items() if answer is not None}, allowed
+    return _of_class(question, cache.read(cache_file())), allowed
+
+
+def _of_class(question: str, entries: Mapping[str, dict]) -> dict[str, Answer]:
+    """Those of the entries that answer a question of the same class of rows."""
+    whole, _ = sizes.split(question)
+    same = {asked: entry for asked, entry in entries.items() if sizes.split(asked)[0] == whole}
+    answers = {asked: _of_entry(entry) for asked, entry in same.items()}
+    return {asked: answer for asked, answer in answers.items() if answer is not None}
 
 
 def _of_entry(entry) -> Answer | None:
@@ -186,9 +208,14 @@ def _that_run(kinds: dict, trials: Mapping[str, Step], race: Race) -> dict:
 
 
 def _store(question: str, answer: Answer, *, replace: bool = False) -> None:
+    found = {question: entry(answer), "holds for": holds_for()}
+    cache.add(cache_file(), found, replace=replace)
+
+
+def entry(answer: Answer) -> dict:
+    """An answer as a file holds it."""
     times = {name: float(f"{seconds:.4g}") for name, seconds in answer.seconds.items()}
-    entry = {"way": answer.name, "seconds": dict(sorted(times.items(), key=lambda t: t[1]))}
-    cache.add(cache_file(), {question: entry, "holds for": holds_for()}, replace=replace)
+    return {"way": answer.name, "seconds": dict(sorted(times.items(), key=lambda t: t[1]))}
 
 
 def _tell(question: str, group) -> None:

@@ -34,6 +34,15 @@ class Words(NamedTuple):
     caption: str
 
 
+class Kind(NamedTuple):
+    """What a family's figure shows. value: of (result, results of its point), or None."""
+
+    title: str
+    caption: str
+    axis: Axis
+    value: Callable[[Result, Sequence[Result]], float | Point | None]
+
+
 def by_size(
     found: Sequence[Result], what: str, x: str = "N", most: int = 4, **options
 ) -> dict[str, list[Sketch]]:

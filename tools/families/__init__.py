@@ -2,14 +2,18 @@
 
 from tools.cases import Results
 from tools.families.attention.page import FAMILY as ATTENTION
+from tools.families.block_sparse.page import FAMILY as BLOCK_SPARSE
 from tools.families.data_parallel.page import FAMILY as DATA_PARALLEL
 from tools.families.linear.page import FAMILY as LINEAR
+from tools.families.transformer.page import FAMILY as TRANSFORMER
 from tools.family import Family
 
 FAMILIES: dict[str, Family] = {
     "linear": LINEAR,
     "attention": ATTENTION,
     "data_parallel": DATA_PARALLEL,
+    "transformer": TRANSFORMER,
+    "block_sparse": BLOCK_SPARSE,
 }
 
 

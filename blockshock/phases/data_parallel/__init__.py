@@ -5,14 +5,15 @@ from blockshock.phases.data_parallel.case import DataParallelCase
 from blockshock.phases.data_parallel.problem import Problem
 from blockshock.phases.family import Family
 
+PHASES = {
+    "correctness": steps.correctness,
+    "gradients": steps.gradients,
+    "training": steps.training,
+    "lm": steps.lm,
+}
 FAMILY = Family(
     case=DataParallelCase,
-    phases={
-        "correctness": steps.correctness,
-        "gradients": steps.gradients,
-        "training": steps.training,
-        "lm": steps.lm,
-    },
+    phases=PHASES,
     problem=Problem,
     build=steps.Run,
     figures=figures.figures,
@@ -21,6 +22,6 @@ FAMILY = Family(
     changed=lambda run: run.wrapper.module.parameters(),
     usuals=figures.usuals,
     # Wrappers start collectives from hooks and count on the host: a replay would not.
-    timings=("events", "sync"),
+    timings=dict.fromkeys(PHASES, ("events", "sync")),
     benches=("lm",),
 )

@@ -2,7 +2,7 @@
 
 import inspect
 import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
@@ -62,7 +62,7 @@ class DataParallelCase(Case):
         shown=True,
     )
     steps: int | None = about(
-        "steps from the first weights, whose losses are kept", None, axis=[20], only="lm"
+        "steps from the first weights, whose losses are kept", None, axis=[20], only=("lm",)
     )
     family: str = about("what is computed", "data_parallel", kw_only=True)
     ranks: int = about("how many train together", 2, kw_only=True)
@@ -106,12 +106,7 @@ class DataParallelCase(Case):
         vocabulary = f"V{self.vocabulary}" if self.vocabulary != 50304 else None
         parts = [f"{self.width}x{self.depth}", heads, vocabulary, f"B{self.batch}", f"T{self.T}"]
         parts += [self.dtype, self.attention, f"steps{self.steps}" if self.steps else None]
-        shown = [f for f in fields(self) if f.metadata.get("shown")]
-        for f in sorted(shown, key=lambda f: f.name == "seed"):  # the seed last
-            value = getattr(self, f.name)
-            if value != f.default:
-                parts.append(f"{f.name}={str(value).replace('/', '~')}")
-        return "-".join(part for part in parts if part)
+        return "-".join(part for part in (*parts, *self._shown()) if part)
 
     @property
     def point(self) -> "DataParallelCase":

@@ -25,7 +25,7 @@ def expand(case: type[LinearCase], axes: dict, phase: str, ranks: int) -> list[L
 
 def _of_axis(name: str, axis: list | dict, method: str, phase: str) -> tuple:
     """The values of one axis that a method is measured with: all, the listed, or its usual."""
-    if of(LinearCase)[name].metadata.get("only", phase) != phase:
+    if phase not in of(LinearCase)[name].metadata.get("only", (phase,)):
         return (None,)
     taken = choices(LinearCase.methods[method], name)
     usual = taken[:1]

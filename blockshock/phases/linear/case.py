@@ -1,7 +1,7 @@
 """A case of a linear layer: one point of the experiment."""
 
 import zlib
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from blockshock import masks, workloads
@@ -57,11 +57,11 @@ class LinearCase(Case):
         "trained when frozen)",
         None,
         axis=["all"],
-        only="training",
+        only=("training",),
         per_method=True,
     )
     optimizer: str | None = about(
-        "what updates the weight", None, names=OPTIMIZERS, axis=["sgd"], only="training"
+        "what updates the weight", None, names=OPTIMIZERS, axis=["sgd"], only=("training",)
     )
     input: str = about(
         'kind of input, with options as in "mlp:activation=silu+layer_norm=true", or '
@@ -69,19 +69,21 @@ class LinearCase(Case):
         "gaussian",
         shown=True,
     )
-    loss: str = about("the loss", "mse_target", names=workloads.LOSSES, only="training", shown=True)
+    loss: str = about(
+        "the loss", "mse_target", names=workloads.LOSSES, only=("training",), shown=True
+    )
     target: str = about(
         "what the loss compares with",
         "normal",
         names=workloads.TARGETS,
-        only="training",
+        only=("training",),
         shown=True,
     )
     weight: str | None = about(
         'the weight\'s file, "PATH[:TENSOR]"; null: seeded and normal', None, shown=True
     )
     bias: bool = about("whether there is a bias", True, shown=True)
-    steps: int | None = about("how often the output is fed back", None, axis=[8], only="drift")
+    steps: int | None = about("how often the output is fed back", None, axis=[8], only=("drift",))
     family: str = about("what is computed", "linear", kw_only=True)
     ranks: int = about("how many share the layer", 2, kw_only=True)
 
@@ -125,12 +127,7 @@ class LinearCase(Case):
         ]
         parts += [str(self.optimizer)] if self.optimizer else []
         parts += [f"T{self.steps}"] if self.steps else []
-        shown = [f for f in fields(self) if f.metadata.get("shown")]
-        for f in sorted(shown, key=lambda f: f.name == "seed"):  # the seed last
-            value = getattr(self, f.name)
-            if value != f.default:
-                parts.append(f"{f.name}={str(value).replace('/', '~')}")
-        return "-".join(parts)
+        return "-".join([*parts, *self._shown()])
 
     @property
     def point(self) -> "LinearCase":

@@ -2,13 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 from tools.cases import Result, Results, grouped
 from tools.drawing import bars, series, style
 from tools.drawing.chart import Absent, Axis, Drawing, Line, Panel, Point, merged
 from tools.drawing.looks import line_style, shaded
-from tools.drawing.series import Sketch, Words
+from tools.drawing.series import Kind, Sketch, Words
 from tools.families.data_parallel.points import (
     NONE,
     PHASES,
@@ -22,15 +21,6 @@ from tools.tables import count, figure, size
 
 MOST_GROUPS = 6
 VARIANT = 0.35  # towards white: the colour of a method's variant
-
-
-class Kind(NamedTuple):
-    """What the bars of a figure say. value: of (result, results of its point), or None."""
-
-    title: str
-    caption: str
-    axis: Axis
-    value: Callable[[Result, Sequence[Result]], float | None]
 
 
 def _percent(value: float) -> str:

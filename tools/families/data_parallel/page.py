@@ -1,10 +1,12 @@
 """What data parallelism shows: figures in the order of the report, its tables, how to read them."""
 
 from collections.abc import Sequence
+from functools import partial
 
-from tools.case_table import case_table
+from tools.case_table import by_phase
 from tools.cases import Result, Results
 from tools.families.data_parallel.figures import FIGURES
+from tools.families.data_parallel.hypotheses import judge_all
 from tools.families.data_parallel.points import (
     NAMING,
     PEER,
@@ -16,6 +18,7 @@ from tools.families.data_parallel.points import (
     of_phase,
     over_peer,
 )
+from tools.families.data_parallel.scaling import SCALING
 from tools.family import README_ROWS, TIMES, Family, Written
 from tools.tables import (
     Column,
@@ -72,21 +75,9 @@ LEFT_OUT = "flat"  # of the README where all are too many: one bucket, as bucket
 
 def tables(results: Results) -> list[Table]:
     """Every case of each phase."""
-    made = []
-    for phase in NAMING.phases:
-        found = of_phase(results, phase)
-        near = {r.id: here for here in by_place(found).values() for r in here}
-        words = PHASES.get(phase, phase)
-        made.append(
-            case_table(
-                f"Data parallel, {words}",
-                found,
-                (*PLACE, *COST),
-                lambda r, near=near: _cells(r, near[r.id]),
-                EXAMPLE,
-            )
-        )
-    return [table for table in made if table.rows]
+    titles = {phase: f"Data parallel, {PHASES.get(phase, phase)}" for phase in NAMING.phases}
+    found = partial(of_phase, results)
+    return by_phase(titles, found, by_place, (*PLACE, *COST), _cells, EXAMPLE)
 
 
 def readme(results: Results) -> Written | None:
@@ -154,7 +145,9 @@ FAMILY = Family(
     READING,
     FIGURES,
     tables,
+    judge=judge_all,
     readme=readme,
     full=full,
     naming=NAMING,
+    scaling=SCALING,
 )

@@ -23,7 +23,8 @@ OPENWEBTEXT = 9_035_582_198  # tokens of its training part, GPT-2's vocabulary (
 
 def setting(case: Case) -> str:
     """What the methods of one figure share beside sizes and attention, in words."""
-    parts = [case.dtype or "", f"{case.ranks} rank" + "s" * (case.ranks != 1)]
+    parts = [case.dtype or ""]
+    parts += [f"{case.ranks} rank" + "s" * (case.ranks != 1)] if case.ranks else []
     parts += ["compiled"] * bool(case.compiled) + ["checkpointed"] * bool(case.checkpointed)
     known = {"vocabulary": 50304, "text": "python", "seed": 0}
     for name, usual in known.items():
@@ -67,6 +68,11 @@ def place(case: Case) -> tuple:
     """Which model was trained on what: equal for the methods of a point."""
     sizes = tuple(getattr(case, name) for name in SIZES)
     return (*sizes, case.attention or "", case.steps or 0, case.heads or 0, setting(case))
+
+
+def without_ranks(case: Case) -> Case:
+    """The same for every number of ranks: its place and setting are those of all of them."""
+    return case.but(ranks=None)
 
 
 def model(case: Case) -> str:

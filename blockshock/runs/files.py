@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from blockshock.lm.config import Refused
+from blockshock.runs.settings import Refused
 
 
 @contextlib.contextmanager

@@ -6,8 +6,9 @@ torchrun --nproc-per-node 2 -m blockshock.lm --config gpt2_124m
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from blockshock.distributed import attached, here
 from blockshock.distributed.agree import told_by_all
-from blockshock.lm.config import Refused
+from blockshock.runs.settings import Refused
 
 DEADLINE = timedelta(minutes=30)  # of a collective whose peers are silent
 PREPARE_SECONDS = 6 * 3600.0  # that the others wait for rank 0's tokens
@@ -23,17 +24,58 @@ PREPARE_SECONDS = 6 * 3600.0  # that the others wait for rank 0's tokens
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others. side: a gloo group for small things, None if alone."""
+    """This process among the others. side: a gloo group for small things, None if alone.
+
+    Ranks that hold one model together, `tensor`, are side by side; they read the same data. Ranks
+    that hold the same part of it, `data`, read each their own. A group is None where it has all
+    ranks, or this one alone.
+    """
 
     rank: int
     size: int
     device: torch.device
     side: Any
+    tensor: Any = None
+    data: Any = None
+    tensor_size: int = 1
+
+    @property
+    def data_size(self) -> int:
+        """How many models there are, each with its own part of the batch."""
+        return self.size // self.tensor_size
+
+    @property
+    def data_rank(self) -> int:
+        """Which of them this rank helps to hold."""
+        return self.rank // self.tensor_size
 
     @property
     def first(self) -> bool:
         """Whether this is rank 0."""
         return self.rank == 0
+
+    def split(self, tensor: int) -> "Ranks":
+        """These ranks with groups of so many that hold one model. A collective.
+
+        Raises:
+            Refused: `tensor` does not divide the ranks.
+        """
+        if self.size % tensor:
+            raise Refused(
+                f"model.tensor_parallel = {tensor} does not divide {self.size} "
+                f"rank{'s' * (self.size > 1)}; start a multiple of it (torchrun --nproc-per-node)"
+            )
+        if tensor == 1:
+            return self
+        if tensor == self.size:
+            return replace(self, tensor_size=tensor)
+        every = range(self.size)
+        # NCCL's own deadline is shorter than the one of all ranks, and is not passed on.
+        made = partial(dist.new_group, timeout=DEADLINE)
+        tensors = [made(every[at : at + tensor]) for at in every[::tensor]]
+        datas = [made(every[at::tensor]) for at in range(tensor)]
+        found = tensors[self.rank // tensor], datas[self.rank % tensor]
+        return replace(self, tensor=found[0], data=found[1], tensor_size=tensor)
 
     def leave(self) -> None:
         """Ends the process group, whose threads would abort a process that exits beside them."""

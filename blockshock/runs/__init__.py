@@ -1,0 +1,1 @@
+"""What every command that trains shares: settings, files, ranks, checkpoints, log, schedule."""

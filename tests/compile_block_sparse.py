@@ -1,0 +1,99 @@
+"""Compiles the block-sparse kernels for an H200, which needs none; prints what they take, as JSON.
+
+A process of its own: under TRITON_INTERPRET, as the other tests run, nothing is compiled.
+"""
+
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from blockshock.kernels import block_lists_triton, block_plans, block_product_triton
+from tests.compile_attention import usage
+
+POINTERS = {"bias": "*bf16", "mask": "*u8"}
+
+
+def compiled(kernel, constants: dict, tiles: dict, warps: int):
+    """A kernel with bf16 operands; tiles: shapes of descriptors, by argument."""
+
+    def kind(argument):
+        if argument in constants:
+            return "constexpr"
+        if argument in tiles:
+            dtype = constants.get("OUT", "bf16") if argument == "out" else "bf16"
+            return f"tensordesc<{dtype}{list(tiles[argument])}>"
+        if argument in (
+            "count",
+            "parts",
+            "group",
+            "programs",
+            "across",
+            "kept",
+            "N",
+            "B",
+            "piece",
+            "R",
+            "C",
+        ):
+            return "i32"
+        return POINTERS.get(argument, "*i32")
+
+    signature = {argument: kind(argument) for argument in kernel.arg_names}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
+def product(block: int, plan, *, transposed=False, activation="gelu", keep=False):
+    """The kernel of X Wᵀ, or of X W."""
+    tile = (plan.step, block) if transposed else (block, plan.step)
+    constants = {
+        "BLOCK": block,
+        "ROWS": plan.rows,
+        "STEP": plan.step,
+        "STAGES": plan.stages,
+        "ITEMS": 16,
+        "TRANSPOSED": transposed,
+        "ACTIVATION": activation,
+        "BIAS": not transposed,
+        "KEEP": keep,
+    }
+    out = (plan.rows, block)
+    tiles = {"x": (plan.rows, plan.step), "values": tile, "y": out, "z": out}
+    return compiled(block_product_triton.product, constants, tiles, plan.warps)
+
+
+def gradient(block: int, plan, out: str = "bf16"):
+    """The kernel of dW at the kept tiles."""
+    constants = {"BLOCK": block, "HEIGHT": plan.rows, "DEPTH": plan.step, "STAGES": plan.stages}
+    tiles = {"dy": (plan.step, plan.rows), "x": (plan.step, block), "out": (plan.rows, block)}
+    return compiled(block_product_triton.gradient, constants | {"OUT": out}, tiles, plan.warps)
+
+
+def lists(name: str, wide: int):
+    """A kernel that makes lists."""
+    return compiled(getattr(block_lists_triton, name), {"WIDE": wide}, {}, 4)
+
+
+def tell(case: tuple, warps: int, made) -> None:
+    """A line of JSON."""
+    sys.stdout.write(json.dumps({"case": case, "warps": warps, **usage(made)}) + "\n")
+
+
+if __name__ == "__main__":
+    every = sys.argv[1:] == ["every"]
+    for block in block_plans.BLOCKS:
+        for plan in block_plans.products(block, 4096)[: None if every else 1]:
+            made = product(block, plan, activation="relu")
+            tell(("product", block, str(plan)), plan.warps, made)
+            if not every:
+                tell(("gelu", block, str(plan)), plan.warps, product(block, plan, keep=True))
+                made = product(block, plan, transposed=True, activation=None)
+                tell(("transposed", block, str(plan)), plan.warps, made)
+        for plan in block_plans.gradients(block)[: None if every else 1]:
+            tell(("gradient", block, str(plan)), plan.warps, gradient(block, plan))
+    for name in ("_count", "_fill"):
+        tell((name, 256), 4, lists(name, 256))

@@ -1,0 +1,49 @@
+"""What ranks run for tests/test_transformer_laboratory.py."""
+
+import torch
+import torch.distributed as dist
+
+from blockshock.distributed.ranks import device
+from blockshock.phases.engine import Options, measure_point
+from blockshock.phases.transformer import PHASES, TransformerCase
+
+TINY = {"width": 32, "depth": 4, "heads": 4, "batch": 2, "T": 16, "vocabulary": 256}
+
+
+def case(phase="sync", method="tp", **changed):
+    return TransformerCase(phase, method, **{**TINY, "dtype": "fp32", **changed})
+
+
+def wrong(phase, kind):
+    """What the check says of a model with a fault: the reason of its failure, or None."""
+    one = case(phase, "spd_2")
+    module, function = PHASES[phase]
+    problem = module.Problem(one, device())
+    run = module.Run(one, problem)
+    last = dist.get_rank() == dist.get_world_size() - 1
+    if kind == "another plan":
+        run.model = problem.parallel(case(phase, "spd"))
+        run.restart() if phase == "sync" else None
+    if kind == "a rank's weight" and last:
+        with torch.no_grad():
+            weights = [p for p in run.model.blocks[-1].parameters() if p.dim() > 1]
+            weights[0][0] += 1
+    if kind == "a rank's cache" and last:
+        run.caches.blocks[1][1][:, :, 3] = 0
+    if kind == "a replica drifts":
+        step = run.step
+
+        def drifting():
+            step()
+            with torch.no_grad():
+                run.model.head.norm.weight += 1e-6 * last
+
+        run.step = drifting
+    experiment = function(one, run, problem)
+    figures = experiment.check()
+    return {name: figure.passes for name, figure in figures.items()}, experiment.replicated
+
+
+def outcomes(cases):
+    """What each case comes to, checked and not timed."""
+    return measure_point(cases, Options(rounds=0))

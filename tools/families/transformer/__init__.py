@@ -1,0 +1,1 @@
+"""What a reader sees of tensor parallelism with fewer syncs."""
