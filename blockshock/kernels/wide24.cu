@@ -57,6 +57,8 @@ struct __align__(64) TensorMap { u64 opaque[16]; };
 #define PIECES_AT (W_AT + STAGES * W_STAGE)
 #define PLACES_AT (PIECES_AT + GROUPS * 2 * PIECE)
 #define BARRIERS_AT (PLACES_AT + STAGES * PLACES_STAGE)
+#define AHEAD (SETS / 2)
+static_assert(VALUES != 2 || SETS % 2 == 0, "values from L2 need SETS in two halves");
 
 #if HALF
 #define TYPE "f16"
@@ -274,27 +276,29 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         float sums[COLUMNS / 2];
         u32 a[SETS][8];
 
-        const uint4* words = arranged;  // of the tile
+        int line = 0;  // of blocks of W, in which the tile's values are
         auto load = [&](u32* set, int block) {
-            const uint4* from = words + (long long)min(block, blocks - 1) * 256;
+            const long long at = (long long)line * blocks + min(block, blocks - 1);
+            const uint4* from = arranged + at * 256 + thread;
             load_words(set, from);
             load_words(set + 4, from + 128);
         };
         auto load_first = [&](int tile) {  // what a tile begins with
-            const int row = place_of(tile, N, batch).row + rank * ROWS + group * 64;
-            words = arranged + (long long)min(row / 64, N / 64 - 1) * (K / 32) * 128 + thread;
+            line = min(place_of(tile, N, batch).row / 64 + rank * GROUPS + group, N / 64 - 1);
 #pragma unroll
-            for (int i = 0; i < SETS - (VALUES == 2); i++) load(a[i], i);
+            for (int i = 0; i < (VALUES == 2 ? AHEAD : SETS); i++) load(a[i], i);
         };
         const int first = blockIdx.x / CLUSTER, apart = gridDim.x / CLUSTER;
         if (VALUES != 1) load_first(first);
 
+        auto release = [&](int stage) {
+            if (lane < CLUSTER) arrive(empty + stage * 8, lane);
+        };
+        auto before = [&]() { return stage == 0 ? STAGES - 1 : stage - 1; };
+
         for (int tile = first; tile < tiles; tile += apart) {
-            int used = -1;  // the stage that the product in flight reads
-            auto release = [&]() {
-                if (used >= 0 && lane < CLUSTER) arrive(empty + used * 8, lane);
-            };
-            auto step = [&](u32* set, u32* next, int block) {
+            auto step = [&](int i, int block) {
+                u32* set = a[i];
                 wait(full + stage * 8, turn);
                 if (VALUES == 1) {
                     load_matrices(set, values_at + stage * W_STAGE);
@@ -308,30 +312,32 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                 // Into the stage that was used two blocks ago.
                 if (!COPIERS && threadIdx.x == 0 && next_tile < tiles) fetch();
-                if (SETS == 1) used = stage;
                 asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(SETS > 1) : "memory");
-                release();
-                used = SETS == 1 ? -1 : stage;
-                if (VALUES == 2) load(next, block + SETS - 1);
+                if (SETS == 1)
+                    release(stage);
+                else if (block > 0)
+                    release(before());
+                if (VALUES == 2 && i % AHEAD == 0)  // the other half has been read
+#pragma unroll
+                    for (int j = AHEAD; j < 2 * AHEAD; j++) load(a[(i + j) % SETS], block + j);
                 if (++stage == STAGES) stage = 0, turn ^= 1;
             };
             int block = 0;
 #pragma unroll 1
             for (; block + SETS <= blocks; block += SETS) {
 #pragma unroll
-                for (int i = 0; i < SETS; i++)
-                    step(a[i], a[(i + SETS - 1) % SETS], block + i);
+                for (int i = 0; i < SETS; i++) step(i, block + i);
             }
 #pragma unroll
             for (int i = 0; i < SETS - 1; i++)
-                if (block + i < blocks) step(a[i], a[(i + SETS - 1) % SETS], block + i);
+                if (block + i < blocks) step(i, block + i);
             const Place at = place_of(tile, N, batch);
             const int row = at.row + rank * ROWS + group * 64;
             const int own = row + warp * 16 + lane / 4;
             const float low = BIAS && own < N ? widened(bias[own]) : 0.0f;
             const float high = BIAS && own + 8 < N ? widened(bias[own + 8]) : 0.0f;
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            release();
+            if (SETS > 1) release(before());
             if (VALUES == 2 && tile + apart < tiles) load_first(tile + apart);
 
 #pragma unroll

@@ -24,7 +24,7 @@ from blockshock.kernels import nvrtc, tensor_maps
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 HELD, SHARED, DIRECT = 0, 1, 2  # where the values of a product come from
 # Registers of a thread that copies and of one that multiplies, by groups: a block has 65536.
-REGISTERS = {2: (40, 232), 3: (40, 152), 4: (32, 112)}
+REGISTERS = {2: (40, 232), 3: (24, 160), 4: (32, 112)}
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ PLANS = {
     "three": Plan(groups=3, stages=4, sets=1, copiers=0),
     "fours of three": Plan(groups=3, stages=4, sets=1, copiers=0, cluster=4, band=3),
     "narrow three": Plan(groups=3, columns=192),
-    "narrow three, direct": Plan(groups=3, columns=192, stages=7, values=DIRECT, sets=3),
+    "narrow three, direct": Plan(groups=3, columns=192, stages=7, values=DIRECT),
+    "narrow four, direct": Plan(groups=4, columns=128, stages=10, values=DIRECT, band=4),
     "narrow four": Plan(groups=4, columns=128, sets=1, band=4),
     "held": Plan(stages=6, values=HELD),
     "held, still": Plan(stages=6, values=HELD, still=1),
