@@ -57,8 +57,10 @@ struct __align__(64) TensorMap { u64 opaque[16]; };
 #define PIECES_AT (W_AT + STAGES * W_STAGE)
 #define PLACES_AT (PIECES_AT + GROUPS * 2 * PIECE)
 #define BARRIERS_AT (PLACES_AT + STAGES * PLACES_STAGE)
-#define AHEAD (SETS / 2)
-static_assert(VALUES != 2 || SETS % 2 == 0, "values from L2 need SETS in two halves");
+#define AHEAD (SETS / 2)  // blocks of values that are loaded at once
+#define SPLIT (VALUES == 2 && SETS == 1)
+#define IN_FLIGHT (SETS > 1 || SPLIT)  // products at the end of a step
+static_assert(VALUES != 2 || SETS == 1 || SETS % 2 == 0, "values from L2: the sets have two halves");
 
 #if HALF
 #define TYPE "f16"
@@ -177,12 +179,10 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 struct Place { int row, column; };  // of a tile: first row of W of the cluster, first row of X
 
 // BAND tiles of W, then the next rows of X: blocks that run together share both in L2.
-__device__ __forceinline__ Place place_of(int tile, int N, int batch) {
-    const int tall = CLUSTER * ROWS, rows = (N + tall - 1) / tall;
-    const int columns = (batch + COLUMNS - 1) / COLUMNS;
+__device__ __forceinline__ Place place_of(int tile, int rows, int columns) {
     const int first = tile / (BAND * columns) * BAND, high = min(BAND, rows - first);
     const int within = tile - first * columns;
-    return {(first + within % high) * tall, within / high * COLUMNS};
+    return {(first + within % high) * CLUSTER * ROWS, within / high * COLUMNS};
 }
 
 // --- kernels
@@ -203,15 +203,15 @@ extern "C" __global__ void arrange_values(const u32* values, uint4* arranged, in
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) product(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
     const __grid_constant__ TensorMap places, const __grid_constant__ TensorMap y,
-    const uint4* arranged, const u16* bias, int N, int K, int batch) {
+    const uint4* arranged, const u16* bias, int lines, int blocks,
+    int rows, int columns) {
     extern __shared__ unsigned char shared[];
     const u32 base = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     const u32 full = base + BARRIERS_AT, empty = full + STAGES * 8;
     const int group = threadIdx.x / 128 - COPIERS, thread = threadIdx.x % 128;
     const int lane = thread % 32, warp = thread / 32;
-    const int rank = blockIdx.x % CLUSTER, blocks = K / 64;
-    const int tall = CLUSTER * ROWS;
-    const int tiles = (N + tall - 1) / tall * ((batch + COLUMNS - 1) / COLUMNS);
+    const int rank = blockIdx.x % CLUSTER;
+    const int tiles = rows * columns;
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
@@ -224,30 +224,28 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     cluster_wait();
 
     // One thread copies: the next block of 64 columns into the next stage, tile after tile.
-    int next_tile = blockIdx.x / CLUSTER, next_block = 0, next_stage = 0, left = STAGES;
-    u32 next_turn = 0;
-    Place next = place_of(next_tile, N, batch);
-    auto fetch = [&]() {
-        const u32 ready = full + next_stage * 8;
-        wait(empty + next_stage * 8, next_turn ^ 1);
+    int next_tile = blockIdx.x / CLUSTER, next_block = 0, left = STAGES;
+    Place next = place_of(next_tile, rows, columns);
+    auto fetch = [&](int stage, u32 turn) {
+        const u32 ready = full + stage * 8;
+        wait(empty + stage * 8, turn ^ 1);
         const bool copied = !STILL || left-- > 0;
         expect(ready, copied ? X_STAGE + W_STAGE + PLACES_STAGE : 0);
         const int share = COLUMNS / CLUSTER, row = next.row + rank * ROWS;
-        const u32 target = base + next_stage * X_STAGE + rank * (share * 128);
+        const u32 target = base + stage * X_STAGE + rank * (share * 128);
         if (copied) {
             if (CLUSTER > 1)
                 copy_to_all(target, x, next_block * 64, next.column + rank * share, ready);
             else
                 copy_in(target, x, next_block * 64, next.column, ready);
             if (VALUES == 1)
-                copy_in(base + W_AT + next_stage * W_STAGE, w, next_block * 32, row, ready);
-            copy_in(base + PLACES_AT + next_stage * PLACES_STAGE, places, 0, next_block, row / 64,
+                copy_in(base + W_AT + stage * W_STAGE, w, next_block * 32, row, ready);
+            copy_in(base + PLACES_AT + stage * PLACES_STAGE, places, 0, next_block, row / 64,
                     ready);
         }
-        if (++next_stage == STAGES) next_stage = 0, next_turn ^= 1;
         if (++next_block == blocks) {
             next_block = 0, next_tile += gridDim.x / CLUSTER;
-            if (next_tile < tiles) next = place_of(next_tile, N, batch);
+            if (next_tile < tiles) next = place_of(next_tile, rows, columns);
         }
     };
 
@@ -256,13 +254,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPIER));
 #endif
         if (threadIdx.x == 0)
-            while (next_tile < tiles) fetch();
+            for (int i = 0; next_tile < tiles; i++) fetch(i % STAGES, i / STAGES & 1);
     } else {
 #if COPIERS
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLIER));
 #else
         if (threadIdx.x == 0)
-            for (int i = 0; i < STAGES - 2 && next_tile < tiles; i++) fetch();
+            for (int i = 0; i < STAGES - 2 && next_tile < tiles; i++) fetch(i, 0);
 #endif
         int stage = 0;
         u32 turn = 0;  // parity of the round through the stages
@@ -273,24 +271,34 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                               ((half ^ (matrix_row >> 1 & 3)) << 4);
         const u32 places_at = base + PLACES_AT + group * 512 + thread * 4;
         const u32 pieces_at = base + PIECES_AT + group * (2 * PIECE);
+        // The lane's row of the four 8 × 8 matrices of Y; a row is 128 bytes, swizzled.
+        const u32 sums_at = pieces_at + (lane / 16 * 8 + lane % 8) * 128 +
+                            ((warp * 2 + lane / 8 % 2 ^ lane % 8) << 4);
         float sums[COLUMNS / 2];
         u32 a[SETS][8];
 
         int line = 0;  // of blocks of W, in which the tile's values are
-        auto load = [&](u32* set, int block) {
+        auto load_half = [&](u32* set, int block, int half) {
             const long long at = (long long)line * blocks + min(block, blocks - 1);
-            const uint4* from = arranged + at * 256 + thread;
-            load_words(set, from);
-            load_words(set + 4, from + 128);
+            load_words(set + half * 4, arranged + at * 256 + half * 128 + thread);
+        };
+        auto load = [&](u32* set, int block) {
+            load_half(set, block, 0);
+            load_half(set, block, 1);
         };
         auto load_first = [&](int tile) {  // what a tile begins with
-            line = min(place_of(tile, N, batch).row / 64 + rank * GROUPS + group, N / 64 - 1);
+            line = min(place_of(tile, rows, columns).row / 64 + rank * GROUPS + group, lines - 1);
+            if (SPLIT) load_half(a[0], 0, 0);
 #pragma unroll
             for (int i = 0; i < (VALUES == 2 ? AHEAD : SETS); i++) load(a[i], i);
         };
         const int first = blockIdx.x / CLUSTER, apart = gridDim.x / CLUSTER;
         if (VALUES != 1) load_first(first);
 
+        auto fetch_ahead = [&]() {  // into the stage that was used two blocks ago
+            if (!COPIERS && threadIdx.x == 0 && next_tile < tiles)
+                fetch((stage + STAGES - 2) % STAGES, turn ^ (stage >= 2));
+        };
         auto release = [&](int stage) {
             if (lane < CLUSTER) arrive(empty + stage * 8, lane);
         };
@@ -308,16 +316,24 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 const u64 x_block = descriptor(base + stage * X_STAGE);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
                 multiply<0>(sums, set[0], set[1], set[2], set[3], x_block, codes, block > 0);
+                if (SPLIT) {
+                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    load_half(set, block, 1);
+                    fetch_ahead();
+                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                }
                 multiply<1>(sums, set[4], set[5], set[6], set[7], x_block + 4, codes, 1);
                 asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                // Into the stage that was used two blocks ago.
-                if (!COPIERS && threadIdx.x == 0 && next_tile < tiles) fetch();
-                asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(SETS > 1) : "memory");
-                if (SETS == 1)
+                if (!SPLIT) fetch_ahead();
+                asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
+                if (!IN_FLIGHT)
                     release(stage);
                 else if (block > 0)
                     release(before());
-                if (VALUES == 2 && i % AHEAD == 0)  // the other half has been read
+                if (SPLIT)
+                    load_half(set, block + 1, 0);
+                else if (VALUES == 2 && i % AHEAD == 0)
 #pragma unroll
                     for (int j = AHEAD; j < 2 * AHEAD; j++) load(a[(i + j) % SETS], block + j);
                 if (++stage == STAGES) stage = 0, turn ^= 1;
@@ -331,14 +347,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
             for (int i = 0; i < SETS - 1; i++)
                 if (block + i < blocks) step(i, block + i);
-            const Place at = place_of(tile, N, batch);
+            const Place at = place_of(tile, rows, columns);
             const int row = at.row + rank * ROWS + group * 64;
             const int own = row + warp * 16 + lane / 4;
-            const float low = BIAS && own < N ? widened(bias[own]) : 0.0f;
-            const float high = BIAS && own + 8 < N ? widened(bias[own + 8]) : 0.0f;
+            const float low = BIAS && own < lines * 64 ? widened(bias[own]) : 0.0f;
+            const float high = BIAS && own + 8 < lines * 64 ? widened(bias[own + 8]) : 0.0f;
             asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-            if (SETS > 1) release(before());
-            if (VALUES == 2 && tile + apart < tiles) load_first(tile + apart);
+            if (IN_FLIGHT) release(before());
 
 #pragma unroll
             for (int piece = 0; piece < COLUMNS / 32; piece++) {
@@ -349,9 +364,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
                     const float* d = sums + (piece * 4 + pair * 2) * 4;
-                    const int y_row = pair * 16 + lane / 16 * 8 + lane % 8;
-                    const int chunk = warp * 2 + lane / 8 % 2;
-                    store_matrices(target + y_row * 128 + ((chunk ^ (y_row & 7)) << 4),
+                    store_matrices(sums_at + piece % 2 * PIECE + pair * 16 * 128,
                                    rounded(d[0] + low, d[1] + low),
                                    rounded(d[2] + high, d[3] + high),
                                    rounded(d[4] + low, d[5] + low),
@@ -360,6 +373,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
                 asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
                 if (thread == 0) copy_out(y, row, at.column + piece * 32, target);
+                // Some sums have left their registers.
+                if (VALUES == 2 && piece == 0 && tile + apart < tiles) load_first(tile + apart);
             }
         }
         if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");

@@ -63,15 +63,12 @@ class Plan:
 PLANS = {
     "alone": Plan(cluster=1),
     "pairs": Plan(),
-    "pairs, one set": Plan(sets=1),
-    "fours": Plan(cluster=4, band=4),
-    "direct": Plan(stages=6, values=DIRECT, sets=4),
     "three": Plan(groups=3, stages=4, sets=1, copiers=0),
-    "fours of three": Plan(groups=3, stages=4, sets=1, copiers=0, cluster=4, band=3),
-    "narrow three": Plan(groups=3, columns=192),
+    "direct": Plan(stages=6, values=DIRECT, sets=4),
+    "fours, direct": Plan(cluster=4, stages=6, values=DIRECT, sets=4, band=4),
+    "three, direct": Plan(groups=3, stages=6, values=DIRECT, sets=1, copiers=0),
     "narrow three, direct": Plan(groups=3, columns=192, stages=7, values=DIRECT),
     "narrow four, direct": Plan(groups=4, columns=128, stages=10, values=DIRECT, band=4),
-    "narrow four": Plan(groups=4, columns=128, sets=1, band=4),
     "held": Plan(stages=6, values=HELD),
     "held, still": Plan(stages=6, values=HELD, still=1),
 }
@@ -159,9 +156,10 @@ def product(
         tensor_maps.tensor_map(y, (32, 64), 128),
     ]
     multiply = _kernels(x.dtype, bias is not None, plan)[1]
-    tiles = -(-N // (plan.cluster * plan.groups * 64)) * -(-batch // plan.columns)
-    blocks = min(tiles, _clusters(x.dtype, bias is not None, plan)) * plan.cluster
-    arguments = [*maps, values, values if bias is None else bias, N, K, batch]
+    rows, columns = -(-N // (plan.cluster * plan.groups * 64)), -(-batch // plan.columns)
+    blocks = min(rows * columns, _clusters(x.dtype, bias is not None, plan)) * plan.cluster
+    sizes = [N // 64, K // 64, rows, columns]
+    arguments = [*maps, values, values if bias is None else bias, *sizes]
     tensor_maps.launch(multiply, blocks, plan.threads, arguments, plan.shared_bytes)
     return y
 
