@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 
 from blockshock import masks
 from blockshock.kernels import nvrtc, pack, tensor_maps, wide24
@@ -193,6 +194,11 @@ def test_every_plan_compiles_without_spills_and_without_waits_between_products(n
     report = done.stdout + done.stderr
     assert "Performance Loss" not in report, report  # wgmma one after the other
     assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
+    dump = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-fun", "product", tmp_path / "cubin"]
+    sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    products = sass[sass.index("HGMMA") : sass.rindex("HGMMA")]
+    for wait in ("MEMBAR.ALL.GPU", "ERRBAR", "LDL", "STL"):  # a round trip to L2, a spill
+        assert wait not in products, wait
 
 
 @on_gpu

@@ -3,8 +3,8 @@
 // D = A·B with A = W and B = Xᵀ by `wgmma.sp`. Its dense operand takes all that shared memory can
 // read, so the values of W are fed from registers. A block of threads has GROUPS groups of four
 // warps that multiply, with 64 rows of W each, over the same COLUMNS rows of X. One thread copies:
-// of a group of its own, or where the sums leave no registers for one, of the first group. Blocks in
-// a cluster have other rows of W and the same rows of X: each copies its share of X to all of them.
+// of a group of its own, or where the sums leave no registers for one, of the first group. Blocks
+// in a cluster have other rows of W and the same rows of X: each copies its share of X to all.
 // A block stays and takes tile after tile; copies for the next one go on while a tile is written.
 //
 // Compiled with: HALF (0 bf16, 1 fp16), BIAS (1: add it), GROUPS (2 to 4), COLUMNS (rows of X: 128,
@@ -13,10 +13,12 @@
 // MULTIPLIER (registers of a thread, where COPIERS = 1), and
 //   VALUES  0 loaded once, whatever K says: wrong sums, the rate without reading W
 //           1 through shared memory, from the plain row-major values
-//           2 from L2 to registers, in the order that `arrange_values` makes, SETS - 1 ahead
-//   STILL   1: only the first round of stages is copied: wrong sums, the rate without refilling
-//   SETS    of registers of A, each for 64 columns; with 1 a group waits for its own product, and
-//           the other groups keep the tensor cores busy
+//           2 from L2 to registers, in the order that `arrange_values` makes
+//   STILL   1: only the first round of stages is copied: wrong sums, the rate without copies of X
+//   SETS    of registers of A, each for 64 columns. A product reads its set until it has ended.
+//           VALUES = 1: with 1 a group waits for its own product, and the other groups keep the
+//           tensor cores busy. VALUES = 2: one half of the sets is loaded while the other is
+//           multiplied; with 1 set the halves are 32 columns each.
 //
 // A block of 64 columns feeds two instructions. Thread 32w + 4g + q of a group gives instruction s
 // rows 16w + g and 16w + g + 8 of A: registers 0 and 1 the kept pairs of the group of four 8s + q,
@@ -24,22 +26,33 @@
 // 4g + 2s + u has the codes of groups 8s + 4u + 0..3 of row g, and above them those of row g + 8
 // (PTX ISA, "wgmma.mma_async.sp": fragments of A, metadata, sparsity selector).
 //
-// Rates that are expected, TFLOP/s counted as dense, H100 at 700 W, N = 16384, B = 4096; none is
-// measured. Known: the instruction alone, 128 × 256, with X refilled, A held 1334, A from shared
-// memory 1073, which is what the library reaches (1000 to 1070). A stage takes 512 clocks of the
-// tensor cores at 128 × 256; what it reads of L2 a clock is in brackets.
-//   alone                 950  [82 bytes: L2 is the limit]
-//   pairs                1120  [50] A goes through shared memory once more, as in the library
-//   pairs, one set       1100  waits show where both groups wait
-//   fours                1140  [34] but a few processors of 132 have no place in a cluster of four
-//   direct               1180  [50] values pass L1, not the ring
-//   three                1170  [39] 192 × 256: each byte of X serves three groups
-//   fours of three       1190  [29]
-//   narrow three         1120  [45] 192 × 192
-//   narrow three, direct 1160
-//   narrow four          1080  [52] 256 × 128: A is read twice as often for each byte of X
-//   held                 1270  the ceiling of the pipeline: 5 % for the epilogue and the start
-//   held, still          1490  the same without copies: 1581 less the epilogue
+// What a step compiles to (ARRIVE is `wgmma.fence`, DEPBAR 1 leaves the last product in flight):
+//   pairs          LDS LDSM LDSM, ARRIVE, HGMMA HGMMA, DEPBAR 1, SYNCS.ARRIVE
+//   direct         LDS, ARRIVE, HGMMA HGMMA, DEPBAR 1, SYNCS.ARRIVE, in each second step LDG × 4
+//   three, direct  LDS, ARRIVE, HGMMA, DEPBAR 1, LDG, ARRIVE, HGMMA, DEPBAR 1, SYNCS.ARRIVE, LDG
+// Loads of values share one scoreboard: a wait for one is a wait for all. So they are issued at
+// once, right after the wait that frees their registers, and no younger one delays a product.
+//
+// Rates in TFLOP/s counted as dense: N = 8192, B = 4096, bf16, bursts, one H200 at 700 W, where
+// cuSPARSELt has 1171 and the dense half 757 of its own. For 128 × 256 × 64 the tensor cores take
+// 512 clocks, and shared memory takes `clocks`, at 128 bytes each: X read by two groups (512),
+// copies into it, W, places. L2 is read for `KB`. cuSPARSELt's scheme, both operands from shared
+// memory, has 896 clocks and 25 KB.
+//                        clocks   KB  expected  with a fence
+//   alone                  912    41      1000      604        L2
+//   pairs                  912    25      1150      642
+//   three                  827    20      1130      574        the last round of tiles: 0.89
+//   direct                 784    25      1340      577
+//   fours, direct          784    17      1220                 120 of 132 processors: 0.91
+//   three, direct          699    20      1300                 0.89
+//   narrow three, direct   704    23      1300                 0.89
+//   narrow four, direct    672    26      1450
+//   held                   784    17      1340      705        no W is read
+//   held, still            520     0      1700     1330        nor is X copied
+// "With a fence" was measured (PyTorch 2.11, CUDA 13.0) when `arrive` was a release to the cluster:
+// a step took what MEMBAR.ALL.GPU takes, 750 clocks without copies, 1450 to 1900 beside them. The
+// rest is not measured. Expected: 1171 × 896 / clocks × the share that works, and at most 1456, as
+// the probe has 1334 for A in registers where it has 1073 for A in shared memory.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -60,7 +73,7 @@ struct __align__(64) TensorMap { u64 opaque[16]; };
 #define AHEAD (SETS / 2)  // blocks of values that are loaded at once
 #define SPLIT (VALUES == 2 && SETS == 1)
 #define IN_FLIGHT (SETS > 1 || SPLIT)  // products at the end of a step
-static_assert(VALUES != 2 || SETS == 1 || SETS % 2 == 0, "values from L2: the sets have two halves");
+static_assert(VALUES != 2 || SETS == 1 || SETS % 2 == 0, "values from L2: SETS has two halves");
 
 #if HALF
 #define TYPE "f16"
