@@ -195,6 +195,17 @@ def test_the_attention_table_compares_ours_with_pytorchs_fastest(attention):
         assert told == pytest.approx(ratio, rel=0.02)
 
 
+def test_a_caption_names_the_commits_of_its_own_files(tmp_path, linear, attention):
+    content = json.loads(Path(attention).read_text())
+    content["machine_info"] = json.loads(Path(linear).read_text())["machine_info"]
+    content["commit_info"] = {"id": "1" * 40, "dirty": False}
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    made = summary.tables_of_files([str(linear), str(other)])
+    assert "commit 0000000;" in made["linear"]
+    assert "commit 1111111;" in made["attention"]
+
+
 def test_a_family_without_its_markers_is_left_out_and_told(tmp_path, linear, attention, capsys):
     page = tmp_path / "README.md"
     page.write_text(place("attention"))

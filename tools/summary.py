@@ -17,7 +17,7 @@ from tools.cases import CPU_CAVEAT, Results
 from tools.families import held
 from tools.family import Written
 from tools.files import ToolError, parser, read_text, run, save
-from tools.results import load_by_card, load_by_device
+from tools.results import load, load_by_card, load_by_device
 from tools.verdict import judged, line
 
 INTRODUCTION = (
@@ -34,6 +34,17 @@ def readme_tables(sets: list[Results]) -> dict[str, str]:
             written = family.readme(own) if name not in made else None
             if written:
                 made[name] = _with_caption(written, results, f"{_facts(results)}.")
+    return made
+
+
+def tables_of_files(paths: Sequence[str]) -> dict[str, str]:
+    """`readme_tables`, each of the files that hold its family and so have its facts."""
+    families = {path: held(load(path)) for path in paths}
+    made: dict[str, str] = {}
+    for name in dict.fromkeys(name for found in families.values() for name in found):
+        own = load_by_device(path for path, found in families.items() if name in found)
+        written = readme_tables(own).get(name)
+        made |= {name: written} if written else {}
     return made
 
 
@@ -133,7 +144,9 @@ def main(argv: list[str]) -> int:
     made: dict[str, str] = {}
     if options.readme:
         before = read_text(options.readme)
-        made[options.readme], left = replaced(before, readme_tables(sets), options.readme)
+        made[options.readme], left = replaced(
+            before, tables_of_files(options.files), options.readme
+        )
         print(*left, sep="\n", end="\n" * bool(left))
     if options.tables:
         made[options.tables] = full_tables(sets, cards)
