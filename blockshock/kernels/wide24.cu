@@ -329,7 +329,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 const u64 x_block = descriptor(base + stage * X_STAGE);
                 asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
                 multiply<0>(sums, set[0], set[1], set[2], set[3], x_block, codes, block > 0);
-                if (SPLIT) {
+                if (SPLIT) {  // the last block's product has ended: its half of the set is free
                     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
                     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
                     load_half(set, block, 1);
@@ -341,7 +341,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 if (!SPLIT) fetch_ahead();
                 asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
                 if (!IN_FLIGHT)
-                    release(stage);
+                    release(stage);  // which the products have read
                 else if (block > 0)
                     release(before());
                 if (SPLIT)
