@@ -55,13 +55,14 @@ def product(block: int, plan, *, transposed=False, activation="gelu", keep=False
         "ROWS": plan.rows,
         "STEP": plan.step,
         "STAGES": plan.stages,
-        "ITEMS": 16,
+        "ITEMS": 16 if plan.each else 1,
+        "PIECES": block_plans.halves(plan, block),
         "TRANSPOSED": transposed,
         "ACTIVATION": activation,
         "BIAS": not transposed,
         "KEEP": keep,
     }
-    out = (plan.rows, block)
+    out = (plan.rows // constants["PIECES"], block)
     tiles = {"x": (plan.rows, plan.step), "values": tile, "y": out, "z": out}
     return compiled(block_product_triton.product, constants, tiles, plan.warps)
 
@@ -86,14 +87,16 @@ def tell(case: tuple, warps: int, made) -> None:
 if __name__ == "__main__":
     every = sys.argv[1:] == ["every"]
     for block in block_plans.BLOCKS:
-        for plan in block_plans.products(block, 4096)[: None if every else 1]:
+        plans = block_plans.products(block, 4096)
+        shared = [plan for plan in plans if plan.each][-1]
+        for plan in plans if every else (plans[0], shared):
             made = product(block, plan, activation="relu")
             tell(("product", block, str(plan)), plan.warps, made)
-            if not every:
+            if plan == plans[0] and not every:
                 tell(("gelu", block, str(plan)), plan.warps, product(block, plan, keep=True))
                 made = product(block, plan, transposed=True, activation=None)
                 tell(("transposed", block, str(plan)), plan.warps, made)
-        for plan in block_plans.gradients(block)[: None if every else 1]:
+        for plan in block_plans.GRADIENTS[block][: None if every else 1]:
             tell(("gradient", block, str(plan)), plan.warps, gradient(block, plan))
     for name in ("_count", "_fill"):
         tell((name, 256), 4, lists(name, 256))

@@ -59,7 +59,7 @@ def test_products_and_the_gradient_at_kept_tiles_are_exact(problem):
 @pytest.mark.parametrize("block", [16, 32])
 def test_every_plan_gives_the_same(block, dtype):
     mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool, device=DEVICE)
-    products, tiles_of = block_plans.products(block, 300), block_plans.gradients(block)
+    products, tiles_of = block_plans.products(block, 300), block_plans.GRADIENTS[block]
     some = [plan for plan in products if plan.stages == 3] if DEVICE == "cpu" else products
     for plan, plan_of_tiles in zip(some, (tiles_of * len(some))[: len(some)], strict=True):
         check((block, mask, 3 * block - 5, 3 * block - 7, 300), plan, plan_of_tiles, dtype)
@@ -73,9 +73,38 @@ def test_parts_of_x_are_taken_in_groups(bytes_of_x, each, monkeypatch):
     check((16, mask, 48, 48, 300), block_plans.Plan(64, 16, 4, 2, each))
 
 
+@pytest.mark.parametrize("block", [16, 64])  # 64: the sums are transposed
+@pytest.mark.parametrize("each", [0, 2])
+def test_a_tile_is_written_in_pieces_where_a_whole_one_has_no_room(each, block, monkeypatch):
+    monkeypatch.setattr(kernels, "halves", lambda plan, block: 2)
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1]], dtype=torch.bool, device=DEVICE)
+    plan = block_plans.Plan(128, max(block // 2, 16), 4, 3, each)
+    check((block, mask, 3 * block - 5, 3 * block - 7, 300), plan)
+
+
+@pytest.mark.parametrize("group", [4, 5, 16])  # of 16 parts
+def test_programs_share_the_work_evenly(group):
+    import triton
+
+    from tests.block_items import items_of
+
+    mask = tiles.keep_top(torch.rand(64, 64, generator=torch.Generator().manual_seed(0)), 0.9)
+    mask[5] = False
+    lists = block_lists.lists(mask.to(DEVICE))
+    programs = 132
+    most = triton.next_power_of_2(-(-64 * 16 // programs))
+    found = torch.empty(programs, most, 4, dtype=torch.int32, device=DEVICE)
+    items_of[(programs,)](lists.rows.turns, found, 64, 16, group, programs, lists.kept, ITEMS=most)
+    part, line, first, last = found.cpu().long().unbind(-1)
+    given = last > first
+    assert sorted((16 * line + part)[given].tolist()) == list(range(64 * 16))
+    work = (last - first).sum(1)
+    assert work.max() <= 1.15 * work.double().mean()
+
+
 def test_rows_in_pieces_are_summed_in_float32():
     mask = torch.ones(1, 1, dtype=torch.bool, device=DEVICE)
-    plan = block_plans.gradients(16)[0]
+    plan = block_plans.GRADIENTS[16][0]
     assert block_plans.pieces(1, 2000, plan) > 1
     check((16, mask, 16, 16, 2000))
 

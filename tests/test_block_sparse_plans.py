@@ -59,8 +59,8 @@ def test_a_question_names_what_the_time_depends_on():
 
 def test_without_a_measurement_the_rule_decides(disk):
     disk({})
-    assert chosen() == block_plans.USUAL[64]
-    assert chosen(side="dW") == block_plans.gradients(64)[0]
+    assert chosen() == block_plans.PRODUCTS[64][0]
+    assert chosen(side="dW") == block_plans.GRADIENTS[64][0]
 
 
 def test_what_was_measured_comes_before_what_is_shipped(disk):
@@ -70,12 +70,12 @@ def test_what_was_measured_comes_before_what_is_shipped(disk):
     disk({asked(2100): second}, shipped={asked(2100): first})
     assert str(chosen(2100)) == second
     assert str(chosen(2200)) == second  # of the same class of rows
-    assert chosen(2400) == block_plans.USUAL[64]
+    assert chosen(2400) == block_plans.PRODUCTS[64][0]
 
 
 def test_a_way_that_is_no_candidate_is_not_taken(disk):
     disk({asked(): "1x1, 1 warps, 1 stages"})
-    assert chosen() == block_plans.USUAL[64]
+    assert chosen() == block_plans.PRODUCTS[64][0]
 
 
 def test_answers_are_shipped_by_gpu(disk, tmp_path):
@@ -106,7 +106,8 @@ def test_every_plan_fits_and_is_named_once(block):
             for plan in known.values():
                 assert plan.rows * block <= 32 * plan.warps * block_plans.SUMS
                 held = (plan.rows + block) * plan.step * 2 * plan.stages + block_plans.RESERVED
-                held += plan.rows * block * 2 if side != "dW" else 0
+                if plan.each:  # a tile of Y is written while loads are on their way
+                    held += plan.rows * block * 2 // block_plans.halves(plan, block)
                 assert max(plan.each, 1) * held <= block_plans.SHARED
 
 

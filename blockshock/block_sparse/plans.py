@@ -27,7 +27,7 @@ _chosen: dict[str, Plan] = {}
 
 def candidates(side: str, block: int, B: int) -> dict[str, Plan]:
     """By name, the first by rule; B: rows of X."""
-    found = block_plans.gradients(block) if side == "dW" else block_plans.products(block, B)
+    found = block_plans.GRADIENTS[block] if side == "dW" else block_plans.products(block, B)
     return {str(plan): plan for plan in found}
 
 

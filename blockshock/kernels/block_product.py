@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blockshock.kernels.block_lists import Lists
-from blockshock.kernels.block_plans import Plan, gradients, pieces, products
+from blockshock.kernels.block_plans import GRADIENTS, Plan, halves, pieces, products
 
 DTYPES = (torch.bfloat16, torch.float16)
 IN_L2 = 1 << 24  # bytes of X that programs share at a time, of an L2 of 50 MB
@@ -105,14 +105,14 @@ def product(
         programs = lines * parts
         if plan.each:
             programs = min(programs, plan.each * _processors(x.device))
-        items = -(-lines * parts // programs)
+        items, written = -(-lines * parts // programs), halves(plan, block)
         values = _readable(values.reshape(-1, block))
         with _device_of(x):
             block_product_triton.product[(programs,)](
                 _tiled(_readable(x), plan.rows, plan.step),
                 _tiled(values, *((plan.step, block) if transposed else (block, plan.step))),
-                _tiled(y, plan.rows, block),
-                _tiled(z, plan.rows, block),
+                _tiled(y, plan.rows // written, block),
+                _tiled(z, plan.rows // written, block),
                 y if bias is None else bias.contiguous(),
                 side.others,
                 lists.numbers,
@@ -129,6 +129,7 @@ def product(
                 STEP=plan.step,
                 STAGES=plan.stages,
                 ITEMS=1 << (items - 1).bit_length(),
+                PIECES=written,
                 TRANSPOSED=transposed,
                 ACTIVATION=activation,
                 BIAS=bias is not None,
@@ -148,7 +149,7 @@ def gradient(
     made = x.new_empty(lists.kept, block, block)
     if not B:
         return made.zero_()
-    plan = plan or gradients(block)[0]
+    plan = plan or GRADIENTS[block][0]
     programs = lists.kept * (block // plan.rows)
     count = pieces(programs, B, plan)
     piece = -(-B // (count * plan.step)) * plan.step
