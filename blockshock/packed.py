@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blockshock import masks
-from blockshock.kernels import columns, cusparselt, kept_product, pack, products, sparse24, thin24
+from blockshock.kernels import (
+    columns,
+    cusparselt,
+    kept_product,
+    pack,
+    products,
+    sparse24,
+    thin24,
+    wide24,
+)
 
 BLOCK = cusparselt.BLOCK
 
@@ -34,6 +43,7 @@ class Packed24:
         self.values, self.codes, self.compressed = values, codes, compressed
         self._transposed: Packed24 | None = None
         self._thin: thin24.Layout | None = None
+        self._wide: Tensor | None = None
         self._period = None  # of the mask; unknown while the codes are being written
         self._library_places = False
         self._seen = -1
@@ -114,7 +124,7 @@ class Packed24:
         """X Wᵀ (+ bias [N]): x [B, K] -> [B, N], contiguous. kernel: a name in `kernels.products`.
 
         "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for "folded" and
-        "thin" after `recompress`, whose values only the library can read.
+        "thin" and "wide" after `recompress`, whose values only the library can read.
         """
         if self._library_places and kernel != "cusparselt":
             raise ValueError(
@@ -127,6 +137,8 @@ class Packed24:
             places, most = self._thin_layout(), thin24.MAX_BATCH
             done = [thin24.product(some, self.values, places, bias) for some in x.split(most)]
             return done[0] if len(done) == 1 else torch.cat(done)
+        if kernel == "wide":
+            return wide24.product(x, self.values, self._wide_places(), bias)
         return sparse24.product(x, self.compressed, self.values, self.codes, bias)
 
     def kept_input(self, x: Tensor) -> Tensor:
@@ -162,13 +174,15 @@ class Packed24:
 
     def _thin_layout(self) -> thin24.Layout:
         if self._thin is None:
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "the thin kernel has no indices of this mask yet and a graph is being "
-                    "captured; run this shape once before the capture"
-                )
+            _refuse_capture("thin")
             self._thin = thin24.layout(self.codes, self.mask_period())
         return self._thin
+
+    def _wide_places(self) -> Tensor:
+        if self._wide is None:
+            _refuse_capture("wide")
+            self._wide = wide24.arrange_places(self.codes)
+        return self._wide
 
     @torch.no_grad()
     def with_transpose(self) -> "Packed24":
@@ -251,6 +265,7 @@ class Packed24:
         """Bytes held: values, metadata and codes, of W and of Wᵀ when it is kept."""
         head = self.values if self.compressed is None else self.compressed
         own = head.nbytes + self.codes.nbytes + (self._thin.nbytes if self._thin else 0)
+        own += 0 if self._wide is None else self._wide.nbytes
         return own + (self._transposed.nbytes if self._transposed is not None else 0)
 
     def _write_metadata(self) -> None:
@@ -264,6 +279,14 @@ def estimated_bytes(rows: int, columns: int, itemsize: int) -> int:
     """Bytes of a 2:4 matrix by its definition: half the values, and two bits of place for each."""
     kept = rows * columns // 2
     return kept * itemsize + kept // 4
+
+
+def _refuse_capture(kernel: str) -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the {kernel} kernel has no indices of this mask yet and a graph is being captured; "
+            "run this shape once before the capture"
+        )
 
 
 def check_codes(codes: Tensor) -> None:

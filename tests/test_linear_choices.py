@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from blockshock.kernels import products
 from blockshock.linear import METHODS
 from blockshock.linear.parts import REDUCES
 from tests import linear_jobs as jobs
@@ -15,6 +16,8 @@ KERNELS = [
     ("thin", "tile"),
     ("thin", "1001"),
     ("thin", "random"),
+    ("wide", "tile"),
+    ("wide", "random"),
     ("folded", "1100"),
     ("folded", "1001"),
     ("auto", "1100"),
@@ -22,9 +25,12 @@ KERNELS = [
 ]
 
 
-def needs(ranks, device):
+def needs(ranks, device, kernel="auto"):
     if ranks.device != device:
         pytest.skip(f"the ranks are on {ranks.device}")
+    reason = products.unsupported(kernel, torch.bfloat16, device)
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("master", ["packed", "float32", "dense"])
@@ -103,7 +109,7 @@ def test_the_sums_that_every_device_has_match_dense(ranks, method, how):
 @pytest.mark.parametrize("how", REDUCES)
 @pytest.mark.parametrize(("kernel", "mask"), KERNELS)
 def test_every_kernel_with_every_sum_matches_dense(ranks, kernel, mask, how, B):
-    needs(ranks, "cuda")
+    needs(ranks, "cuda", kernel)
     options = {"kernel": kernel, "mask": mask, "reduce": how}
     jobs.check(ranks.run(jobs.errors, "block_shock", 4096, 4096, B, "bf16", **options))
 
@@ -164,12 +170,13 @@ def test_a_captured_step_follows_its_inputs(ranks, kernel, mask, how, B):
     ("kernel", "mask", "words"),
     [
         ("thin", "tile", "thin 2:4 kernel"),
+        ("wide", "tile", "wide 2:4 kernel"),
         ("cusparselt", "tile", "cuSPARSELt, algorithm"),
         ("folded", "1100", "dense product of the kept columns"),
     ],
 )
 def test_paths_say_the_kernel_and_the_sum_that_were_asked_for(ranks, kernel, mask, words):
-    needs(ranks, "cuda")
+    needs(ranks, "cuda", kernel)
     for how in ("exchange", "collective", "two_shot"):
         options = {"kernel": kernel, "mask": mask, "reduce": how}
         for B in (64, 4096):

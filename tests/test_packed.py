@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from blockshock import masks
+from blockshock.kernels import products
 from blockshock.packed import Packed24, estimated_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -197,7 +198,8 @@ def test_the_period_is_found_when_all_rows_are_written():
 
 
 def kernels_of(pattern):
-    return ["cusparselt", "thin", *(["folded"] if masks.PATTERNS[pattern].fixed else [])]
+    wide = ["wide"] if products.unsupported("wide", torch.bfloat16, DEVICE) is None else []
+    return ["cusparselt", "thin", *wide, *(["folded"] if masks.PATTERNS[pattern].fixed else [])]
 
 
 @pytest.mark.gpus(1)

@@ -2,6 +2,7 @@
 
     cusparselt  the library's 2:4 product, by the fastest of its correct algorithms (`sparse24`)
     thin        for few rows of X, bound by reading W (`thin24`)
+    wide        for many rows of X on Hopper (`wide24`); only where it is asked for by name
     folded      for a mask that keeps whole columns: the dense product of those columns of X
     plain       on the CPU: the matrix is expanded, then multiplied densely
 
@@ -11,9 +12,9 @@ nothing can be measured the rule is: folded where it can, thin up to 64 rows, el
 
 import torch
 
-from blockshock.kernels import algorithms, cusparselt, kept_product, thin24
+from blockshock.kernels import algorithms, cusparselt, kept_product, thin24, wide24
 
-KERNELS = ("auto", "cusparselt", "thin", "folded")
+KERNELS = ("auto", "cusparselt", "thin", "wide", "folded")
 RULE_ROWS = 64  # up to so many rows `thin` is the rule
 THIN_ROWS = 512  # beyond it the thin kernel reads the weight too often to be a candidate
 
@@ -31,6 +32,8 @@ def unsupported(kernel: str, dtype: torch.dtype, device_type: str) -> str | None
         return f"unknown kernel {kernel!r}; use one of {', '.join(KERNELS)}"
     if kernel == "thin":
         return thin24.unsupported(dtype, device_type)
+    if kernel == "wide":
+        return wide24.unsupported(dtype, device_type)
     if kernel == "cusparselt" and device_type != "cuda":
         return "kernel 'cusparselt' runs on NVIDIA GPUs, and the layer is on the CPU; use 'auto'"
     return cusparselt.unsupported(dtype, device_type)
@@ -60,6 +63,7 @@ def describe(kernel: str, packed, rows: tuple[int, ...]) -> str:
         "plain": "dense product with the expanded term: plain PyTorch on the CPU",
         "folded": "dense product of the kept columns",
         "thin": "thin 2:4 kernel",
+        "wide": "wide 2:4 kernel",
     }[kernel]
 
 
