@@ -183,7 +183,7 @@ def test_a_tensor_map_of_rows_off_sixteen_bytes_is_refused():
 def test_every_plan_compiles_without_spills_and_without_waits_between_products(name, tmp_path):
     triton = pytest.importorskip("triton", reason="needs Triton's disassembler")
     plan, file = wide24.PLANS[name], tmp_path / "wide24.cu"
-    source = wide24.multiply_source(torch.bfloat16, plan.columns)
+    source = wide24.prelude_of(torch.bfloat16, plan)
     file.write_text(source + (nvrtc.FOLDER / "wide24.cu").read_text(encoding="utf-8"))
     target = ["-gencode", "arch=compute_90a,code=sm_90a", "-std=c++17", "-Xptxas", "-v"]
     macros = wide24.macros(torch.bfloat16, True, plan)

@@ -54,12 +54,6 @@
 // rest is not measured. Expected: 1171 × 896 / clocks × the share that works, and at most 1456, as
 // the probe has 1334 for A in registers where it has 1073 for A in shared memory.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
-struct __align__(64) TensorMap { u64 opaque[16]; };
-
 #define THREADS ((GROUPS + COPIERS) * 128)
 #define ROWS (GROUPS * 64)
 #define X_STAGE (COLUMNS * 128)  // bytes
@@ -74,115 +68,6 @@ struct __align__(64) TensorMap { u64 opaque[16]; };
 #define SPLIT (VALUES == 2 && SETS == 1)
 #define IN_FLIGHT (SETS > 1 || SPLIT)  // products at the end of a step
 static_assert(VALUES != 2 || SETS == 1 || SETS % 2 == 0, "values from L2: SETS has two halves");
-
-#if HALF
-#define TYPE "f16"
-#else
-#define TYPE "bf16"
-#endif
-
-// --- barriers and copies
-
-__device__ __forceinline__ void wait(u32 barrier, u32 parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}"
-        ::"r"(barrier), "r"(parity) : "memory");
-}
-
-__device__ __forceinline__ void expect(u32 barrier, u32 bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-                 : "memory");
-}
-
-// Arrives at the same barrier of another block of the cluster, or of this one. It says that reads
-// have ended, and they have: `wgmma.wait_group` came before. So it needs no release to the cluster,
-// which is a fence of the whole GPU (MEMBAR.ALL.GPU): a round trip to L2 in every step.
-__device__ __forceinline__ void arrive(u32 barrier, u32 block) {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
-        ::"r"(barrier), "r"(block) : "memory");
-}
-
-__device__ __forceinline__ void cluster_wait() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-__device__ __forceinline__ void copy_in(
-    u32 target, const TensorMap& source, int column, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3}], [%4];"
-        ::"r"(target), "l"(&source), "r"(column), "r"(row), "r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void copy_in(
-    u32 target, const TensorMap& source, int word, int block, int tile, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-        "[%0], [%1, {%2, %3, %4}], [%5];"
-        ::"r"(target), "l"(&source), "r"(word), "r"(block), "r"(tile), "r"(barrier) : "memory");
-}
-
-// To the same address of every block of the cluster, each of which counts the bytes.
-__device__ __forceinline__ void copy_to_all(
-    u32 target, const TensorMap& source, int column, int row, u32 barrier) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(target), "l"(&source), "r"(column), "r"(row), "r"(barrier),
-          "h"((u16)((1 << CLUSTER) - 1)) : "memory");
-}
-
-__device__ __forceinline__ void copy_out(
-    const TensorMap& target, int column, int row, u32 source) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
-        "cp.async.bulk.commit_group;"
-        ::"l"(&target), "r"(column), "r"(row), "r"(source) : "memory");
-}
-
-// --- operands and results
-
-// One instruction's A: 16 rows × 16 kept values of each warp.
-__device__ __forceinline__ void load_matrices(u32* a, u32 address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
-}
-
-__device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
-                 ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
-}
-
-// Read once by this block, so past L1.
-__device__ __forceinline__ void load_words(u32* a, const uint4* from) {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "l"(from));
-}
-
-__device__ __forceinline__ u32 load_shared(u32 address) {
-    u32 word;
-    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");
-    return word;
-}
-
-__device__ __forceinline__ u32 rounded(float low, float high) {
-    u32 pair;
-    asm("cvt.rn." TYPE "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
-__device__ __forceinline__ float widened(u16 bits) {
-#if HALF
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-#else
-    return __uint_as_float((u32)bits << 16);
-#endif
-}
 
 // A core matrix row is 128 bytes, swizzled; eight rows of X are 1024 bytes.
 __device__ __forceinline__ u64 descriptor(u32 address) {
@@ -228,11 +113,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(full + i * 8));
-            asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(empty + i * 8),
-                         "r"(CLUSTER * GROUPS * 4));  // one arrival of each warp that reads
+            init(full + i * 8, 1);
+            init(empty + i * 8, CLUSTER * GROUPS * 4);  // one arrival of each warp that reads
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_init();
     }
     cluster_wait();
 
@@ -248,7 +132,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const u32 target = base + stage * X_STAGE + rank * (share * 128);
         if (copied) {
             if (CLUSTER > 1)
-                copy_to_all(target, x, next_block * 64, next.column + rank * share, ready);
+                copy_to_all(
+                    target, x, next_block * 64, next.column + rank * share, ready, CLUSTER);
             else
                 copy_in(target, x, next_block * 64, next.column, ready);
             if (VALUES == 1)
@@ -264,13 +149,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
     if (group < 0) {
 #if COPIERS
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COPIER));
+        give_registers<COPIER>();
 #endif
         if (threadIdx.x == 0)
             for (int i = 0; next_tile < tiles; i++) fetch(i % STAGES, i / STAGES & 1);
     } else {
 #if COPIERS
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLIER));
+        take_registers<MULTIPLIER>();
 #else
         if (threadIdx.x == 0)
             for (int i = 0; i < STAGES - 2 && next_tile < tiles; i++) fetch(i, 0);
@@ -327,19 +212,19 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 }
                 const u32 codes = load_shared(places_at + stage * PLACES_STAGE);
                 const u64 x_block = descriptor(base + stage * X_STAGE);
-                asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                fence_products();
                 multiply<0>(sums, set[0], set[1], set[2], set[3], x_block, codes, block > 0);
                 if (SPLIT) {  // the last block's product has ended: its half of the set is free
-                    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-                    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+                    commit_products();
+                    wait_products<1>();
                     load_half(set, block, 1);
                     fetch_ahead();
-                    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+                    fence_products();
                 }
                 multiply<1>(sums, set[4], set[5], set[6], set[7], x_block + 4, codes, 1);
-                asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+                commit_products();
                 if (!SPLIT) fetch_ahead();
-                asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(IN_FLIGHT) : "memory");
+                wait_products<IN_FLIGHT>();
                 if (!IN_FLIGHT)
                     release(stage);  // which the products have read
                 else if (block > 0)
@@ -365,15 +250,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             const int own = row + warp * 16 + lane / 4;
             const float low = BIAS && own < lines * 64 ? widened(bias[own]) : 0.0f;
             const float high = BIAS && own + 8 < lines * 64 ? widened(bias[own + 8]) : 0.0f;
-            asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+            wait_products<0>();
             if (IN_FLIGHT) release(before());
 
 #pragma unroll
             for (int piece = 0; piece < COLUMNS / 32; piece++) {
                 const u32 target = pieces_at + piece % 2 * PIECE;
                 // The copy from this half, two pieces ago, has been read.
-                if (thread == 0) asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
-                asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+                if (thread == 0) wait_read<1>();
+                group_wait(group);
 #pragma unroll
                 for (int pair = 0; pair < 2; pair++) {
                     const float* d = sums + (piece * 4 + pair * 2) * 4;
@@ -383,14 +268,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                                    rounded(d[4] + low, d[5] + low),
                                    rounded(d[6] + high, d[7] + high));
                 }
-                asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-                asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+                fence_copies();
+                group_wait(group);
                 if (thread == 0) copy_out(y, row, at.column + piece * 32, target);
                 // Some sums have left their registers.
                 if (VALUES == 2 && piece == 0 && tile + apart < tiles) load_first(tile + apart);
             }
         }
-        if (thread == 0) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+        if (thread == 0) wait_written();
     }
     // A block that ends takes its shared memory from copies and arrivals of the others.
     __syncwarp();

@@ -1,4 +1,5 @@
-"""The 2:4 product Y = X Wᵀ for many rows of X on Hopper, W from registers: `wide24.cu`.
+"""The 2:4 product Y = X Wᵀ for many rows of X on Hopper, W from registers: `wide24.cu`,
+whose instructions are in `hopper.cu`.
 
     values    [N, K/2]              the kept entries, as everywhere
     places    [N/64, K/64, 128]     int32: the codes of `masks` in the order in which `wgmma.sp`
@@ -193,24 +194,26 @@ def macros(dtype: torch.dtype, bias: bool, plan: Plan) -> dict[str, int]:
 
 @lru_cache
 def _kernels(dtype: torch.dtype, bias: bool, plan: Plan):
-    prelude, constants = multiply_source(dtype, plan.columns), macros(dtype, bias, plan)
+    prelude, constants = prelude_of(dtype, plan), macros(dtype, bias, plan)
     shared = {"arrange_values": 0, "product": plan.shared_bytes}
     return [nvrtc.kernel("wide24.cu", name, shared[name], prelude, **constants) for name in shared]
 
 
-def multiply_source(dtype: torch.dtype, columns: int) -> str:
-    """The wrapper of `wgmma.sp`: how many operands it has depends on the rows of X."""
-    n, name = columns // 2, DTYPES[dtype]
+def prelude_of(dtype: torch.dtype, plan: Plan) -> str:
+    """What stands before `wide24.cu`: `hopper.cu`, and the wrapper of `wgmma.sp`, whose number of
+    operands depends on the rows of X."""
+    n, name = plan.columns // 2, DTYPES[dtype]
     sums = ", ".join(f"%{i}" for i in range(n))
     outputs = ", ".join(f'"+f"(d[{i}])' for i in range(n))
-    return f"""
+    instructions = (nvrtc.FOLDER / "hopper.cu").read_text(encoding="utf-8")
+    return f"""{instructions}
 template <int SELECTOR>
 __device__ __forceinline__ void multiply(
     float* d, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned long long b,
     unsigned codes, int add) {{
     asm volatile(
         "{{\\n.reg .pred add;\\nsetp.ne.b32 add, %{n + 7}, 0;\\n"
-        "wgmma.mma_async.sp.sync.aligned.m64n{columns}k32.f32.{name}.{name} {{{sums}}}, "
+        "wgmma.mma_async.sp.sync.aligned.m64n{plan.columns}k32.f32.{name}.{name} {{{sums}}}, "
         "{{%{n}, %{n + 1}, %{n + 2}, %{n + 3}}}, %{n + 4}, %{n + 5}, %{n + 6}, add, 1, 1, 0;\\n}}"
         : {outputs}
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(codes), "n"(SELECTOR), "r"(add));
