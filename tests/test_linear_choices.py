@@ -63,7 +63,7 @@ def test_folding_training_steps_follow_dense(ranks, master):
 def test_what_the_cpu_cannot_do_is_refused_with_the_value_and_the_fix(ranks):
     needs(ranks, "cpu")
     size = 32 * ranks.size
-    for kernel in ("thin", "cusparselt"):
+    for kernel in ("thin", "wide", "cusparselt"):
         for text in ranks.run(jobs.refusal, "block_shock", 64, size, "bf16", kernel=kernel):
             assert kernel in text
             assert "use 'auto'" in text

@@ -57,7 +57,7 @@ class Case:
         return self.input(1, seed=1).new_empty(len(self.weight)).normal_()
 
     def product(self, x, bias=None, plan=wide24.USUAL):
-        values = self.values if plan.values == wide24.SHARED else wide24.arrange(self.values)
+        values = wide24.arrange(self.values) if plan.arranges else self.values
         poison()
         return wide24.product(x, values, self.places, bias, plan)
 
@@ -161,11 +161,10 @@ def test_what_the_kernel_does_not_take_is_named():
 def test_no_rows_give_none_and_values_in_another_order_are_refused():
     case = Case(64, 64, device="cpu")
     assert wide24.product(case.input(0), case.values, case.places).shape == (0, 64)
-    with pytest.raises(ValueError, match="pass the kept values, or `arrange` of them"):
-        wide24.product(case.input(1), wide24.arrange_reference(case.values), case.places)
-    plan = wide24.PLANS["direct"]
-    with pytest.raises(ValueError, match="pass the kept values, or `arrange` of them"):
-        wide24.product(case.input(1), case.values, case.places, plan=plan)
+    arranged = wide24.arrange_reference(case.values)
+    for name, values in (("pairs", arranged), ("direct", case.values)):
+        with pytest.raises(ValueError, match="pass the kept values, or `arrange` of them"):
+            wide24.product(case.input(1), values, case.places, plan=wide24.PLANS[name])
 
 
 def test_a_tensor_map_of_rows_off_sixteen_bytes_is_refused():
@@ -283,7 +282,7 @@ def test_one_wrong_place_is_found():
 @pytest.mark.parametrize("name", RIGHT)
 def test_a_replayed_graph_follows_what_x_and_the_values_have_become(name):
     case, plan = Case(1024, 4096), wide24.PLANS[name]
-    values = case.values if plan.values == wide24.SHARED else wide24.arrange(case.values)
+    values = wide24.arrange(case.values) if plan.arranges else case.values
     x, result = case.input(600), {}
     graph = capture(lambda: result.update(y=wide24.product(x, values, case.places, plan=plan)))
     for seed in (1, 2):

@@ -2,12 +2,13 @@
 
     cusparselt  the library's 2:4 product, by the fastest of its correct algorithms (`sparse24`)
     thin        for few rows of X, bound by reading W (`thin24`)
-    wide        for many rows of X on Hopper (`wide24`); only where it is asked for by name
+    wide        for many rows of X on Hopper (`wide24`)
     folded      for a mask that keeps whole columns: the dense product of those columns of X
     plain       on the CPU: the matrix is expanded, then multiplied densely
 
 Under "auto" `candidates` says which of them can be had; who chooses measures (`tuning`). Where
-nothing can be measured the rule is: folded where it can, thin up to 64 rows, else cusparselt.
+nothing can be measured the rule is: folded where it can, thin up to 64 rows, else cusparselt. So
+`wide` is taken where it was measured as the fastest, and nowhere else.
 """
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from blockshock.kernels import algorithms, cusparselt, kept_product, thin24, wide24
 
 KERNELS = ("auto", "cusparselt", "thin", "wide", "folded")
-RULE_ROWS = 64  # up to so many rows `thin` is the rule
+RULE_ROWS = 64  # up to so many rows `thin` is the rule, and `wide` no candidate
 THIN_ROWS = 512  # beyond it the thin kernel reads the weight too often to be a candidate
 
 
@@ -48,9 +49,20 @@ def candidates(kernel: str, mask: str, rows: int, dtype, device) -> tuple[str, .
     if kernel != "auto":
         return (kernel,)
     found = ["folded"] if mask == "columns" else []
-    thin = rows <= THIN_ROWS and thin24.unsupported(dtype, device.type) is None
-    both = ["thin", "cusparselt"] if rows <= RULE_ROWS else ["cusparselt", "thin"]
-    return tuple(found + [name for name in both if thin or name != "thin"])
+    few = rows <= RULE_ROWS
+    if rows <= THIN_ROWS and thin24.unsupported(dtype, device.type) is None:
+        found += ["thin", "cusparselt"] if few else ["cusparselt", "thin"]
+    else:
+        found += ["cusparselt"]
+    if not few and wide24.unsupported(dtype, device.type) is None:
+        found += ["wide"]
+    return tuple(found)
+
+
+def arranges(kernel: str, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether what is asked for may multiply by values in another order, made after each write."""
+    may = kernel in ("auto", "wide") and wide24.USUAL.arranges
+    return may and wide24.unsupported(dtype, device_type) is None
 
 
 def describe(kernel: str, packed, rows: tuple[int, ...]) -> str:

@@ -11,7 +11,8 @@ N and K multiples of 64, bf16 or fp16, any number of rows of X. The plain-PyTorc
 `sparse24.product_reference`; the orders of `places` and `arranged` are functions here, in plain
 PyTorch as well. Source: PTX ISA, "wgmma.mma_async.sp", m64nNk32 for 16-bit types.
 
-Used where it is asked for by name: its rate is not known.
+`Operand` is what a matrix is to the kernel: its values, which others write, its places, and where
+the plan asks for it the arranged values, which follow the values.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from blockshock.kernels import nvrtc, tensor_maps
+from blockshock.kernels import graphs, nvrtc, tensor_maps
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 HELD, SHARED, DIRECT = 0, 1, 2  # where the values of a product come from
@@ -41,6 +42,11 @@ class Plan:
     copiers: int = 1
     still: int = 0
     band: int = 8
+
+    @property
+    def arranges(self) -> bool:
+        """Whether it takes `arrange` of the values, and not the values."""
+        return self.values != SHARED
 
     @property
     def right(self) -> bool:
@@ -73,7 +79,7 @@ PLANS = {
     "held": Plan(stages=6, values=HELD),
     "held, still": Plan(stages=6, values=HELD, still=1),
 }
-USUAL = PLANS["pairs"]
+USUAL = PLANS["direct"]  # of `Operand`: by the rates that the kernel's header expects
 
 
 def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
@@ -119,10 +125,10 @@ def arrange_reference(values: Tensor) -> Tensor:
     return split.permute(0, 4, 1, 3, 6, 5, 2, 7).reshape(N // 64, half // 16, 128, 8)
 
 
-def arrange(values: Tensor) -> Tensor:
-    """`arrange_reference` on a GPU, in one pass; values contiguous."""
+def arrange(values: Tensor, out: Tensor | None = None) -> Tensor:
+    """`arrange_reference` on a GPU, in one pass; values and out contiguous."""
     N, half = values.shape
-    arranged = values.new_empty(N // 64, half // 16, 128, 8)
+    arranged = values.new_empty(N // 64, half // 16, 128, 8) if out is None else out
     kernel = _kernels(values.dtype, False, USUAL)[0]
     kernel((half // 32, N // 64, 1), (256, 1, 1), [values, arranged, half * 2])
     return arranged
@@ -133,13 +139,13 @@ def product(
 ) -> Tensor:
     """X Wᵀ + b: x [B, K], places of `arrange_places`, bias [N] -> [B, N], contiguous.
 
-    values [N, K/2]; for a plan whose values are not SHARED, `arrange(values)`. The sums are
+    values [N, K/2]; for a plan that `arranges`, `arrange(values)`. The sums are
     float32, in the order of K.
     """
     (batch, K), N = x.shape, places.shape[0] * 64
     if batch == 0:
         return x.new_empty(0, N)
-    shape = (N, K // 2) if plan.values == SHARED else (N // 64, K // 32, 128, 8)
+    shape = (N // 64, K // 32, 128, 8) if plan.arranges else (N, K // 2)
     if values.shape != shape or not values.is_contiguous():
         raise ValueError(
             f"values of shape {tuple(values.shape)}: x and places of this size and {plan} need "
@@ -149,7 +155,7 @@ def product(
         x = x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty(batch, N)
     # A plan that does not copy values into shared memory reads no map of them.
-    w = values if plan.values == SHARED else values.view(N, K // 2)
+    w = values.view(N, K // 2)
     maps = [
         tensor_maps.tensor_map(x, (plan.columns // plan.cluster, 64), 128),
         tensor_maps.tensor_map(w, (plan.groups * 64, 32), 64),
@@ -163,6 +169,52 @@ def product(
     arguments = [*maps, values, values if bias is None else bias, *sizes]
     tensor_maps.launch(multiply, blocks, plan.threads, arguments, plan.shared_bytes)
     return y
+
+
+class Operand:
+    """W [N, K] as the kernel reads it; values [N, K/2], which others write, and codes [N, K/4].
+
+    The arranged values are made anew, in the same memory, by the first product after a write that
+    PyTorch counts or after `mark_stale`: once for all chunks of a batch. A graph that captures that
+    product makes them anew at each replay.
+    """
+
+    def __init__(self, values: Tensor, codes: Tensor):
+        self.values, self.places = values, arrange_places(codes)
+        self._arranged: Tensor | None = None
+        self._seen = -1
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X Wᵀ + b by the usual plan: x [B, K], bias [N] -> [B, N], contiguous.
+
+        Raises RuntimeError inside a capture where the arranged values have no memory yet.
+        """
+        return product(x, self._in_order(), self.places, bias, USUAL)
+
+    def mark_stale(self) -> None:
+        """Says that the values were written."""
+        self._seen = -1
+
+    def renew(self) -> None:
+        """Brings arranged values into step now, where a graph may have them."""
+        if self._arranged is not None:
+            self._in_order()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held beside the values."""
+        return self.places.nbytes + (0 if self._arranged is None else self._arranged.nbytes)
+
+    def _in_order(self) -> Tensor:
+        if not USUAL.arranges:
+            return self.values
+        if self._arranged is None:
+            graphs.refuse_capture("the wide kernel has no copy of the values")
+            self._arranged = arrange(self.values)
+        elif self._seen != self.values._version:
+            arrange(self.values, self._arranged)
+        self._seen = self.values._version
+        return self._arranged
 
 
 @lru_cache

@@ -168,7 +168,21 @@ class BlockShock(PackedSplit):
         """What decides the time of its products, besides their sizes."""
         library = ", compressed by the library" if self._by_library else ""
         both = " both ways" if self.packed.has_transpose else ""
-        return f"BlockShock ({products.kind(self.packed.mask_period())} mask{both}{library})"
+        trained = ", written at each step" if self._pays_for_writes else ""
+        kind = products.kind(self.packed.mask_period())
+        return f"BlockShock ({kind} mask{both}{library}{trained})"
+
+    @property
+    def _pays_for_writes(self) -> bool:
+        like, kernel = self.packed.values, "cusparselt" if self._by_library else self.kernel
+        return self.weight.requires_grad and products.arranges(kernel, like.dtype, like.device.type)
+
+    def as_written(self, *, backward: bool) -> None:
+        """Makes the next product cost what it costs in a training step, for who measures it."""
+        if self._pays_for_writes and not backward:
+            self.packed.mark_unarranged()
+        elif self._pays_for_writes and self.packed.has_transpose:
+            self.packed.transposed.mark_unarranged()
 
     def in_dtype(self, dtype: torch.dtype) -> "BlockShock":
         """A layer of the same mask that multiplies in another dtype; without the hooks of this one,
@@ -179,7 +193,9 @@ class BlockShock(PackedSplit):
             packed.with_transpose_if_possible()
             bias = None if self.bias is None else self.bias.to(dtype)
             options = self.term, self.in_features, bias, self.group, self.kernel, self.how
-            return type(self)(packed, self.master, *options)
+            twin = type(self)(packed, self.master, *options)
+            twin.weight.requires_grad_(self.weight.requires_grad)
+            return twin
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] that is multiplied, on every rank: the sum of all terms."""

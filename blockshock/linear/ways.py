@@ -28,7 +28,11 @@ def forward(layer, x: Tensor) -> Way:
     """The way to Y of x [B, K]."""
 
     def step(way: Way):
-        return lambda: functions.begin_forward(layer, x, way)[1].wait()
+        def run():
+            _as_written(layer, backward=False)
+            functions.begin_forward(layer, x, way)[1].wait()
+
+        return run
 
     def trial(way: Way):
         return lambda: layer.product(layer.local_input(x, **way.asked), **way.asked)
@@ -44,6 +48,7 @@ def backward(layer, dy: Tensor, local: Tensor | None) -> Way:
 
     def step(way: Way):
         def run():
+            _as_written(layer, backward=True)
             pending = functions.begin_backward(layer, dy, way, hide=local is not None)
             try:
                 if local is not None:
@@ -168,6 +173,13 @@ def _told(way: Way, source: str) -> str:
 def _kernels(layer, side: str, rows: int) -> tuple[str | None, ...]:
     kernels = getattr(layer, "candidates", None)
     return kernels(rows, backward=side != FORWARD) if kernels else (None,)
+
+
+def _as_written(layer, *, backward: bool) -> None:
+    """A layer whose products pay for writes of its weight takes it as written."""
+    as_written = getattr(layer, "as_written", None)
+    if as_written:
+        as_written(backward=backward)
 
 
 def _question(layer, side: str, like: Tensor) -> str:
