@@ -32,6 +32,18 @@ def values_of(arranged):
     return split.permute(0, 2, 6, 3, 1, 5, 4, 7).reshape(tiles * 64, steps * 16)
 
 
+def write(source, out):
+    """Copies without a trace."""
+    target, source = (t.detach().view(torch.uint8).numpy() for t in (out, source))
+    target[...] = source
+    return out
+
+
+def transpose_kept(values, codes, codes_t, out):
+    """That of `pack`, as the kernel does it."""
+    return write(pack.transpose_kept_reference(values, codes, codes_t), out)
+
+
 class Calls:
     """How often the stand-in arranged values, and how many rows each of its products had."""
 
@@ -41,11 +53,7 @@ class Calls:
     def arrange(self, values, out=None):
         self.arranged += 1
         found = wide24.arrange_reference(values)
-        if out is None:
-            return found
-        target, source = (t.detach().view(torch.uint8).numpy() for t in (out, found))
-        target[...] = source
-        return out
+        return found if out is None else write(found, out)
 
     def product(self, x, values, places, bias=None, plan=None):
         self.rows.append(len(x))
@@ -63,6 +71,7 @@ def stand_in(plan="direct", kernels=("wide",)):
         patch.setattr(wide24, "arrange", calls.arrange)
         patch.setattr(wide24, "product", calls.product)
         patch.setattr(products, "candidates", lambda *_: kernels)
+        patch.setattr(pack, "transpose_kept", transpose_kept)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         yield calls
 
