@@ -125,12 +125,13 @@ def test_every_method_with_every_sum_matches_dense(ranks, method, how, B):
 
 @pytest.mark.gpus(2)
 @pytest.mark.parametrize(
-    ("kernel", "mask", "dtype"), [("thin", "tile", "fp16"), ("folded", "1010", "fp16")]
+    ("kernel", "mask", "dtype"),
+    [("thin", "tile", "fp16"), ("wide", "tile", "fp16"), ("folded", "1010", "fp16")],
 )
 def test_kernels_and_exchange_match_dense_in_fp16_and_with_a_dense_master(
     ranks, kernel, mask, dtype
 ):
-    needs(ranks, "cuda")
+    needs(ranks, "cuda", kernel)
     options = {"kernel": kernel, "mask": mask, "reduce": "exchange"}
     for master in ("packed", "dense"):
         jobs.check(
@@ -141,9 +142,11 @@ def test_kernels_and_exchange_match_dense_in_fp16_and_with_a_dense_master(
 @pytest.mark.gpus(2)
 @pytest.mark.parametrize(("B", "lead"), [(1, (1,)), (5, (5,)), (63, (7, 9))])
 @pytest.mark.parametrize("how", ["two_shot", "exchange"])
-@pytest.mark.parametrize(("kernel", "mask"), [("thin", "tile"), ("folded", "1100")])
+@pytest.mark.parametrize(
+    ("kernel", "mask"), [("thin", "tile"), ("wide", "tile"), ("folded", "1100")]
+)
 def test_few_rows_match_dense_by_every_kernel_and_sum(ranks, kernel, mask, how, B, lead):
-    needs(ranks, "cuda")
+    needs(ranks, "cuda", kernel)
     options = {"kernel": kernel, "mask": mask, "reduce": how}
     answers = ranks.run(
         jobs.errors, "block_shock", 320, 64 * ranks.size, B, "bf16", lead=lead, **options
@@ -157,9 +160,11 @@ def test_few_rows_match_dense_by_every_kernel_and_sum(ranks, kernel, mask, how, 
 @pytest.mark.gpus(2)
 @pytest.mark.parametrize("B", [64, 1536])
 @pytest.mark.parametrize("how", ["collective", "two_shot", "exchange"])
-@pytest.mark.parametrize(("kernel", "mask"), [("thin", "tile"), ("folded", "1100")])
+@pytest.mark.parametrize(
+    ("kernel", "mask"), [("thin", "tile"), ("wide", "tile"), ("folded", "1100")]
+)
 def test_a_captured_step_follows_its_inputs(ranks, kernel, mask, how, B):
-    needs(ranks, "cuda")
+    needs(ranks, "cuda", kernel)
     options = {"kernel": kernel, "mask": mask, "reduce": how}
     for error in ranks.run(jobs.captured, "block_shock", 1024, B, "bf16", **options):
         assert error < torch.finfo(torch.bfloat16).eps / 4

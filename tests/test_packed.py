@@ -146,7 +146,7 @@ def test_what_was_recompressed_can_be_rewritten():
     form.recompress(other)
     form.rewrite(other)
     x, dy = (torch.randn(40, n, device=DEVICE).bfloat16() for n in (320, 192))
-    for kernel in ("cusparselt", "thin"):
+    for kernel in kernels_of("tile"):
         assert close(form.product(x, None, kernel), x.double() @ other.double().t())
         assert close(form.transposed.product(dy, None, kernel), dy.double() @ other.double())
 
@@ -237,6 +237,6 @@ def test_kept_zeros_of_a_renewed_weight_reach_no_wrong_place_of_any_kernel(patte
             continue
         assert close(form.product(x, None, kernel), x.double() @ other.double().t()), kernel
     if form.has_transpose:
-        for kernel in ("cusparselt", *(["thin"] if again == "rewrite" else [])):
+        for kernel in kernels_of("tile") if again == "rewrite" else ["cusparselt"]:
             back = form.transposed.product(dy, None, kernel)
             assert close(back, dy.double() @ other.double()), kernel

@@ -4,6 +4,7 @@ What needs no GPU runs everywhere: an emulator of `wgmma.sp` puts together again
 registers of a group of warps describe. The kernel itself is CUDA code.
 """
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -13,9 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from blockshock import masks
+from blockshock.distributed import exchange
 from blockshock.kernels import nvrtc, pack, tensor_maps, wide24
 from blockshock.measure.clock import capture
 from blockshock.measure.errors import relative_error
+from blockshock.packed import Packed24
 
 on_gpu = pytest.mark.gpus(1)
 RIGHT = [name for name, plan in wide24.PLANS.items() if plan.right]
@@ -292,3 +295,67 @@ def test_a_replayed_graph_follows_what_x_and_the_values_have_become(name):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(result["y"], wide24.product(x, values, case.places, plan=plan))
+
+
+@on_gpu
+@pytest.mark.parametrize("name", ["pairs", "direct"])
+def test_both_products_of_a_packed_matrix_follow_its_values_also_in_replays(name, monkeypatch):
+    monkeypatch.setattr(wide24, "USUAL", wide24.PLANS[name])
+    case, result = Case(1024, 4096, "tile"), {}
+    form = Packed24.pack(case.weight, masks.decode(case.codes)).with_transpose()
+    x, dy = case.input(600), torch.randn(600, 1024, device="cuda").bfloat16()
+
+    def step():
+        form.mark_stale()
+        result["y"] = form.product(x, None, "wide")
+        result["dx"] = form.transposed.product(dy, None, "wide")
+
+    step()
+    graph = capture(step)
+    for _ in range(2):
+        form.values.data.mul_(-2)
+        for found in result.values():
+            found.fill_(torch.nan)
+        poison()
+        graph.replay()
+        torch.cuda.synchronize()
+        dense = form.unpack()
+        for found, given, matrix in ((result["y"], x, dense), (result["dx"], dy, dense.t())):
+            exact = given.double() @ matrix.double().t()
+            own, plain = (relative_error(y, exact) for y in (found, F.linear(given, matrix)))
+            assert own <= 1.1 * plain
+    step()  # what was replayed is what an eager step makes
+    assert torch.equal(result["y"], found_again(form, x))
+
+
+def found_again(form, x):
+    """A product by a copy of the matrix."""
+    return Packed24.from_codes(form.values, form.codes).product(x, None, "wide")
+
+
+@on_gpu
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize(("rows", "chunks"), [(4096, 4), (1000, 3), (130, 2)])
+def test_chunks_of_the_rows_have_the_bits_of_the_whole(rows, chunks, name):
+    case, plan = Case(704, 960), wide24.PLANS[name]
+    x, bias, bounds = case.input(rows), case.bias(), exchange.cut(rows, chunks)
+    parts = [case.product(x[a:b], bias, plan) for a, b in itertools.pairwise(bounds)]
+    assert all(part.is_contiguous() for part in parts)
+    assert torch.equal(torch.cat(parts), case.product(x, bias, plan))
+
+
+@on_gpu
+def test_products_on_two_streams_do_not_disturb_each_other():
+    cases = [Case(1024, 4096), Case(1024, 4096, "tile")]
+    inputs = [case.input(600, seed) for seed, case in enumerate(cases)]
+    operands = [wide24.Operand(case.values, case.codes) for case in cases]
+    alone = [own.product(x) for own, x in zip(operands, inputs, strict=True)]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for own, x, stream in zip(operands, inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(own.product(x))
+    torch.cuda.synchronize()
+    assert all(torch.equal(y, alone[i % 2]) for i, y in enumerate(found))
