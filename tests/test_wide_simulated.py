@@ -1,4 +1,4 @@
-"""`wide24.cu` on the CPU, by `hopper_simulator.cpp`: its products are exact, and faults are found."""
+"""`wide24.cu` on the CPU, by `hopper_simulator.cpp`: products are exact, and faults are found."""
 
 import shutil
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = [
 RIGHT = [name for name, plan in wide24.PLANS.items() if plan.right]
 SOURCE = (nvrtc.FOLDER / "wide24.cu").read_text(encoding="utf-8")
 
-# (N, K, B): one block; then ragged tiles of both, more tiles than clusters, more blocks than stages.
+# (N, K, B): one block; ragged tiles of both, more of them than clusters, more blocks than stages.
 SIZES = [(64, 64, 1), (448, 832, 300)]
 
 # What is wrong, in which plan: the text of the kernel and what is put in its place.
