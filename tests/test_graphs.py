@@ -47,6 +47,12 @@ def test_a_captured_evaluation_sees_what_was_trained_since(ranks, method, option
         assert moved > 0.01
 
 
+@layers
+def test_what_a_capture_recorded_is_not_taken_as_done(ranks, method, options):
+    for error in ranks.run(jobs.eager_after_a_capture, method, options):
+        assert error < 1e-6
+
+
 def test_an_optimizer_that_would_begin_anew_at_each_replay_is_refused(ranks):
     for said in ranks.run(jobs.captured_too_early, *LAYERS[0]):
         assert "run one whole step before the capture" in said
