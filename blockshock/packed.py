@@ -124,8 +124,8 @@ class Packed24:
     def product(self, x: Tensor, bias: Tensor | None = None, kernel: str = "cusparselt") -> Tensor:
         """X Wᵀ (+ bias [N]): x [B, K] -> [B, N], contiguous. kernel: a name in `kernels.products`.
 
-        "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for "folded" and
-        "thin" and "wide" after `recompress`, whose values only the library can read.
+        "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for all kernels but
+        "cusparselt" after `recompress`, whose values only the library can read.
         """
         if self._library_places and kernel != "cusparselt":
             raise ValueError(

@@ -1,5 +1,4 @@
-"""The 2:4 product Y = X Wᵀ for many rows of X on Hopper, W from registers: `wide24.cu`,
-whose instructions are in `hopper.cu`.
+"""The 2:4 product Y = X Wᵀ for many rows of X on Hopper, W from registers: `wide24.cu`.
 
     values    [N, K/2]              the kept entries, as everywhere
     places    [N/64, K/64, 128]     int32: the codes of `masks` in the order in which `wgmma.sp`
