@@ -94,8 +94,10 @@ def test_captured_steps_and_evaluations_follow_what_was_trained(on_hopper, mask,
     ):
         assert same < 1e-6
         assert moved > 0.01
-    for error in on_hopper.run(graph_jobs.eager_after_a_capture, "block_shock", options):
-        assert error < 1e-6
+    found = on_hopper.run(graph_jobs.eager_after_a_capture, "block_shock", options)
+    for trained in (True, False):
+        found += on_hopper.run(graph_jobs.loaded_after_a_capture, "block_shock", options, trained)
+    assert all(error < 1e-6 for error in found)
 
 
 @pytest.mark.parametrize("unseen", [False, True], ids=["a counted write", "one that is not"])

@@ -124,8 +124,7 @@ class PackedSplit(Split):
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
-        with torch.inference_mode(False):
-            self._rebuild()
+        self.upkeep()  # of the same mask in the same memory, which graphs may hold
 
     def _settle(self, packed: Packed24) -> None:
         """Takes a packed form of the weight; its values become the weight, if they are shared."""
