@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from blockshock.distributed import open_ranks
 
@@ -42,6 +43,16 @@ for sys.argv in json.loads(sys.stdin.read()):
     ends.append((code, said.buffer.getvalue().decode()))
 print(json.dumps(ends))
 """
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Faster where products are small, above all beside other work; sums have the same order as in
+    processes that are started with one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

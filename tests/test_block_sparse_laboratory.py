@@ -18,7 +18,10 @@ from blockshock.phases.session import CaseFailed, Laboratory
 from tests.block_sparse_checks import DEVICE
 
 # PyTorch says once a process that its sparse tensors are new.
-pytestmark = pytest.mark.filterwarnings("ignore:Sparse (BSR|CSR) tensor support is in beta")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Sparse (BSR|CSR) tensor support is in beta"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 CEILINGS = {
     "matrix_flops": {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11},

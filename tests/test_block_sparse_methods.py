@@ -75,12 +75,38 @@ def test_what_a_method_cannot_hold_is_refused_with_the_value_and_the_fix(name):
     }.items():
         with pytest.raises(ValueError, match=match):
             build(weight, **options)
+    bias = weight.new_zeros(128)
+    for match, operands in {
+        r"\[1, 128, 192\].*\[N, K\] is needed": (weight[None], None),
+        "int64": (weight.long(), None),
+        "on meta": (weight.to("meta"), None),
+        r"the bias is \w+ \[127\].*needs \w+ \[128\]": (weight, bias[1:]),
+        r"the bias is \w+ \[1, 128\]": (weight, bias[None]),
+        r"the bias is float32.*needs": (weight, bias.float()),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            build(*operands, block=32)
     ragged = weight[:100, :90]
     if name in ("torch_bsr", "semi_structured"):
         with pytest.raises(ValueError, match=r"N = 100.*multiple.*pad"):
             build(ragged, block=32)
     else:
         assert build(ragged, block=32)(problem()[2][:, :90]).shape == (40, 100)
+
+
+@pytest.mark.parametrize("name", ["bsr", "semi_structured"])
+def test_a_layer_on_the_meta_device_knows_its_tiles_and_is_given_memory_or_tensors(name):
+    weight, bias, x, _ = problem()
+    layer = METHODS[name].from_dense(weight, bias, block=32, sparsity=0.5)
+    for assign in (True, False):
+        twin = copy.deepcopy(layer).to("meta")
+        assert twin(x.to("meta")).shape == (40, 128)
+        assert twin.state_dict().keys() == layer.state_dict().keys()
+        if not assign:
+            twin.to_empty(device=DEVICE)
+        twin.load_state_dict(layer.state_dict(), assign=assign)
+        assert torch.equal(twin(x), layer(x))
+        assert torch.equal(twin.to_dense(), layer.to_dense())
 
 
 def semi(**options):
@@ -102,6 +128,32 @@ def test_the_2_to_4_form_follows_its_parameter():
         exact = F.linear(x.double(), twin.to_dense().double(), twin.bias.double())
         assert relative(twin(x), exact) < NEAR
         assert relative(twin.to_dense(), 2 * layer.to_dense()) < max(NEAR, 1e-6)  # float()
+        assert twin.values.data_ptr() == twin.packed.values.data_ptr()  # nothing is copied again
+
+
+def test_the_2_to_4_form_follows_memory_that_others_give_its_parameter():
+    layer, x = semi(), problem()[2]
+    gathered = layer.values.detach().clone()
+    layer.values.data = gathered  # as FSDP does, which writes what it gathers next there
+    for _ in range(2):
+        exact = F.linear(x.double(), layer.to_dense().double(), layer.bias.double())
+        assert relative(layer(x), exact) < NEAR
+        assert torch.equal(layer.packed.values, gathered)
+        gathered.mul_(2)
+    assert layer.values.data_ptr() == gathered.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["bsr", "semi_structured"])
+def test_inside_autocast_a_layer_trains_and_returns_no_view(name):
+    dtype = DTYPE if DEVICE == "cuda" else torch.float32  # autocast leaves float64 alone
+    weight, bias, x, _ = (t.to(dtype) for t in problem())
+    layer = METHODS[name].from_dense(weight, bias, block=32, sparsity=0.5)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = layer(x.view(2, -1, 192))
+    assert not y._is_view()
+    y.sum().backward()
+    assert layer.values.grad.dtype == layer.values.dtype
+    assert relative(layer.bias.grad, torch.full_like(bias, 40)) < 0.01
 
 
 def _loaded(layer):

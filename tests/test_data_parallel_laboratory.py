@@ -17,7 +17,13 @@ from blockshock.phases.data_parallel.problem import Problem, read
 from blockshock.phases.engine import Options
 from blockshock.phases.session import CaseFailed, Laboratory
 from blockshock.transformer import counts
-from tests.data_parallel_laboratory_jobs import TINY, case, wrong
+from tests.data_parallel_laboratory_jobs import (
+    TINY,
+    case,
+    outcomes,
+    truth_of_one_process,
+    wrong,
+)
 
 CEILINGS = {
     "matrix_flops": {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11},
@@ -104,14 +110,32 @@ def test_losses_of_the_first_steps_are_those_of_every_method_that_trains_all_ran
     assert info["rates"]["loss"] == losses["none"][-1]
 
 
-@pytest.mark.parametrize("kind", ["nothing", "sum, no mean", "a tensor is lost"])
+FAULTS = ["sum, no mean", "1% too long", "a tensor is lost", "a rank forgets a tensor"]
+OF_LENGTH = FAULTS[:2]
+
+
+@pytest.mark.parametrize("kind", ["nothing", *FAULTS])
 def test_the_check_fails_where_gradients_are_wrong(ranks, kind):
     for passes in ranks.run(wrong, kind):
         assert set(passes) == {"gradient", "update"}
         # Clipping makes a longer gradient as long as the right one: steps alone would not tell.
         assert passes["gradient"] == (kind == "nothing")
-        if kind != "sum, no mean":
+        if kind not in OF_LENGTH:
             assert passes["update"] == (kind == "nothing")
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_method_with_wrong_gradients_is_not_timed(ranks, kind):
+    for faulty, other in ranks.run(outcomes, kind, Options(rounds=3, ceilings=CEILINGS)):
+        assert "naive-32x1-V256-B2-T16-fp32 is wrong, so it is not timed" in faulty["failed"]
+        assert "times" not in faulty
+        assert len(other["times"]) == 3
+
+
+def test_the_truth_that_ranks_compute_together_is_that_of_one_process(ranks):
+    for gradient, update in ranks.run(truth_of_one_process, ranks.size):
+        assert gradient < 1e-12
+        assert update < 1e-9
 
 
 def test_the_first_weights_and_the_text_are_the_same_for_every_method_and_phase():

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from blockshock.lm.__main__ import main
 from tests import lm_runs
@@ -15,15 +14,6 @@ from tests.lm_runs import assert_same_run, finish, start, write
 
 STEPS = 200
 OPTIONS = {"train__steps": STEPS, "train__checkpoint_every": 7, "train__evaluate_batches": 2}
-
-
-@pytest.fixture
-def one_thread():
-    """As in the processes that are started: sums have the same order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def logged(folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from blockshock.distributed import RankFailure, Ranks, waiting
+from blockshock.distributed import RankFailure, Ranks, here, note, noting, waiting
 from tests.rank_jobs import (
     FAILURES,
     answer_or_sleep,
@@ -106,9 +106,24 @@ def test_a_run_that_takes_long_says_what_it_waits_for(monkeypatch, pool):
     assert second.endswith("; 1 s, ends at 1 s")
 
 
+def test_a_part_of_the_work_stands_before_the_note_and_an_error_leaves_it_there():
+    try:
+        note("checking")
+        with noting("the truth"):
+            assert here.last_note()[0] == "the truth, checking"
+        text, seconds = here.last_note()
+        assert text == "checking"
+        assert 0 <= seconds < 10
+        with pytest.raises(KeyError), noting("the truth"):
+            raise KeyError
+        assert here.last_note()[0] == "the truth, checking"
+    finally:
+        note("")
+
+
 def test_ranks_that_are_at_the_same_are_told_together():
-    states = [(0, waiting.at("a")), (1, waiting.at("b")), (2, waiting.at("a"))]
-    assert waiting.in_words(states) == "ranks 0, 2 at: a; rank 1 at: b"
+    states = [(0, waiting.at("a"), 7.0), (1, waiting.at("b"), 0.2), (2, waiting.at("a"), 8.0)]
+    assert waiting.in_words(states) == "ranks 0, 2 at: a (8 s); rank 1 at: b"
     assert waiting.at("x", silent=12.3).startswith("without a sign of life for 12 s")
 
 

@@ -31,7 +31,7 @@ def test_a_case_that_lacks_memory_beside_others_is_tried_alone():
             asked.append([case.method for case in args[0]])
             raise session.RankFailure(
                 "no memory", kind="raised", rank=0, exc_type="OutOfMemoryError",
-                note=f"preparing {args[0][-1].id}",
+                note=f"checking {args[0][-1].id}",
             )  # fmt: skip
 
     lab = Laboratory(Pool(), Options())

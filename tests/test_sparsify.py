@@ -53,7 +53,8 @@ def test_pruned_layers_are_replaced_and_the_model_computes_what_it_did():
     model.up.weight.requires_grad_(False)
     model.up.weight.no_decay, model.down.name = True, "b"
     old = model.down.weight
-    report = sparsify(model, block=32)
+    report = sparsify(model.eval(), block=32)
+    assert not model.up.training
     assert report.replaced == ["up", "down"]
     assert "is shared" in report.left["tied"]
     assert report.left["head"] == (

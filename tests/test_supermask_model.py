@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import blockshock
 from blockshock.block_sparse.model import apply_supermask, fold, set_sparsity, supermasks
@@ -40,6 +41,12 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(1))
+
+
+class Tied(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.weight = layer.weight
 
 
 def made():
@@ -90,6 +97,7 @@ def test_the_first_block_is_found_in_a_sequential_of_its_own():
     [
         (made, {}, "no settings; give linear="),
         (made, {"linear": HALF, "skip": ("blocks.9.*",)}, r"skip = 'blocks\.9\.\*' fits no"),
+        (made, {"linear": HALF, "skip": "head"}, r"give \('head',\)"),
         (lambda: nn.Linear(8, 8), {"linear": HALF}, "SupermaskLinear.from_dense"),
         (
             lambda: nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)),
@@ -117,7 +125,8 @@ def test_a_layer_that_cannot_be_covered_is_left_with_the_reason():
     })  # fmt: skip
     model["tied"].weight = model["embedding"].weight
     model["patched"].forward = lambda x: x
-    report = apply_supermask(model, linear=HALF)
+    with pytest.warns(UserWarning, match="apply_supermask changed nothing"):
+        report = apply_supermask(model, linear=HALF)
     assert report.replaced == []
     expected = {
         "small": "less than one tile",
@@ -130,7 +139,8 @@ def test_a_layer_that_cannot_be_covered_is_left_with_the_reason():
     assert report.left.keys() == expected.keys()
     assert all(text in report.left[name] for name, text in expected.items())
     apply_supermask(made_model := made(), linear=HALF)
-    again = apply_supermask(made_model, linear=HALF)
+    with pytest.warns(UserWarning, match="apply_supermask changed nothing"):
+        again = apply_supermask(made_model, linear=HALF)
     assert again.left["head"] == "it has a supermask already; fold it first"
 
 
@@ -149,6 +159,25 @@ def test_folding_gives_ordinary_layers_with_the_same_outputs_and_parameters():
     zeros = (model.blocks[0].mlp[0].weight.detach().view(8, 4, 4, 4) == 0).all(3).all(1)
     assert int(zeros.sum()) == 16
     assert fold(model) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: prune.l1_unstructured(model.head, "weight", 0.1), "'head' is computed"),
+        (lambda model: parametrizations.weight_norm(model.head), "'head' is computed"),
+        (lambda model: setattr(model, "table", Tied(model.head)), "'head' is shared"),
+    ],
+)
+def test_a_weight_that_a_mask_cannot_be_written_into_is_not_folded(change, message):
+    model = made()
+    apply_supermask(model, linear=HALF)
+    change(model)
+    before = model(images())
+    with pytest.raises(ValueError, match=message):
+        fold(model)
+    assert torch.equal(model(images()), before)
+    assert type(model.blocks[0].mlp[0]) is SupermaskLinear
 
 
 def test_an_optimizer_made_before_goes_on_after_covering_and_folding():
@@ -231,8 +260,9 @@ def test_sparsity_is_set_for_every_layer_of_a_model():
     apply_supermask(model, linear=HALF)
     set_sparsity(model, 0.75)
     assert {layer.sparsity for _, layer in supermasks(model)} == {0.75}
-    with pytest.raises(ValueError, match=r"sparsity = 0\.99"):
-        set_sparsity(model, 0.99)
+    with pytest.raises(ValueError, match=r"layer 'head': sparsity = 0\.95 of 12 tiles"):
+        set_sparsity(model, 0.95)  # the layers before the head have 32
+    assert {layer.sparsity for _, layer in supermasks(model)} == {0.75}
 
 
 def test_the_cubic_schedule_is_that_of_its_equation():

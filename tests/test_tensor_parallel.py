@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from blockshock.transformer import Decoder, TensorParallelDecoder, compile_model, counts, sync
+from blockshock.transformer.language_model import part_compiler
 from tests import tensor_parallel_jobs as jobs
 
 LIMIT = 2e-5  # relative, of float32 sums in another order
@@ -200,6 +201,27 @@ def test_models_of_all_plans_can_be_compiled_in_one_process():
         assert torch.allclose(model(tokens, targets), eager)
         with torch.no_grad():
             assert torch.allclose(model(tokens, targets), eager)
+
+
+def test_models_with_one_compiler_share_their_graphs():
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    tokens, targets = jobs.batch(jobs.config())
+    compiler, counted = part_compiler(backend=backend), []
+    for plan in ("spd", "spd", "2", "4"):
+        generator = torch.Generator().manual_seed(0)
+        model = TensorParallelDecoder(jobs.config(), plan=plan, generator=generator)
+        eager = model(tokens, targets)
+        model.compile_parts(compiler)
+        assert torch.allclose(model(tokens, targets), eager)
+        counted.append(len(graphs))
+    # Attention, MLP and head; then attention in the middle of a group and an MLP that ends none.
+    assert counted == [3, 3, 5, 5]
 
 
 def test_a_plan_of_many_places_compiles_beyond_the_usual_limit():

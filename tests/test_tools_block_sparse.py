@@ -190,7 +190,7 @@ LOG = """step,images,loss,top1,val_loss,sparsity,lr,grad_norm,images_per_s,secon
 def run(tmp_path):
     """Makes the folder of a run: run(name, sparsity, seed, evaluation changes)."""
 
-    def write(name, sparsity=0.8, seed=0, settings=(), **changed):
+    def write(name, sparsity=0.8, seed=0, settings=(), model=(), **changed):
         folder = tmp_path / name
         folder.mkdir()
         sizes = {"width": 64, "hidden": None, "depth": 4, "heads": 4, "patch": 2, "image": 8}
@@ -199,7 +199,7 @@ def run(tmp_path):
             "run": name,
             "device": "auto",
             "data": {"source": "digits", "workers": 8},
-            "model": sizes,
+            "model": sizes | dict(model),
             "sparse": {"linear": sparsity, "block": 16},
             "train": train | dict(settings),
             "log": {"every": 50},
@@ -267,6 +267,15 @@ def test_runs_that_are_not_evaluated_alike_or_elsewhere_are_refused(run):
     (first / "evaluation.json").unlink()
     with pytest.raises(ToolError, match=r"has no evaluation.json: run its `evaluate` first"):
         study.gathered([first])
+
+
+def test_a_model_that_is_named_by_its_shape_has_the_sizes_that_were_evaluated(run):
+    named = dict.fromkeys(("width", "hidden", "depth", "heads", "patch"))
+    sizes = {"width": 768, "hidden": 3072, "depth": 12, "heads": 12, "patch": 16, "image": 224}
+    case = study.entries(run("a", model=named, sizes=sizes))[0]["extra_info"]["case"]
+    assert (case["N"], case["K"], case["depth"], case["image"]) == (3072, 768, 12, 224)
+    with pytest.raises(ToolError, match=r"has no width where a run writes it"):
+        study.entries(run("b", model=named))
 
 
 def test_other_settings_make_another_recipe(run, tmp_path):

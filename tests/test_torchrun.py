@@ -248,8 +248,10 @@ def test_a_rank_that_stands_still_is_seen_and_named(tmp_path):
     code, out = finish(process)
     assert code != 0
     out = seen + out
-    said = r"still waiting: rank 0 at the start; rank 1 without a sign of life for \d s \(stopped\?"
-    assert re.search(said + r"\), last seen at: about to stop; [67] s, ends at 9 s", out), out
+    said = r"still waiting: rank 0 at the start \(\d s\); rank 1 without a sign of life for \d s "
+    assert re.search(
+        said + r"\(stopped\?\), last seen at: about to stop; [67] s, ends at 9 s", out
+    ), out
     assert re.search(cause, out), out
     assert "rank 0 of 2 did not answer" not in out
 

@@ -15,7 +15,7 @@ from blockshock.phases.transformer.axes import expand
 from blockshock.phases.transformer.case import TransformerCase
 from blockshock.transformer import Decoder, DecoderConfig
 from blockshock.transformer.sync import plan
-from tests.transformer_laboratory_jobs import TINY, case, wrong
+from tests.transformer_laboratory_jobs import TINY, case, truth_of_one_process, wrong
 
 CEILINGS = {
     "matrix_flops": {"fp32": 1e11, "bf16": 1e11, "fp16": 1e11},
@@ -78,11 +78,21 @@ def test_a_compiled_step_of_decoding_passes_the_same_check(lab):
         assert lab.result(one, point)[1]["errors"]["output"]["relative"] < 1e-5
 
 
+@pytest.mark.slow
+def test_compiled_steps_of_training_pass_the_same_check(lab):
+    point = [case("sync", method, compiled=True) for method in ("tp", "spd_2", "parallel")]
+    for one in point:
+        for figure in lab.result(one, point)[1]["errors"].values():
+            assert figure["relative"] < 1e-5
+
+
 @pytest.mark.parametrize(
     ("phase", "kind"),
     [
         ("sync", "another plan"),
         ("sync", "a rank's weight"),
+        ("sync", "1% too long"),
+        ("sync", "a rank forgets a gradient"),
         ("decode", "another plan"),
         ("decode", "a rank's weight"),
         ("decode", "a rank's cache"),
@@ -91,6 +101,13 @@ def test_a_compiled_step_of_decoding_passes_the_same_check(lab):
 def test_the_check_fails_where_a_part_is_wrong(ranks, phase, kind):
     found = ranks.run(wrong, phase, kind)
     assert not any(all(passes.values()) for passes, _ in found)
+
+
+@pytest.mark.parametrize("batch", [3, 1])  # fewer than the ranks: one of them has no sequence
+def test_the_truth_that_ranks_compute_together_is_that_of_one_process(ranks, batch):
+    for errors in ranks.run(truth_of_one_process, ranks.size, batch=batch):
+        assert errors.keys() == {"output", "gradient"}
+        assert max(errors.values()) < 1e-12
 
 
 def test_replicas_that_drift_apart_fail(ranks):

@@ -3,20 +3,10 @@
 import json
 
 import pytest
-import torch
 
 from blockshock.block_sparse.__main__ import main
 
 pytest.importorskip("sklearn", reason="the extra vision is not installed")
-
-
-@pytest.fixture
-def one_thread():
-    """Faster here: the products are small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def top1(folder, seed, sparsity):

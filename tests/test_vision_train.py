@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -12,6 +13,8 @@ from blockshock.runs import files
 from blockshock.vision import checkpoint
 from tests import vision_jobs, vision_runs
 from tests.vision_runs import Made, assert_same_run, rows, state, write
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +56,7 @@ def test_without_a_command_all_is_done_once(whole, capsys):
     assert (found["step"], found["storage"]) == (8, "bsr")
     assert found["folded"]["images"] == found["converted"]["images"] == 19
     assert found["folded"]["top1"] == pytest.approx(float(rows(whole)[-1]["top1"]))
+    assert found["sizes"]["hidden"] == 64
     assert found["apart"] < 1e-5
     assert (found["machine"]["kind"], found["machine"]["ranks"]) == ("cpu", 1)
     assert {"id", "dirty"} == (found["commit_info"] or {"id": 0, "dirty": 0}).keys()
@@ -88,7 +92,10 @@ def test_a_tiny_model_learns_made_up_images(tmp_path):
     assert found["converted"]["top1"] > 90
 
 
-@pytest.mark.parametrize("changed", [{}, {"train__average": 0.0, "train__autocast": "bf16"}])
+NO_AVERAGE = {"train__average": 0.0, "train__autocast": "bf16"}
+
+
+@pytest.mark.parametrize("changed", [{}, pytest.param(NO_AVERAGE, marks=pytest.mark.slow)])
 def test_a_signal_ends_the_step_and_a_resumed_run_is_the_same(
     whole, tmp_path, monkeypatch, capsys, changed
 ):
@@ -164,21 +171,21 @@ def test_what_does_not_fit_is_one_line_with_its_fix(whole, tmp_path, monkeypatch
     assert "use one of none, naive" in say("train", train__data_parallel="quick")
     assert "cannot be held so: " in say("evaluate", **there, use__storage="semi_structured")
     assert "sparse: skip = 'heads' fits no linear layer" in say("train", sparse__skip=["heads"])
+    assert "(64, 64) in a weight [64, 32]: sparsity = 0.5 of 1" in say("train", sparse__block=64)
+    for changes in {"sparse__block": 8}, {"sparse": {"linear": 0.0}}:
+        assert "use.storage = bsr: " in say(**changes)  # before anything is trained
+        assert not (tmp_path / "run/checkpoint.pt").exists()
     assert "model: width = 33 is no multiple" in say("train", model__width=33)
     with files.alone(tmp_path / "run", pytest.fail):
         assert "another process is training there" in say("train")
     diverging = {"train__lr": 1e30, "train__warmup": 0, "train__clip": 0.0}
     assert "the run diverged" in say("train", **diverging)
     assert (whole / "run/checkpoint.pt").read_bytes() == before
-
-
-def test_a_layer_that_keeps_no_tile_is_left_and_said(tmp_path, capsys):
-    assert run(write(tmp_path, sparse__block=64), "train") == 0
-    out = capsys.readouterr().out
-    assert (
-        "blocks.0.mlp.up: block = (64, 64) in a weight [64, 32]: sparsity = 0.5 of 1 tiles" in out
-    )
-    assert "no layer has a mask" not in out
+    shutil.copytree(whole / "run", tmp_path / "run", dirs_exist_ok=True)
+    for text in "step,other\n1,2\n", "step,memory_mib\none,2\n":
+        (tmp_path / "run/log.csv").write_text(text)
+        assert "no log with the columns of this version" in say("train", "--resume", train__steps=9)
+        assert (tmp_path / "run/log.csv").read_text() == text
 
 
 def test_a_checkpoint_of_a_language_model_is_refused(tmp_path, capsys):

@@ -2,10 +2,12 @@
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from blockshock.distributed.ranks import device
+from blockshock.measure.errors import relative_error
 from blockshock.phases.engine import Options, measure_point
-from blockshock.phases.transformer import PHASES, TransformerCase
+from blockshock.phases.transformer import PHASES, TransformerCase, simulation
 
 TINY = {"width": 32, "depth": 4, "heads": 4, "batch": 2, "T": 16, "vocabulary": 256}
 
@@ -30,6 +32,17 @@ def wrong(phase, kind):
             weights[0][0] += 1
     if kind == "a rank's cache" and last:
         run.caches.blocks[1][1][:, :, 3] = 0
+    if kind in ("1% too long", "a rank forgets a gradient"):
+        backward = run.backward
+
+        def faulty():
+            backward()
+            for p in run.model.parameters():
+                p.grad.mul_(1.01 if kind == "1% too long" else 1)
+            if kind == "a rank forgets a gradient" and last:
+                run.model.blocks[-1].out.weight.grad.zero_()
+
+        run.backward = faulty
     if kind == "a replica drifts":
         step = run.step
 
@@ -42,6 +55,19 @@ def wrong(phase, kind):
     experiment = function(one, run, problem)
     figures = experiment.check()
     return {name: figure.passes for name, figure in figures.items()}, experiment.replicated
+
+
+def truth_of_one_process(ranks, **sizes):
+    """By result, the relative difference of the truth from the simulation of the whole batch."""
+    one = case("sync", "spd_2", ranks=ranks, **sizes)
+    problem = PHASES["sync"][0].Problem(one, device())
+    found = problem.truth(one)
+    model, tokens = problem.in_dtype(torch.float64), problem.tokens
+    logits = simulation.logits(model, problem.plan(one), ranks, tokens[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+    whole = {"output": logits[:1].detach(), "gradient": gradient}
+    return {name: relative_error(whole[name], true) for name, (true, _) in found.items()}
 
 
 def outcomes(cases):

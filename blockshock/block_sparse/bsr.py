@@ -15,6 +15,7 @@ from blockshock.block_sparse import tiles
 from blockshock.kernels import block_lists, block_product
 from blockshock.kernels.block_lists import Lists
 from blockshock.kernels.block_plans import BLOCKS
+from blockshock.linear.extras import DTYPES
 
 
 def pack(
@@ -49,8 +50,33 @@ def unsupported(
     return None
 
 
-def check(cls, weight: Tensor, **options) -> None:
-    """Raises ValueError where a method cannot hold the weight with these options."""
+def bias_unsupported(weight: Tensor, bias: Tensor | None) -> str | None:
+    """Why a bias cannot stand beside a weight [N, K], or None.
+
+    A kernel would read past the end of one that is too short.
+    """
+    N = len(weight)
+    if bias is None or (bias.shape == (N,) and _like(bias) == _like(weight)):
+        return None
+    return (
+        f"the bias is {named(bias.dtype)} {list(bias.shape)} on {bias.device}: the weight needs "
+        f"{named(weight.dtype)} [{N}] on {weight.device}"
+    )
+
+
+def _like(tensor: Tensor) -> tuple[torch.dtype, torch.device]:
+    return tensor.dtype, tensor.device
+
+
+def check(cls, weight: Tensor, bias: Tensor | None, **options) -> None:
+    """Raises ValueError where a method cannot hold the weight and bias with these options."""
+    if weight.dim() != 2 or weight.dtype not in DTYPES or weight.is_meta:
+        raise ValueError(
+            f"the weight is {named(weight.dtype)} {list(weight.shape)} on {weight.device}: [N, K] "
+            f"is needed, with values, of {', '.join(map(named, DTYPES))}"
+        )
+    if reason := bias_unsupported(weight, bias):
+        raise ValueError(reason)
     like = {"dtype": weight.dtype, "device_type": weight.device.type}
     if reason := cls.unsupported(*weight.shape, **like, **options):
         raise ValueError(reason)
@@ -68,7 +94,7 @@ def choose(weight: Tensor, block: int, sparsity: float | None, mask: Tensor | No
     if mask is not None:
         if mask.dtype != torch.bool or tuple(mask.shape) != grid:
             raise ValueError(
-                f"a mask of {str(mask.dtype).removeprefix('torch.')} {list(mask.shape)}: bool "
+                f"a mask of {named(mask.dtype)} {list(mask.shape)}: bool "
                 f"{list(grid)} is needed, one for each {block} x {block} tile of "
                 f"{list(weight.shape)}"
             )
@@ -82,6 +108,11 @@ def choose(weight: Tensor, block: int, sparsity: float | None, mask: Tensor | No
             f"none of the {mask.numel()} tiles of {block} x {block} is kept; a layer needs one"
         )
     return mask
+
+
+def named(dtype: torch.dtype) -> str:
+    """Such as float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def nonzero(weight: Tensor, block: int) -> Tensor:

@@ -129,6 +129,7 @@ def _why_left(layer: nn.Linear, cls, options: dict) -> str | None:
     weight = layer.weight
     like = {"dtype": weight.dtype, "device_type": weight.device.type}
     reason = cls.unsupported(*weight.shape, **like, **options)
+    reason = reason or bsr.bias_unsupported(weight, layer.bias)
     if reason or options["sparsity"] is not None:
         return reason
     block = options["block"]

@@ -25,7 +25,7 @@ class BlockSparseLinear(nn.Module):
 
     activation: None, "relu" or "gelu" (the exact one), in the product's epilogue. kernel: "triton",
     "torch" (plain PyTorch, which multiplies by the expanded weight), or "auto": triton on GPUs of
-    compute capability 9.0 and newer in bf16 and fp16, else torch; `paths` says which.
+    compute capability 9 and 10 in bf16 and fp16, else torch; `paths` says which.
 
     A state_dict holds, besides values and bias, which tiles are kept; a state of the same sizes and
     block brings its own tiles, also another number of them. `load_state_dict` refuses any other.
@@ -75,7 +75,7 @@ class BlockSparseLinear(nn.Module):
         activation: str | None = None,
         kernel: str = "auto",
     ) -> "BlockSparseLinear":
-        """weight [N, K], of any sizes; bias [N]. block: 16, 32, 64, 128 or 256.
+        """weight [N, K], of any sizes; bias [N], alike. block: 16, 32, 64, 128 or 256.
 
         sparsity: the (1 − sparsity) tiles with the largest mean of |W| are kept. mask: bool
         [⌈N / block⌉, ⌈K / block⌉], the tiles to keep. Neither: the tiles that are not zero.
@@ -83,7 +83,7 @@ class BlockSparseLinear(nn.Module):
         Raises ValueError for what cannot be held, and as `bsr.pack`.
         """
         options = {"activation": activation, "kernel": kernel}
-        bsr.check(cls, weight, block=block, sparsity=sparsity, **options)
+        bsr.check(cls, weight, bias, block=block, sparsity=sparsity, **options)
         with torch.inference_mode(False), torch.no_grad():
             values, lists = bsr.pack(weight, block, sparsity=sparsity, mask=mask)
         return cls(values, lists, tuple(weight.shape), bias, **options)
@@ -94,10 +94,9 @@ class BlockSparseLinear(nn.Module):
         Raises ValueError for another number of features, dtype or device, and for a kernel that
         cannot run.
         """
-        values, bias = self.values, self.bias
-        # As F.linear does, which leaves float64 alone.
-        if torch.is_autocast_enabled(x.device.type) and values.dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(x.device.type)
+        self._follow()
+        values, bias, dtype = self.values, self.bias, parts.autocast_dtype(x)
+        if dtype and values.dtype != torch.float64:  # F.linear leaves float64 alone as well
             values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
         flat = parts.flatten(x, self.in_features, values)
         if self.by_triton(flat):
@@ -105,7 +104,9 @@ class BlockSparseLinear(nn.Module):
         else:
             product, width = block_product.product_reference, (self.out_features, self.in_features)
         y = product(flat, values, self.lists, width, bias=bias, activation=self.activation)
-        return y.view(*x.shape[:-1], self.out_features)
+        if self.activation == "relu" and x.dim() != 2:  # its backward reads y
+            return y.view(*x.shape[:-1], self.out_features)
+        return parts.unflatten(y, x)
 
     def to_dense(self) -> Tensor:
         """The weight [N, K], zeros where no tile is kept."""
@@ -160,16 +161,18 @@ class BlockSparseLinear(nn.Module):
                 errors.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")
                 return
         super()._load_from_state_dict(states, prefix, *others)
+        self._follow()
 
     def _take_tiles(self, mask: Tensor, values: Tensor) -> None:
         """Makes room for the tiles of a state; its values are copied afterwards."""
         with torch.inference_mode(False):
-            lists = block_lists.lists(mask.to(self.values.device))
+            lists = block_lists.lists(mask.to(self.lists.device))
             shape = lists.kept, self.block, self.block
             if tuple(values.shape) != shape:
                 raise ValueError(f"values {list(values.shape)} of a mask with {lists.kept} tiles")
             if self.values.shape != shape:
                 self.values.data = self.values.data.new_empty(shape)
+                self.values.grad = None  # of other tiles
             self.lists = lists
 
     def _about(self) -> dict:
@@ -181,8 +184,14 @@ class BlockSparseLinear(nn.Module):
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        self.lists = self.lists.to(self.values.device)
+        self._follow()
         return self
+
+    def _follow(self) -> None:
+        """Moves the lists to the values, which FSDP and `.data` move alone. Where these are on
+        meta, the lists stay: the tiles are known when memory for the values comes."""
+        if self.lists.device != self.values.device and not self.values.is_meta:
+            self.lists = self.lists.to(self.values.device)
 
     def by_triton(self, x: Tensor) -> bool:
         """Whether the kernels run on such an x; raises ValueError where they were asked for and

@@ -9,6 +9,7 @@ Layers are changed in place. They stay the same objects with the same parameters
 optimizers and other references stay right.
 """
 
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -41,18 +42,21 @@ def apply_supermask(
 
     A layer is left, with the reason, if its settings cannot be (a block that leaves no tile), if it
     is of a subclass, computes its weight, shares it with another module, has no values or has a
-    forward of its own. The report says so. An optimizer or a data-parallel wrapper that was made
-    before, and so lacks the scores, is a warning.
+    forward of its own. The report says so. When all are left, that is a warning, and so is an
+    optimizer or a data-parallel wrapper that was made before and so lacks the scores.
 
     Raises:
-        ValueError: nothing to do; a pattern of `skip` that fits no layer; no chain of blocks for
-            "first_block"; the model is itself a single layer. Nothing is changed then.
+        ValueError: nothing to do; one string as `skip`; a pattern of `skip` that fits no layer; no
+            chain of blocks for "first_block"; the model is itself a single layer. Nothing is
+            changed then.
     """
     if type(model) in COVERED or isinstance(model, Supermask):
         raise ValueError("the model is itself one layer; use SupermaskLinear.from_dense(model)")
     settings = {"linear": linear, "conv1x1": conv1x1, "conv": conv}
     if not any(settings.values()):
         raise ValueError("no settings; give linear=, conv1x1= or conv= the Settings of its layers")
+    if isinstance(skip, str):
+        raise ValueError(f"skip = {skip!r}: it takes several patterns; give ({skip!r},)")
     report, covered = Conversion("supermask"), []
     users, skipped = replacing.users(model), _skipped(model, skip)
     for name, layer in _layers(model):
@@ -72,6 +76,8 @@ def apply_supermask(
             "after, or give an optimizer them by add_param_group",
             stacklevel=2,
         )
+    if not covered:
+        warnings.warn(f"apply_supermask changed nothing: {report}", stacklevel=2)
     return report
 
 
@@ -83,19 +89,37 @@ def supermasks(model: nn.Module) -> Iterator[tuple[str, Supermask]]:
 def set_sparsity(model: nn.Module, sparsity: float) -> None:
     """Sets the sparsity of every covered layer; the next forward has it.
 
-    Raises ValueError for a sparsity outside [0, 1), or one that leaves a layer no tile; layers
-    before that one have it then.
+    Raises ValueError, and changes nothing, for a sparsity outside [0, 1), or one that leaves a
+    layer no tile.
     """
-    for _, layer in supermasks(model):
+    layers = dict(supermasks(model))
+    for name, layer in layers.items():
+        try:
+            tiles.kept(math.prod(layer.grid), sparsity)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
+    for layer in layers.values():
         layer.sparsity = sparsity
 
 
 def fold(model: nn.Module) -> list[str]:
     """Multiplies the masks into the weights, in place; returns the names of the layers.
 
-    They are nn.Linear and nn.Conv2d again, with the same outputs to the bit.
+    They are nn.Linear and nn.Conv2d again, with the same outputs to the bit. A fixed weight stays
+    one: `requires_grad_()` trains it again. A data-parallel wrapper that was made before waits for
+    the scores' gradients: to train on, wrap the model anew.
+
+    Raises ValueError, and changes nothing, for a layer that has no weight of its own to write to:
+    it is computed from other parameters, or another module uses it as well.
     """
-    found = dict(supermasks(model))
+    found, users = dict(supermasks(model)), replacing.users(model)
+    for name, layer in found.items():
+        layer.check_weight_is_held(name)
+        if users[replacing.place(layer.weight)] > 1:
+            raise ValueError(
+                f"the weight of {name!r} is shared with another module, which would lose the "
+                "dropped tiles; give the layer a copy of it first"
+            )
     for layer in found.values():
         layer.fold()
     encoders.restore(model, found.values())
@@ -124,7 +148,7 @@ def _why_left(layer: nn.Module, settings: Settings | None, users: Counter) -> st
         return f"a subclass ({type(layer).__name__}), which may be used by its weight"
     weight = layer._parameters.get("weight")
     if weight is None:
-        return "its weight is computed (weight_norm, spectral_norm), not held"
+        return "its weight is computed (weight_norm, spectral_norm, pruning), not held"
     if type(weight) is not nn.Parameter:
         return f"its weight is a {type(weight).__name__}, not a plain nn.Parameter"
     if weight.is_meta:

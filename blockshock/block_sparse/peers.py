@@ -41,7 +41,7 @@ class Dense(nn.Module):
         cls, weight, bias=None, *, block=64, sparsity=None, mask=None, activation=None
     ) -> "Dense":
         """As `BlockSparseLinear.from_dense`."""
-        bsr.check(cls, weight, block=block, sparsity=sparsity, activation=activation)
+        bsr.check(cls, weight, bias, block=block, sparsity=sparsity, activation=activation)
         mask = bsr.choose(weight, block, sparsity, mask)
         return cls(tiles.masked(weight.detach(), mask, (block, block)), bias, activation)
 
@@ -100,7 +100,7 @@ class TorchBSR(nn.Module):
         cls, weight, bias=None, *, block=64, sparsity=None, mask=None, activation=None
     ) -> "TorchBSR":
         """As `BlockSparseLinear.from_dense`; N and K must be multiples of the block."""
-        bsr.check(cls, weight, block=block, sparsity=sparsity, activation=activation)
+        bsr.check(cls, weight, bias, block=block, sparsity=sparsity, activation=activation)
         mask = bsr.choose(weight, block, sparsity, mask)
         weight = weight.detach()
         pair = _sparse(weight, mask, block), _sparse(weight.t(), mask.t(), block)
@@ -111,7 +111,7 @@ class TorchBSR(nn.Module):
         flat = parts.flatten(x, self.in_features, self.weight)
         y = _Product.apply(flat, self.weight, self.weight_t)
         y = y if self.bias is None else y + self.bias
-        return ACTIVATIONS[self.activation](y).view(*x.shape[:-1], self.out_features)
+        return ACTIVATIONS[self.activation](parts.unflatten(y, x))
 
     def to_dense(self) -> Tensor:
         """The weight [N, K]."""

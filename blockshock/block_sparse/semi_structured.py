@@ -58,7 +58,7 @@ class SemiStructured(nn.Module):
         cls, weight, bias=None, *, block=64, sparsity=None, mask=None, activation=None
     ) -> "SemiStructured":
         """As `BlockSparseLinear.from_dense`; N and K must be multiples of 64."""
-        bsr.check(cls, weight, block=block, sparsity=sparsity, activation=activation)
+        bsr.check(cls, weight, bias, block=block, sparsity=sparsity, activation=activation)
         with torch.inference_mode(False), torch.no_grad():
             mask = bsr.choose(weight, block, sparsity, mask)
             pruned = tiles.masked(weight, mask, (block, block))
@@ -68,13 +68,13 @@ class SemiStructured(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]. Raises ValueError for another size, dtype or device."""
         flat = parts.flatten(x, self.in_features, self.values)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.values.is_meta:
             packed = self.packed
             y = _product_op(flat, packed.compressed, self.values, packed.codes, self.bias)
         else:
             self._follow()
             y = _Product.apply(flat, self.values, self.bias, self.packed)
-        return ACTIVATIONS[self.activation](y).view(*x.shape[:-1], self.out_features)
+        return ACTIVATIONS[self.activation](parts.unflatten(y, x))
 
     def to_dense(self) -> Tensor:
         """The weight [N, K]."""
@@ -113,29 +113,61 @@ class SemiStructured(nn.Module):
         return state.save(self.packed.codes, self._about())
 
     def set_extra_state(self, kept: Tensor) -> None:
-        """The codes are taken before the values."""
+        """The codes are taken with the values."""
 
     def _load_from_state_dict(self, states, prefix, *others) -> None:
+        codes = None
         if f"{prefix}values" in states:
-            told, codes = states.get(f"{prefix}_extra_state"), self.packed.codes
+            told = states.get(f"{prefix}_extra_state")
             try:
-                codes = state.load(told, codes.shape, self._about())
+                codes = state.load(told, self.packed.codes.shape, self._about())
                 check_codes(codes)
             except ValueError as error:
                 errors = others[-1]
                 errors.append(f"{prefix.rstrip('.') or 'the layer'}: {error}")
                 return
-            self._pack(codes)
+        if codes is not None and type(self.values) is not nn.Parameter:  # sharded by FSDP
+            if not torch.equal(codes, self.packed.codes.cpu()):
+                others[-1].append(f"{prefix}values: shards of other entries; load before sharding")
+                return
+            codes = None
+        known = len(others[-1])
         super()._load_from_state_dict(states, prefix, *others)
+        if codes is not None and len(others[-1]) == known and not self.values.is_meta:
+            self._pack(codes)
 
     def _about(self) -> dict:
         return {"method": self.method, "shape": [self.out_features, self.in_features]}
 
-    def _follow(self) -> None:
+    def __setstate__(self, kept) -> None:
+        super().__setstate__(kept)
+        self._share()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._share()
+        return self
+
+    def _share(self) -> None:
         """The packed form shares the parameter's memory; a cast or a copy gives that another."""
-        values = self.packed.values
-        if self.values.data_ptr() != values.data_ptr() or self.values.dtype != values.dtype:
+        if type(self.values) is nn.Parameter and not self.values.is_meta and self._apart():
             self._pack(self.packed.codes)
+
+    def _follow(self) -> None:
+        """Copies the values where others give the parameter memory of their own, as FSDP does in
+        each forward: it would not find what it gathers next in any other memory."""
+        if self.values.is_meta or not self._apart():
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            values, packed = self.values.detach(), self.packed
+            if (values.dtype, values.device) == (packed.values.dtype, packed.values.device):
+                packed.values.copy_(values)
+            else:
+                self.packed = Packed24.from_codes(values, packed.codes.to(values.device))
+
+    def _apart(self) -> bool:
+        values = self.packed.values
+        return self.values.data_ptr() != values.data_ptr() or self.values.dtype != values.dtype
 
     def _pack(self, codes: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -151,7 +183,8 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x, values, bias, packed):
         ctx.save_for_backward(x, values)
         ctx.packed = packed
-        return packed.product(x, bias, _kernel(packed, len(x)))
+        with torch.autocast(x.device.type, enabled=False):  # it computes in the values' dtype
+            return packed.product(x, bias, _kernel(packed, len(x)))
 
     @staticmethod
     def backward(ctx, dy):
@@ -162,8 +195,9 @@ class _Product(torch.autograd.Function):
             )
         x, _ = ctx.saved_tensors
         of_x, of_values, of_bias, _ = ctx.needs_input_grad
-        dx = dy @ ctx.packed.unpack() if of_x else None
-        dvalues = ctx.packed.kept_gradient(dy, x) if of_values else None
+        with torch.autocast(dy.device.type, enabled=False):  # a caller may be in one
+            dx = dy @ ctx.packed.unpack() if of_x else None
+            dvalues = ctx.packed.kept_gradient(dy, x) if of_values else None
         return dx, dvalues, dy.sum(0) if of_bias else None, None
 
 
@@ -176,7 +210,8 @@ def _product_op(
             "a semi_structured layer was cast or copied before it was compiled; call it once as it "
             "is, and compile it then"
         )
-    return sparse24.product(x, compressed, values, codes, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        return sparse24.product(x, compressed, values, codes, bias)
 
 
 @_product_op.register_fake

@@ -11,7 +11,8 @@ The scores' gradient is straight-through: the step from score to bit counts as t
 is the derivative of the loss by m_t as if m_t were a real number (Ramanujan et al.,
 arXiv:1911.13299, section 3: a score per weight, and the weights fixed).
 
-"masked" is the derivative of Y = X (W ∘ m)ᵀ: a dropped tile rests until its score brings it back.
+"masked" is the derivative of Y = X (W ∘ m)ᵀ: a dropped tile has no gradient until its score brings
+it back. (An optimizer's momentum and weight decay still act on it.)
 "through" is SuperBlock's (https://pytorch.org/blog/speeding-up-vits, `ApplyMask` in torchao): all
 of W is trained as if nothing were dropped, so that a tile comes back with a weight that followed.
 torchao also lets dWm through to the scores without the factor W; then a score does not see whether
@@ -130,24 +131,43 @@ class Supermask:
     def fold(self) -> nn.Module:
         """The ordinary layer again, in place: the same object and parameters, without scores.
 
-        The mask is multiplied into the weight, so what was dropped is zero from here on.
+        The mask is multiplied into the weight, so what was dropped is zero from here on. Raises
+        ValueError as `check_weight_is_held`.
         """
+        self.check_weight_is_held("the layer")
         self.weight.copy_(self.masked_weight())
         del self.scores, self.kept, self.block, self.grid, self.gradient
         self.__class__ = self.plain
         return self
+
+    def check_weight_is_held(self, name: str) -> None:
+        """Raises ValueError where the weight is computed anew in each forward, so that a mask that
+        is written into it would be lost."""
+        if "weight" not in self._parameters:
+            raise ValueError(
+                f"the weight of {name!r} is computed (weight_norm, spectral_norm, pruning), not "
+                "held; remove that (remove_parametrizations, prune.remove) before it is folded"
+            )
 
     def get_extra_state(self) -> Tensor:
         """The block: scores of another block may have the same shape."""
         return torch.tensor(self.block)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raises RuntimeError for the state of a layer with another block."""
-        if state.tolist() != list(self.block):
-            raise RuntimeError(
-                f"the state has scores of tiles {tuple(state.tolist())}, the layer of "
-                f"{self.block}; make the layer with the same block"
+        """The block is compared before anything is loaded."""
+
+    def _load_from_state_dict(self, states, prefix, *others) -> None:
+        told = states.get(f"{prefix}_extra_state")
+        if told is not None and told.tolist() != list(self.block):
+            found = (
+                f"tiles {tuple(told.tolist())}" if told.numel() == 2 else "another kind of layer"
             )
+            others[-1].append(
+                f"{prefix.rstrip('.') or 'the layer'}: the state has scores of {found}, the "
+                f"layer of {self.block}; make the layer with the same block"
+            )
+            return
+        super()._load_from_state_dict(states, prefix, *others)
 
     def extra_repr(self) -> str:
         """As the ordinary layer's, with the block and the gradient."""

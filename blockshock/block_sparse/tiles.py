@@ -7,6 +7,7 @@ is bool [⌈N / b0⌉, ⌈K / b1⌉]; True keeps the tile. Nothing here waits fo
 """
 
 import math
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,8 @@ def check(block: int | Block, sparsity: float, shape: tuple[int, int]) -> Block:
 
 def check_sparsity(sparsity: float) -> None:
     """Raises ValueError where the share of the tiles that is dropped is not in [0, 1)."""
-    if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity = {sparsity}: a number from 0 to below 1 is needed")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity = {sparsity!r}: a number from 0 to below 1 is needed")
 
 
 def kept(tiles: int, sparsity: float) -> int:
@@ -99,7 +100,8 @@ def keep_most(scores: Tensor, count: int | Tensor) -> Tensor:
 
 def expand(mask: Tensor, shape: tuple[int, int], block: Block) -> Tensor:
     """A value per tile [rows, columns] as a value per element [N, K], in the same dtype."""
-    (rows, columns), (b0, b1) = grid(shape, block), block
+    b0, b1 = block = _within(shape, block)
+    rows, columns = grid(shape, block)
     whole = mask[:, None, :, None].expand(rows, b0, columns, b1)
     return whole.reshape(rows * b0, columns * b1)[: shape[0], : shape[1]]
 
@@ -109,7 +111,7 @@ def masked(weight: Tensor, mask: Tensor, block: Block) -> Tensor:
 
     They are written, not multiplied in: an infinity or NaN in a dropped tile is gone.
     """
-    zero = weight.new_zeros(())
+    zero, block = weight.new_zeros(()), _within(weight.shape, block)
     if not _even(weight, block):
         return torch.where(expand(mask, weight.shape, block), weight, zero)
     whole = torch.where(mask[:, None, :, None], _tiled(weight, block), zero)
@@ -118,6 +120,7 @@ def masked(weight: Tensor, mask: Tensor, block: Block) -> Tensor:
 
 def tile_sums(tensor: Tensor, block: Block) -> Tensor:
     """The sum of each tile of [N, K]: [rows, columns], float32, or float64 for float64."""
+    block = _within(tensor.shape, block)
     if not _even(tensor, block):
         (N, K), (rows, columns) = tensor.shape, grid(tensor.shape, block)
         tensor = F.pad(tensor, (0, columns * block[1] - K, 0, rows * block[0] - N))
@@ -135,6 +138,11 @@ def magnitude(weight: Tensor, block: Block) -> Tensor:
     heights = (N - b0 * torch.arange(rows, device=sums.device)).clamp(max=b0)
     widths = (K - b1 * torch.arange(columns, device=sums.device)).clamp(max=b1)
     return sums / (heights[:, None] * widths)
+
+
+def _within(shape: tuple[int, int], block: Block) -> Block:
+    """The tile cut to the size of the weight, so that nothing past it takes memory."""
+    return max(1, min(block[0], shape[0])), max(1, min(block[1], shape[1]))
 
 
 def _even(tensor: Tensor, block: Block) -> bool:

@@ -121,7 +121,7 @@ class AttachedRanks:
                 raise
             except BaseException as error:
                 mine.told(here.describe(error))
-            mine.note = here.last_note()
+            mine.note, _ = here.last_note()
             watch.arrived(mine)
             heard: list[Any] = [None] * self.size
             try:

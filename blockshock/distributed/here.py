@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import datetime
 import mmap
+import struct
 import time
 import traceback
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ class _Here:
     rank: int | None = None  # None outside a rank
     device: torch.device | None = None
     note: str = ""
-    board: mmap.mmap | None = None  # the note, where the parent finds it whatever befalls the rank
+    since: float = 0.0  # when the note was made, on the clock `time.monotonic`
+    board: mmap.mmap | None = None  # both, where the parent finds it whatever befalls the rank
 
 
 def note(text: str) -> None:
@@ -33,15 +36,40 @@ def note(text: str) -> None:
     Costs about a microsecond and wakes nobody, so it may stand between timed regions. Outside a
     rank it does no harm.
     """
-    _Here.note = text
+    _Here.note, _Here.since = text, time.monotonic()
     if _Here.board is not None:
-        data = text.encode(errors="replace")[: NOTE_BYTES - 1] + b"\0"
+        data = on_board(text, _Here.since)
         _Here.board[: len(data)] = data
 
 
-def last_note() -> str:
-    """The last note of this process."""
-    return _Here.note
+@contextmanager
+def noting(part: str) -> Iterator[None]:
+    """Meanwhile the note says which part of the work it is: "part, the note so far".
+
+    Decorates functions as well. An error leaves the note as it is, for the message of the failure.
+    """
+    whole = _Here.note
+    note(f"{part}, {whole}" if whole else part)
+    yield
+    note(whole)
+
+
+def last_note() -> tuple[str, float]:
+    """The last note of this process, and how many seconds it stands."""
+    return _Here.note, time.monotonic() - _Here.since
+
+
+def on_board(text: str, since: float) -> bytes:
+    """A note as it stands on the board."""
+    head = struct.pack("d", since)
+    return head + text.encode(errors="replace")[: NOTE_BYTES - len(head) - 1] + b"\0"
+
+
+def from_board(data: bytes) -> tuple[str, float]:
+    """The note of another process of this host, and how many seconds it stands."""
+    (since,) = struct.unpack_from("d", data)
+    text = data[struct.calcsize("d") :].split(b"\0")[0]
+    return text.decode(errors="replace"), time.monotonic() - since
 
 
 def device() -> torch.device:

@@ -8,6 +8,7 @@ import os
 import pickle
 import signal
 import socket
+import time
 from pathlib import Path
 
 from blockshock.distributed import here, rank_main, wire
@@ -24,7 +25,8 @@ class Member:
         self._note = Path(setup.directory, f"note-{self.rank}")
         self.stacks = Path(setup.directory, f"stacks-{self.rank}")
         # Its bytes are written here, so that a full disk is an error now and not a SIGBUS there.
-        self._note.write_bytes(bytes(here.NOTE_BYTES))
+        start = here.on_board("", time.monotonic())
+        self._note.write_bytes(start.ljust(here.NOTE_BYTES, b"\0"))
         self.sock, self._theirs = socket.socketpair()
         self.sock.setblocking(False)
         self.process = CONTEXT.Process(
@@ -115,9 +117,9 @@ class Member:
         with contextlib.suppress(ValueError):  # it could not be killed
             self.process.close()
 
-    def note(self) -> str:
-        """What it said last."""
-        return self._note.read_bytes().split(b"\0")[0].decode(errors="replace")
+    def note(self) -> tuple[str, float]:
+        """What it said last, and how many seconds ago."""
+        return here.from_board(self._note.read_bytes())
 
     def report(self, code: int | None, note: str) -> Report:
         """What became of it. `code` and `note`: its exit code and note before it was killed."""

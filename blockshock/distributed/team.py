@@ -20,7 +20,7 @@ from blockshock.distributed import wire
 from blockshock.distributed.failure import RankFailure, compose
 from blockshock.distributed.member import Member
 from blockshock.distributed.rank_main import Setup
-from blockshock.distributed.waiting import Waiting, at
+from blockshock.distributed.waiting import State, Waiting, at
 
 START_SECONDS = 300.0  # to import torch from a cold disk and join NCCL; no part of a run's limit
 GRACE_SECONDS = 0.3  # after the first failure: for the other ranks' own reports
@@ -118,9 +118,10 @@ class Team:
                         deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         return failed
 
-    def _states(self) -> list[tuple[int, str]]:
-        """Of each silent rank: its number, and what it is at."""
-        return [(m.rank, at(m.note(), stopped=m.stopped)) for m in self.members if m.silent]
+    def _states(self) -> list[State]:
+        """Of each silent rank."""
+        notes = [(m, *m.note()) for m in self.members if m.silent]
+        return [(m.rank, at(note, stopped=m.stopped), seconds) for m, note, seconds in notes]
 
     def _failure(self, failed: list[Member], limit: float, call: str) -> RankFailure:
         """Asks the silent ranks where they stand, kills all, and says what happened.
@@ -131,7 +132,7 @@ class Team:
         """
         silent = [member for member in self.members if member.silent]
         stopped = [member for member in silent if member.stopped]
-        notes = [member.note() for member in self.members]  # the signal may wake a rank
+        notes = [member.note()[0] for member in self.members]  # the signal may wake a rank
         self._ask_for_stacks([member for member in silent if member.ready])
         for member in self.members:
             if member.gone:

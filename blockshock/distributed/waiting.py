@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 FIRST_SECONDS = 15.0  # a run that takes longer says what it waits for
 EVERY_SECONDS = 30.0
 
+State = tuple[int, str, float]  # a rank, what it is at, and for how many seconds
+
 
 class Waiting:
     """The clock of one run: `limit` seconds, and a line to `tell` when it takes long."""
@@ -18,8 +20,8 @@ class Waiting:
         self._began = time.monotonic()
         self.next = self._began + FIRST_SECONDS  # when the next line is due
 
-    def look(self, ranks: Callable[[], Iterable[tuple[int, str]]]) -> None:
-        """Tells a line if one is due. ranks: (number, what it is at) of all that are waited for."""
+    def look(self, ranks: Callable[[], Iterable[State]]) -> None:
+        """Tells a line if one is due. ranks: all that are waited for."""
         now = time.monotonic()
         if now < self.next:
             return
@@ -29,15 +31,17 @@ class Waiting:
             self._tell(f"still waiting: {in_words(ranks())}; {seconds}")
 
 
-def in_words(ranks: Iterable[tuple[int, str]]) -> str:
-    """[(0, "at: a"), (1, "at: a")] -> "ranks 0, 1 at: a", one part for each state."""
-    states: dict[str, list[str]] = defaultdict(list)
-    for rank, state in ranks:
-        states[state].append(str(rank))
-    return "; ".join(
-        f"rank{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} {state}"
-        for state, numbers in states.items()
-    )
+def in_words(ranks: Iterable[State]) -> str:
+    """[(0, "at: a", 7), (1, "at: a", 8)] -> "ranks 0, 1 at: a (8 s)", one part for each state."""
+    states: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for rank, state, seconds in ranks:
+        states[state].append((str(rank), seconds))
+    return "; ".join(_together(state, *zip(*found, strict=True)) for state, found in states.items())
+
+
+def _together(state: str, ranks: tuple[str, ...], seconds: tuple[float, ...]) -> str:
+    long = f" ({max(seconds):.0f} s)" if max(seconds) >= 1 else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)} {state}{long}"
 
 
 def at(note: str, *, stopped: bool = False, silent: float = 0.0) -> str:

@@ -21,7 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from blockshock.distributed import here
 from blockshock.distributed.failure import RankFailure, Report
-from blockshock.distributed.waiting import Waiting, at, in_words
+from blockshock.distributed.waiting import State, Waiting, at, in_words
 
 GRACE_SECONDS = 10.0  # after a failure: for all ranks to come to the gathering
 TICK_SECONDS = 0.5  # how often it looks around
@@ -59,7 +59,7 @@ class Watch:
         now = time.monotonic()
         self._deadline, self._next_beat = now + self._limit, now + BEAT_SECONDS
         self._waiting = Waiting(self._limit, self._tell)
-        self._signs = dict.fromkeys(range(self._size), ("", now))  # the last, and when it came
+        self._signs = dict.fromkeys(range(self._size), ("0 0 ", now))  # the last, and when it came
         self._thread.start()
         return self
 
@@ -100,22 +100,26 @@ class Watch:
         if Job.store is None or now < self._next_beat:
             return
         self._next_beat = now + BEAT_SECONDS
-        note = f"the end of {self._what}" if self._mine else here.last_note()
+        note, seconds = (f"the end of {self._what}", 0.0) if self._mine else here.last_note()
         with contextlib.suppress(RuntimeError):  # the store is gone: `_told` notices it
-            Job.store.set(f"sign {self._rank}", f"{now} {note}")
+            Job.store.set(f"sign {self._rank}", f"{now} {seconds:.0f} {note}")
             for rank, (last, _) in self._signs.items():
                 sign = f"sign {rank}"
                 found = Job.store.get(sign).decode() if Job.store.check([sign]) else ""
                 if found != last:
                     self._signs[rank] = (found, now)
 
-    def _states(self) -> list[tuple[int, str]]:
-        """Of each rank: its number, and what it is at."""
-        now = time.monotonic()
-        return [
-            (rank, at(sign.partition(" ")[2], silent=(now - when) * (now - when > SILENT_SECONDS)))
-            for rank, (sign, when) in self._signs.items()
-        ]
+    def _states(self) -> list[State]:
+        """Of each rank."""
+        states = []
+        for rank, (sign, when) in self._signs.items():
+            _, seconds, note = sign.split(" ", 2)
+            silent = time.monotonic() - when
+            if silent > SILENT_SECONDS:
+                states.append((rank, at(note, silent=silent), 0.0))
+            else:
+                states.append((rank, at(note), float(seconds)))
+        return states
 
     def _cause(self) -> str:
         now = time.monotonic()
@@ -124,7 +128,7 @@ class Watch:
             told = in_words(state for state in self._states() if state[0] in still)
             return f"{told}, in {self._what}; the limit is {self._limit:g} s\n{self._stand()}"
         if self._mine is None:
-            note = here.last_note()
+            note, _ = here.last_note()
             doing = f"{self._what}, while: {note}" if note else self._what
             head = f"{self._who} did not answer within {self._limit:g} s, in {doing}"
             return f"{head}\n{self._stand()}"

@@ -45,6 +45,11 @@ class Lists:
         return len(self.rows.turns), len(self.columns.turns)
 
     @property
+    def device(self) -> torch.device:
+        """Of its tensors."""
+        return self.lines.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(x.nbytes for x in self.tensors())
@@ -66,7 +71,7 @@ class Lists:
 
     def mask(self) -> Tensor:
         """The tile mask again: bool [R, C]."""
-        mask = torch.zeros(self.grid, dtype=torch.bool, device=self.lines.device)
+        mask = torch.zeros(self.grid, dtype=torch.bool, device=self.device)
         mask[self.lines.long(), self.rows.others.long()] = True
         return mask
 

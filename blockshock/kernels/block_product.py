@@ -33,10 +33,10 @@ def unsupported(dtype: torch.dtype, device: torch.device | str) -> str | None:
         )
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        if major < 9:
+        if major not in (9, 10):
             return (
-                "the block-sparse kernels need a GPU of compute capability 9.0 or newer, this is "
-                f"{major}.{minor}; use kernel 'torch'"
+                "the block-sparse kernels need a GPU of compute capability 9 or 10, with 228 KB of "
+                f"shared memory a processor, this is {major}.{minor}; use kernel 'torch'"
             )
         return None
     if os.environ.get("TRITON_INTERPRET") != "1":

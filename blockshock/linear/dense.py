@@ -52,7 +52,7 @@ class DenseSingle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         flat = parts.flatten(x, self.weight.shape[1], self.weight)
-        return F.linear(flat, self.weight, self.bias).view(*x.shape[:-1], self.weight.shape[0])
+        return parts.unflatten(F.linear(flat, self.weight, self.bias), x)
 
     def to_dense(self) -> Tensor:
         """The weight [N, K]."""

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 _KNOWN = set(vars(nn.Linear(1, 1, device="meta")))
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_NAMES = ", ".join(map(str, _DTYPES))
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_NAMES = ", ".join(map(str, DTYPES))
 _PLAIN = (bool, int, float, str, bytes, type(None), enum.Enum, torch.dtype, torch.device)
 _GONE = object()
 
@@ -21,13 +21,13 @@ def why_not(layer: nn.Linear) -> str | None:
     if type(layer) is not nn.Linear:
         return f"a subclass of nn.Linear ({type(layer).__name__}), which may be used by its weight"
     if "weight" not in layer._parameters:
-        return "its weight is computed (weight_norm, spectral_norm), not held"
+        return "its weight is computed (weight_norm, spectral_norm, pruning), not held"
     for name, parameter in _parameters(layer):
         if type(parameter) is not nn.Parameter:
             return f"its {name} is a {type(parameter).__name__}, not a plain nn.Parameter"
         if parameter.is_meta:
             return f"its {name} is on the meta device, without values; load the model first"
-        if parameter.dtype not in _DTYPES:
+        if parameter.dtype not in DTYPES:
             return f"its {name} is {parameter.dtype}; it must be one of {_NAMES}"
         if parameter.grad is not None:
             return f"its {name} has a gradient, which would be lost; call zero_grad() first"

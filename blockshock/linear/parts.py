@@ -127,7 +127,7 @@ def apply(layer, x: Tensor, like: Tensor | None = None) -> Tensor:
         )
     flat = flatten(x, layer.input.columns, layer.weight if like is None else like)
     y = functions.apply(layer, flat, ways)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return unflatten(y, x)
 
 
 def even_unsupported(name: str, size: int, ranks: int) -> str | None:
@@ -177,6 +177,14 @@ def _stack(blocks, source, height: int) -> Tensor:
     return part
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype of products with x inside autocast, None outside; the meta device has none."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
 def flatten(x: Tensor, width: int, like: Tensor) -> Tensor:
     """x [..., K] -> [B, K]. Raises ValueError when K, or the dtype or device of `like`, are not
     x's.
@@ -185,7 +193,7 @@ def flatten(x: Tensor, width: int, like: Tensor) -> Tensor:
     """
     if x.shape[-1] != width:
         raise ValueError(f"x has {x.shape[-1]} features, the layer takes {width}")
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+    if autocast_dtype(x) and x.is_floating_point():
         x = x.to(like.dtype)
     if x.dtype != like.dtype or x.device != like.device:
         raise ValueError(
@@ -193,6 +201,17 @@ def flatten(x: Tensor, width: int, like: Tensor) -> Tensor:
             "convert one of them"
         )
     return x.reshape(-1, width)
+
+
+def unflatten(y: Tensor, x: Tensor) -> Tensor:
+    """y [B, N] -> [..., N] for an x [..., K]. As F.linear's it is no view: FSDP's hooks are on the
+    tensor that a layer returns, and are lost where that is a view and is written to.
+
+    No backward may have saved y: writes to the result would not be noticed.
+    """
+    if x.dim() == 2:
+        return y
+    return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def place_pairs(terms: list[Tensor], out: Tensor, *, places: columns.Places) -> None:

@@ -92,7 +92,7 @@ def measure_point(cases: list[Case], options: Options) -> list[dict]:
     problem.warm_up()
     outcomes, ready, need = [], [], 0
     for case in cases:
-        note(f"preparing {case.id}")
+        note(f"building {case.id}")
         if clock.agree_largest(float(memory.room(device) < need), device):
             outcomes.append({"refused": "no room beside its neighbours", "crowded": True})
             continue
@@ -132,6 +132,7 @@ def _prepare(case: Case, problem, stopwatch, options: Options) -> Prepared:
         prepared.outcome["refused"] = str(refusal or "another rank could not build it")
         return prepared
     experiment = family(case).phases[case.phase](case, built, problem)
+    note(f"checking {case.id}")
     figures = experiment.check()
     same = all(collectives.same_on_all_ranks(t) for t in experiment.replicated.values())
     experiment.replicated.clear()
@@ -143,6 +144,7 @@ def _prepare(case: Case, problem, stopwatch, options: Options) -> Prepared:
         return prepared
     if not options.rounds:
         return prepared
+    note(f"warming up {case.id}")
     outcome.update(experiment.extra)
     _, peak = memory.peak(experiment.step, device, before + memory.held(problem))
     outcome.update(family(case).figures(case, built, problem, experiment, options.ceilings))

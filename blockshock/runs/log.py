@@ -88,12 +88,21 @@ def _cut(path: Path, columns: list[str], begun: int) -> None:
     """Leaves the header and the whole rows up to step `begun`; a resumed run writes the later ones.
 
     A full disk can leave a part of the last row, whose step may have lost digits.
+
+    Raises:
+        Refused: it is no log of this program; it is not overwritten.
     """
     rows = []
     if begun and path.is_file():
-        with path.open(newline="") as file:
-            found = (row for row in csv.DictReader(file) if row[columns[-1]])
-            rows = [row for row in found if int(row["step"]) <= begun]
+        try:
+            with path.open(newline="") as file:
+                found = (row for row in csv.DictReader(file) if row[columns[-1]])
+                rows = [row for row in found if int(row["step"]) <= begun]
+        except (KeyError, ValueError, csv.Error) as error:
+            raise Refused(
+                f"{path} is no log with the columns of this version; move it elsewhere, and the "
+                "run goes on with a new one"
+            ) from error
     lines = [",".join(columns), *(",".join(row[name] or "" for name in columns) for row in rows)]
     with written_whole(path) as out:
         out.write("".join(f"{line}\r\n" for line in lines).encode())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from types import FunctionType
 from typing import TypeVar
 
@@ -228,8 +229,16 @@ def compile_model(model: Model, **options) -> Model:
     `decode_step` stay eager: sizes change with every token (see
     `TensorParallelDecoder.compile_decoding`).
     """
-    model.compile_parts(lambda function: torch.compile(_own(function), fullgraph=True, **options))
+    model.compile_parts(part_compiler(**options))
     return model
+
+
+def part_compiler(**options) -> Callable[[Callable], Callable]:
+    """What `compile_model` gives to `compile_parts`; models given the same one share their graphs.
+
+    options: for `torch.compile`.
+    """
+    return cache(lambda function: torch.compile(_own(function), fullgraph=True, **options))
 
 
 def _own(function: Callable) -> Callable:

@@ -38,6 +38,7 @@ def _run(config: Config, ranks, options: argparse.Namespace) -> None:
     from blockshock.vision.data import open_source
     from blockshock.vision.evaluate import evaluate
     from blockshock.vision.model import vision_config
+    from blockshock.vision.storage import check
     from blockshock.vision.train import train
 
     def tell(line: str) -> None:
@@ -46,6 +47,8 @@ def _run(config: Config, ranks, options: argparse.Namespace) -> None:
 
     wanted = [options.command] if options.command else COMMANDS
     vision_config(config)  # refuses before anything is made
+    if "evaluate" in wanted:
+        check(config)
     source = open_source(config) if set(wanted) & {"train", "evaluate"} else None
     if "train" in wanted and not is_trained(config, options, load, tell):
         given = {"resume": options.resume, "init_from": options.init_from}

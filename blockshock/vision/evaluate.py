@@ -1,5 +1,6 @@
 """The accuracy of a trained model before and after its pruned layers are converted."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from blockshock.runs.ranks import Ranks
 from blockshock.runs.settings import Refused
 from blockshock.vision.config import Config
 from blockshock.vision.data import Source, split
-from blockshock.vision.model import accuracy
+from blockshock.vision.model import accuracy, vision_config
 from blockshock.vision.storage import DTYPES, folded, hold
 
 
@@ -24,9 +25,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures the run's checkpoint; shows it and writes `<run>/evaluation.json`. A collective.
 
-    {"step", "storage", "dtype", "folded", "converted", "apart", "machine", "commit_info"}: `folded`
-    and `converted` are what `model.accuracy` gives; apart is the relative difference (Frobenius) of
-    the logits of one batch; the last two are of `measure.environment`.
+    {"step", "storage", "dtype", "sizes", "folded", "converted", "apart", "machine", "commit_info"}:
+    sizes are those of the model, also where the settings name a shape; `folded` and `converted` are
+    what `model.accuracy` gives; apart is the relative difference (Frobenius) of the logits of one
+    batch; the last two are of `measure.environment`.
 
     Raises:
         Refused: no checkpoint, or one of another model; a storage that no layer can be held in.
@@ -36,6 +38,7 @@ def evaluate(
     if step is None:
         raise Refused(f"{config.run}: no checkpoint there; train first, or name the run's folder")
     found = {"step": step, "storage": use.storage, "dtype": use.dtype}
+    found["sizes"] = dataclasses.asdict(vision_config(config))
     dtype = DTYPES[use.dtype]
     found["folded"] = accuracy(model, source, config, ranks, dtype)
     before = _logits(model, source, config, ranks)

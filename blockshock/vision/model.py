@@ -1,5 +1,6 @@
 """The vision transformer of a config, its supermasks, and its accuracy over the images."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -54,7 +55,10 @@ def make(config: Config, device: torch.device) -> tuple[VisionTransformer, Conve
 
 
 def cover(model: nn.Module, sparse: Sparse) -> Conversion | None:
-    """Puts the settings' masks over the model's layers, at their last sparsity."""
+    """Puts the settings' masks over the model's layers, at their last sparsity.
+
+    Raises Refused where none can have one.
+    """
     same = {"block": sparse.block, "gradient": sparse.gradient}
     same |= {"fixed_mask": sparse.fixed_mask, "fixed_weight": sparse.fixed_weight}
     wanted = {
@@ -65,9 +69,15 @@ def cover(model: nn.Module, sparse: Sparse) -> Conversion | None:
     if not wanted:
         return None
     try:
-        return apply_supermask(model, **wanted, skip=tuple(sparse.skip))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "apply_supermask changed nothing")  # an error follows
+            report = apply_supermask(model, **wanted, skip=tuple(sparse.skip))
     except ValueError as error:
         raise Refused(f"sparse: {error}") from error
+    if not report.replaced:
+        reasons = "; ".join(dict.fromkeys(report.left.values()))
+        raise Refused(f"sparse: no layer can have a mask: {reasons}")
+    return report
 
 
 class Schedule:

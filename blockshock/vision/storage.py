@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from blockshock.block_sparse import fold, sparsify
+from blockshock.block_sparse import bsr, fold, sparsify
+from blockshock.block_sparse.convert import ANY
 from blockshock.runs.settings import Refused
 from blockshock.vision import checkpoint
 from blockshock.vision import config as settings
@@ -15,6 +16,18 @@ from blockshock.vision.config import Config
 from blockshock.vision.model import compiled, make
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def check(config: Config) -> None:
+    """Raises Refused, before anything is trained, where `use.storage` can hold no layer."""
+    storage, sparse = config.use.storage, config.sparse
+    if storage == "dense":
+        return
+    reason = bsr.unsupported(ANY, sparse.block, None)
+    if not sparse.linear:
+        reason = "it holds linear layers that had a mask, and sparse.linear = 0 gives them none"
+    if reason:
+        raise Refused(f"use.storage = {storage}: {reason}; or set use.storage=dense")
 
 
 def folded(config: Config, device: torch.device) -> tuple[nn.Module, list[str], int | None]:

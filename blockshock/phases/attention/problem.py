@@ -19,6 +19,7 @@ from torch import Tensor
 
 from blockshock.attention import patterns, shapes, work
 from blockshock.attention.reference import reference
+from blockshock.distributed import noting
 from blockshock.measure.errors import relative_error
 from blockshock.phases.attention.case import AttentionCase
 from blockshock.sources import generator
@@ -68,6 +69,7 @@ class AttentionProblem:
         x @ x.t()
 
     @cached_property
+    @noting("computing the truth")
     def output(self) -> tuple[Tensor, float]:
         """The true out, and the yardstick's relative error."""
         truth = self._zeros(self.q)
@@ -79,6 +81,7 @@ class AttentionProblem:
         return truth, relative_error(plain, truth)
 
     @cached_property
+    @noting("computing the truth")
     def gradients(self) -> tuple[tuple[Tensor, float], ...]:
         """Of q, of k and of v: the true gradient, and the yardstick's relative error."""
         inputs = self.q, self.k, self.v

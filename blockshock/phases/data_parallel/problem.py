@@ -1,8 +1,9 @@
 """What the methods of one point share inside a rank: first weights, batches, and the truth.
 
-The truth is one process that has the whole batch, sequence by sequence, with attention by its
+The truth is a plain decoder that has the whole batch, sequence by sequence, with attention by its
 definition, in float32 products (float64 for fp32 cases); the yardstick is the same in the case's
-own dtype. A method that does not exchange gradients is held to its rank's part of the batch.
+own dtype. The ranks compute both together (`dealt`), so they cost a rank no more where there are
+many. A method that does not exchange gradients is held to its rank's part of the batch.
 """
 
 import copy
@@ -14,14 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blockshock.distributed import collectives
+from blockshock.distributed import collectives, noting
 from blockshock.measure.errors import relative_error
+from blockshock.phases import dealt
 from blockshock.phases.data_parallel.case import DataParallelCase
 from blockshock.sources import generator
 from blockshock.transformer import Decoder
 
 BATCHES = 8  # that are trained on in turn, where a case does not say more
-STEPS = 3  # that are compared with those of one process
+STEPS = 3  # that are compared with those of the truth
 OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 MAX_NORM = 1.0
 
@@ -92,6 +94,7 @@ class Problem:
         """What STEPS true steps on all ranks' sequences change, and the yardstick's error."""
         return self._compared(True, cast)[1]
 
+    @noting("computing the truth")
     def _compared(self, whole: bool, cast: bool) -> list[tuple[Tensor, float]]:
         if (whole, cast) not in self._yardsticks:
             if whole not in self._truths:
@@ -130,7 +133,7 @@ class Problem:
     ) -> None:
         rows = self.tokens[step] if whole else self._rows(step)
         used = copy.deepcopy(model).bfloat16() if cast else model
-        for row in rows.split(1):
+        for row in dealt.own_rows(rows) if whole else rows.split(1):
             with self.autocast(dtype):
                 loss = used(row[:, :-1], row[:, 1:])
             (loss / len(rows)).backward()
@@ -139,6 +142,8 @@ class Problem:
                     own = narrow.grad.to(wide.dtype)
                     wide.grad = own if wide.grad is None else wide.grad.add_(own)
                 used.zero_grad()
+        if whole:
+            dealt.add_gradients(model.parameters())
 
 
 def read(text: str, count: int) -> Tensor:

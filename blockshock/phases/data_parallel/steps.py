@@ -5,7 +5,7 @@
     training      the same, clipping and AdamW
     lm            the same as training; before it, k steps from the first weights, whose losses stay
 
-Every check compares two things with one process: the gradient, read off a step of plain SGD, which
+Every check compares two things with the truth: the gradient, read off a step of plain SGD, which
 tells it for sharded gradients as well; and, where a phase trains, what a few whole steps change.
 """
 

@@ -10,7 +10,7 @@ against one process that simulates the plan's ranks (`simulation`).
 import torch
 from torch import Tensor
 
-from blockshock.distributed import collectives
+from blockshock.distributed import collectives, noting
 from blockshock.measure.errors import Figure, figure, relative_error
 from blockshock.measure.floor import all_reduce_wire
 from blockshock.measure.regions import region
@@ -42,6 +42,7 @@ class Problem(Dense):
         return found[0], found[1]
 
     @torch.no_grad()
+    @noting("computing the truth")
     def truth(self, case: TransformerCase) -> tuple[Tensor, float]:
         """The true logits [batch, vocabulary], and the yardstick's error."""
         if case.plan not in self._truths:

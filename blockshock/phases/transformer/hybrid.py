@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from blockshock.attention import work
+from blockshock.distributed import noting
 from blockshock.measure.errors import Figure, figure, relative_error
 from blockshock.measure.floor import all_reduce_wire
 from blockshock.measure.regions import region
@@ -57,6 +58,7 @@ class Problem:
         """Of the weights: on the GPU, if there is one, where they are drawn in no time."""
         return generator(self.device, "hybrid/weights", self.case.problem_seed)
 
+    @noting("computing the truth")
     def truth(self, case: TransformerCase) -> dict[str, tuple[Tensor, float]]:
         """By result: the true one, and the yardstick's error."""
         if case.pattern not in self._truths:

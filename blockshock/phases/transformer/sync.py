@@ -1,8 +1,9 @@
 """The training step of a decoder under a sync plan: forward, backward, AdamW.
 
-Checked before it is timed: the logits of a sequence, and the gradient of every weight, against one
-process that simulates the plan's ranks (`simulation`); and after two steps, that all ranks have the
-same bits of the norm scales, whose gradients are summed from streams that differ.
+Checked before it is timed: the logits of a sequence, and the gradient of every weight, against a
+simulation of the plan's ranks (`simulation`), which the ranks compute together, each for some of
+the sequences (`dealt`); and after two steps, that all ranks have the same bits of the norm scales,
+whose gradients are summed from streams that differ.
 
     floor = the larger of arithmetic, of the optimizer's traffic, and of the sums over ranks
 """
@@ -11,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blockshock.distributed import noting
 from blockshock.measure.errors import Figure, figure, relative_error
 from blockshock.measure.floor import OPTIMIZER_PASSES, all_reduce_wire
 from blockshock.measure.regions import region
+from blockshock.phases import dealt
 from blockshock.phases.experiment import Experiment
 from blockshock.phases.transformer import simulation
 from blockshock.phases.transformer.case import TransformerCase
 from blockshock.phases.transformer.decoders import Dense, flat, paths
-from blockshock.transformer import Decoder, compile_model, counts
+from blockshock.transformer import Decoder, counts
+from blockshock.transformer.language_model import part_compiler
 
 OPTIMIZER = {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 STEPS = 2  # after which replicas are compared
@@ -30,6 +34,8 @@ class Problem(Dense):
 
     def __init__(self, case: TransformerCase, device: torch.device):
         super().__init__(case, device, torch.float32, case.T + 1)
+        # One for all plans: most have the same sublayers, and each graph takes seconds.
+        self.compiler = part_compiler()
         self._truth = (None, None)  # of one plan: a large model's gradients are large
 
     def autocast(self, dtype: torch.dtype) -> torch.autocast:
@@ -41,6 +47,7 @@ class Problem(Dense):
         """The parameters, a tied one once."""
         return [name for name, _ in self.model.named_parameters()]
 
+    @noting("computing the truth")
     def truth(self, case: TransformerCase) -> dict[str, tuple[Tensor, float]]:
         """By result: the true one, and the yardstick's error."""
         if self._truth[0] != case.plan:
@@ -54,15 +61,20 @@ class Problem(Dense):
     def _simulated(self, case: TransformerCase, dtype: torch.dtype) -> dict[str, Tensor]:
         """Logits of the first sequence, and the gradient of the mean loss as one vector."""
         model = self.in_dtype(torch.promote_types(dtype, torch.float32))
-        found = {}
-        for row in self.tokens.split(1):
+
+        def logits(row):
             with self.autocast(dtype):
-                out = simulation.logits(model, self.plan(case), self.ranks, row[:, :-1])
-            found.setdefault("output", out.detach())
+                return simulation.logits(model, self.plan(case), self.ranks, row[:, :-1])
+
+        with torch.no_grad():
+            output = logits(self.tokens[:1])
+        for row in dealt.own_rows(self.tokens):
+            out = logits(row)
             wide = out.to(torch.promote_types(out.dtype, torch.float32))
             loss = F.cross_entropy(wide.flatten(0, 1), row[:, 1:].flatten())
             (loss / len(self.tokens)).backward()
-        return {**found, "gradient": flat(_gradients(model), self.names)}
+        dealt.add_gradients(model.parameters())
+        return {"output": output, "gradient": flat(_gradients(model), self.names)}
 
 
 class Run:
@@ -72,7 +84,7 @@ class Run:
         self.case, self.problem = case, problem
         self.model = problem.parallel(case)
         if case.compiled:
-            compile_model(self.model)
+            self.model.compile_parts(problem.compiler)
         self.restart()
 
     def restart(self) -> None:

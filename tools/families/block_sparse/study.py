@@ -26,6 +26,7 @@ NO_RECIPE_OF = {
     "train": ("seed", "checkpoint_every", "evaluate_every"),
     "sparse": ("linear",),
 }
+SIZES = ("width", "depth", "heads", "patch", "image")
 DTYPES = {"float32": "fp32", "bf16": "bf16"}
 
 
@@ -41,7 +42,7 @@ def entries(folder: Path) -> list[dict]:
     log = folder / "log.csv"
     rows = read_rows(log)
     images = train["batch"] * train["accumulate"] * found["machine"]["ranks"]
-    case = _case(config, found)
+    case = _case(folder, config, found)
     dense = not case["sparsity"]
     kinds = {"dense": "folded"} if dense else {"supermask": "folded", found["storage"]: "converted"}
     made = []
@@ -106,9 +107,11 @@ def _evaluation(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _case(config: dict, found: dict) -> dict:
+def _case(folder: Path, config: dict, found: dict) -> dict:
     """What both cases of a run share."""
-    sizes, train, sparse = config["model"], config["train"], config["sparse"]
+    train, sparse = config["train"], config["sparse"]
+    sizes = config["model"] | found.get("sizes", {})  # those of model.shape stand nowhere else
+    runs.check_keys(folder / "evaluation.json", sizes, dict.fromkeys(SIZES, int))
     width = sizes["width"]
     return {
         "family": "block_sparse",
@@ -118,7 +121,7 @@ def _case(config: dict, found: dict) -> dict:
         "B": train["batch"],
         "block": sparse["block"],
         "sparsity": sparse["linear"],
-        **{name: sizes[name] for name in ("depth", "heads", "patch", "image")},
+        **{name: sizes[name] for name in SIZES if name != "width"},
         "shape": config["data"]["source"] if config["data"]["source"] == "digits" else None,
         "steps": train["steps"],
         "dtype": DTYPES[found["dtype"]],
