@@ -59,10 +59,9 @@ def candidates(kernel: str, mask: str, rows: int, dtype, device) -> tuple[str, .
     return tuple(found)
 
 
-def arranges(kernel: str, dtype: torch.dtype, device_type: str) -> bool:
-    """Whether what is asked for may multiply by values in another order, made after each write."""
-    may = kernel in ("auto", "wide") and wide24.USUAL.arranges
-    return may and wide24.unsupported(dtype, device_type) is None
+def arranges(kernels: tuple[str | None, ...]) -> bool:
+    """Whether one of them multiplies by values in another order, made after each write."""
+    return "wide" in kernels and wide24.USUAL.arranges
 
 
 def describe(kernel: str, packed, rows: tuple[int, ...]) -> str:

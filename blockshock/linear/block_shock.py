@@ -168,21 +168,16 @@ class BlockShock(PackedSplit):
         """What decides the time of its products, besides their sizes."""
         library = ", compressed by the library" if self._by_library else ""
         both = " both ways" if self.packed.has_transpose else ""
-        trained = ", written at each step" if self._pays_for_writes else ""
-        kind = products.kind(self.packed.mask_period())
-        return f"BlockShock ({kind} mask{both}{library}{trained})"
+        return f"BlockShock ({products.kind(self.packed.mask_period())} mask{both}{library})"
 
-    @property
-    def _pays_for_writes(self) -> bool:
-        like, kernel = self.packed.values, "cusparselt" if self._by_library else self.kernel
-        return self.weight.requires_grad and products.arranges(kernel, like.dtype, like.device.type)
+    def pays_for_writes(self, rows: int, *, backward: bool) -> bool:
+        """Whether a product of so many rows may need work after each step of an optimizer."""
+        trained = self.weight.requires_grad
+        return trained and products.arranges(self.candidates(rows, backward=backward))
 
     def as_written(self, *, backward: bool) -> None:
-        """Makes the next product cost what it costs in a training step, for who measures it."""
-        if self._pays_for_writes and not backward:
-            self.packed.mark_unarranged()
-        elif self._pays_for_writes and self.packed.has_transpose:
-            self.packed.transposed.mark_unarranged()
+        """Makes the next product do what it does after such a step."""
+        (self.packed.transposed if backward else self.packed).mark_unarranged()
 
     def in_dtype(self, dtype: torch.dtype) -> "BlockShock":
         """A layer of the same mask that multiplies in another dtype; without the hooks of this one,
