@@ -1,4 +1,4 @@
-"""`wide24.cu` on the CPU, by `hopper_simulator.cpp`: products are exact, and faults are found."""
+"""`wide24.cu` on the CPU, by `wide_simulator.cpp`: products are exact, and faults are found."""
 
 import shutil
 import subprocess
@@ -66,7 +66,7 @@ def built(name, source, folder):
     constants = wide24.macros(torch.bfloat16, True, plan) | {"SHARED_BYTES": plan.shared_bytes}
     command = ["nvcc", "-x", "c++", "-O2", "-std=c++20", "-w", "-I", folder, "-o", folder / "run"]
     command += [f"-D{key}={value}" for key, value in constants.items()]
-    subprocess.run([*command, f"{__file__.rpartition('/')[0]}/hopper_simulator.cpp"], check=True)
+    subprocess.run([*command, f"{__file__.rpartition('/')[0]}/wide_simulator.cpp"], check=True)
     return folder / "run"
 
 

@@ -7,7 +7,7 @@
 // in a cluster have other rows of W and the same rows of X: each copies its share of X to all.
 // A block stays and takes tile after tile; copies for the next one go on while a tile is written.
 // The instructions are functions of `hopper.cu`, which stands before this file. The tests run it
-// without a GPU as well, with `hopper_simulator.cpp` in that place.
+// without a GPU as well, with `hopper_simulator.h` in that place.
 //
 // Compiled with: HALF (0 bf16, 1 fp16), BIAS (1: add it), GROUPS (2 to 4), COLUMNS (rows of X: 128,
 // 192, 256), STAGES (of 64 columns of W and X), CLUSTER (blocks: 1, 2, 4), BAND (tiles of W that
