@@ -1,6 +1,7 @@
 """What ranks run for tests/test_data_parallel_laboratory.py."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -26,16 +27,25 @@ def fault(kind):
     last = dist.get_rank() == dist.get_world_size() - 1
 
     class Faulty(cls):
+        def forward(self, tokens, targets):
+            if kind != "the last sequence is lost" or not last:
+                return super().forward(tokens, targets)
+            return super().forward(tokens[:-1], targets[:-1]) * (1 - 1 / len(tokens))
+
         def finish_gradient_sync(self):
             parameters = list(self.module.parameters())
             if kind == "a rank forgets a tensor" and last:
                 parameters[-1].grad.zero_()
+            if kind == "a rank forgets a bias" and last:
+                self.module.blocks[0].down.bias.grad.zero_()
             super().finish_gradient_sync()
             for parameter in parameters:
                 if kind == "sum, no mean":
                     parameter.grad.mul_(self.ranks)
                 if kind == "1% too long":
                     parameter.grad.mul_(1.01)
+                if kind == "a bucket is doubled" and parameter.dim() == 1:
+                    parameter.grad.mul_(2)
                 if kind == "a tensor is lost" and parameter.dim() == 1:
                     parameter.grad.zero_()
 
@@ -46,13 +56,15 @@ def fault(kind):
         DataParallelCase.methods["naive"] = cls
 
 
-def wrong(kind):
-    """By figure, whether the check of a method with a fault passes."""
-    one = case("correctness", "naive")
+def wrong(kind, dtype):
+    """By figure, what the check of a method with a fault finds."""
+    one = case("correctness", "naive", dtype=dtype)
+    if "bias" in kind:  # which no sweep asks for
+        one.__dict__["config"] = replace(one.config, bias=True)
     with fault(kind):
         problem = Problem(one, device())
         figures = steps.correctness(one, steps.Run(one, problem), problem).check()
-    return {name: figure.passes for name, figure in figures.items()}
+    return {name: figure.faults() for name, figure in figures.items()}
 
 
 def outcomes(kind, options):

@@ -16,9 +16,9 @@ def case(phase="hybrid_backward", method="sparse_attention", **changed):
     return TransformerCase(phase, method, **{**TINY, "dtype": "fp32", **sparse, **changed})
 
 
-def wrong(phase, kind):
+def wrong(phase, kind, dtype="fp32"):
     """By result, whether the check passes of a block with a fault."""
-    one = case(phase)
+    one = case(phase, dtype=dtype)
     problem = hybrid.Problem(one, device())
     run = hybrid.Run(one, problem)
     last = dist.get_rank() == dist.get_world_size() - 1
@@ -31,5 +31,15 @@ def wrong(phase, kind):
             run.model.down.weight.as_subclass(torch.Tensor)[0] += 1
     if kind == "gradient":
         run.model.sums.enter = lambda x: x
+    if kind in ("1% too long", "half a norm's gradient"):
+        step, factor = run.step, 1.01 if kind == "1% too long" else 0.5
+        names = [name for name in run.parameters if factor > 1 or "mlp_norm" in name]
+
+        def faulty():
+            y, dx, *found = step()
+            found = zip(run.parameters, found, strict=True)
+            return y, dx, *(g * factor if name in names else g for name, g in found)
+
+        run.step = faulty
     experiment = getattr(hybrid, phase)(one, run, problem)
     return {name: figure.passes for name, figure in experiment.check().items()}

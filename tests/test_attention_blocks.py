@@ -68,6 +68,7 @@ def test_tables_of_masks_are_the_masks(given_mask, sizes):
     check_lists(table, planes_of(pattern, whole, whole.shape[:2]))
 
 
+@pytest.mark.slow
 @quick
 @given(sizes=st.lists(st.integers(1, 90), min_size=1, max_size=5), block=block_sizes)
 def test_tables_of_documents_are_their_masks(sizes, block):

@@ -194,11 +194,12 @@ def check_truth(problem, pattern, causal):
     wide = [x.double().requires_grad_() for x in (problem.q, problem.k, problem.v)]
     out = reference(*wide, causal=causal, pattern=pattern)
     wanted = out, *torch.autograd.grad(out, wide, problem.d_out.double())
-    for (truth, yardstick), expected in zip(
+    for (truth, yardstick, scale), expected in zip(
         (problem.output, *problem.gradients), wanted, strict=True
     ):
         torch.testing.assert_close(truth, expected, rtol=1e-10, atol=1e-12)
         assert 1e-9 < yardstick < 1e-5
+        assert abs(scale) < yardstick / 3
 
 
 class Largest(TorchDispatchMode):

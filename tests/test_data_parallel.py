@@ -21,6 +21,7 @@ def test_five_steps_are_those_of_one_process_on_the_whole_batch(ranks, method):
         assert max(errors.values()) < LIMIT, errors
 
 
+@pytest.mark.slow
 def test_the_same_on_four_ranks():
     with open_ranks(4, "cpu") as four:
         for method in ("overlapped", "sharded_optimizer", "fully_sharded"):

@@ -116,12 +116,29 @@ OF_LENGTH = FAULTS[:2]
 
 @pytest.mark.parametrize("kind", ["nothing", *FAULTS])
 def test_the_check_fails_where_gradients_are_wrong(ranks, kind):
-    for passes in ranks.run(wrong, kind):
-        assert set(passes) == {"gradient", "update"}
+    for faults in ranks.run(wrong, kind, "fp32"):
+        assert set(faults) == {"gradient", "update"}
         # Clipping makes a longer gradient as long as the right one: steps alone would not tell.
-        assert passes["gradient"] == (kind == "nothing")
+        assert bool(faults["gradient"]) == (kind != "nothing")
         if kind not in OF_LENGTH:
-            assert passes["update"] == (kind == "nothing")
+            assert bool(faults["update"]) == (kind != "nothing")
+
+
+SMALL = {
+    "no bias": None,
+    "1% too long": "length along the truth",
+    "a rank forgets a tensor": "of head.norm.weight",
+    "a rank forgets a bias": "of blocks.0.down.bias",
+    "a bucket is doubled": "norm.weight",
+    "the last sequence is lost": "length along the truth",
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_in_bf16_the_check_finds_what_is_small_beside_the_whole(ranks, kind):
+    for faults in ranks.run(wrong, kind, "bf16"):
+        found = " and ".join(faults["gradient"])
+        assert SMALL[kind] in found if SMALL[kind] else not any(faults.values())
 
 
 @pytest.mark.parametrize("kind", FAULTS)

@@ -31,6 +31,7 @@ def test_two_ranks_are_the_dense_block(ranks, dtype):
     check(every(ranks.run(jobs.every_pattern, dtype)))
 
 
+@pytest.mark.slow
 def test_four_ranks_are_the_dense_block(four):
     names = "window", "blocks_per_head", "mask_per_head"
     check(every(four.run(jobs.every_pattern, names=names)))

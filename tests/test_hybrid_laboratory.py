@@ -19,9 +19,14 @@ CEILINGS = {
     "link_bytes_per_s": 1e9,
 }
 FORWARD = {"attention", "output"}
-BACKWARD = FORWARD | {
-    f"grad_{name}" for name in ("x", "attention_norm", "qkv", "out", "mlp_norm", "gate_up", "down")
-}
+BACKWARD = (
+    FORWARD
+    | {"gradient"}
+    | {
+        f"grad_{name}"
+        for name in ("x", "attention_norm", "qkv", "out", "mlp_norm", "gate_up", "down")
+    }
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +71,14 @@ def test_both_attentions_pass_their_check_and_are_measured_side_by_side(lab, pha
         ("hybrid_forward", "causal"),
         ("hybrid_forward", "a rank's weight"),
         ("hybrid_backward", "gradient"),
+        ("hybrid_backward", "1% too long"),
+        ("hybrid_backward", "half a norm's gradient"),
     ],
 )
 def test_the_check_fails_where_a_part_is_wrong(ranks, phase, kind):
-    assert all(all(passes.values()) for passes in ranks.run(wrong, phase, "nothing"))
-    assert not any(all(passes.values()) for passes in ranks.run(wrong, phase, kind))
+    dtype = "bf16" if kind in ("1% too long", "half a norm's gradient") else "fp32"
+    assert all(all(passes.values()) for passes in ranks.run(wrong, phase, "nothing", dtype))
+    assert not any(all(passes.values()) for passes in ranks.run(wrong, phase, kind, dtype))
 
 
 PATTERNS = {

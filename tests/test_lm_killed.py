@@ -49,6 +49,7 @@ def kill(config, folder, first, ranks=1, more=()):
     assert code != 0, f"killed at step {step}: {out}"
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_steps_ends_with_the_same_bits(tmp_path, one_thread):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert main(["--config", str(write(whole, **OPTIONS))]) == 0

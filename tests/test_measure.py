@@ -3,6 +3,7 @@
 import gc
 import math
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -154,6 +155,58 @@ def test_an_error_figure_is_the_frobenius_ratio_and_its_companions():
 def test_no_wrong_or_unjudgeable_result_passes(actual, dense):
     truth = torch.ones(300, 300, dtype=torch.float64)
     assert not errors.figure(truth * actual, truth, dense, ranks=2).passes
+
+
+def test_a_scale_is_held_to_a_third_of_the_error_that_passes():
+    truth = torch.randn(300, 300, generator=torch.Generator().manual_seed(0)).double()
+    longer = truth * 1.01
+    assert errors.figure(longer, truth, 0.0098, ranks=2).passes
+    found = errors.figure(longer, truth, 0.0098, 1e-4, ranks=2)
+    assert found.scale == pytest.approx(0.01)
+    assert found.scale_limit == pytest.approx(1.5 * 0.0098 / 3)
+    with pytest.raises(
+        errors.CorrectnessError, match=r"length along the truth is 1\.01 times.*1 ± 0\.0049"
+    ):
+        errors.require({"gradient": found}, "flat")
+    # A yardstick that is itself too long says what the dtype does.
+    assert errors.figure(longer, truth, 0.0098, -0.0099, ranks=2).passes
+    assert not errors.figure(truth * torch.nan, truth, 0.0098, 1e-4, ranks=2).passes
+
+
+def test_each_tensor_of_a_vector_is_held_to_its_own_yardstick():
+    drawn = torch.Generator().manual_seed(0)
+    truth, noise, other = torch.randn(3, 90_000, generator=drawn, dtype=torch.float64)
+    tensors = {"large": 89_000, "norm": 900, "nearly nothing": 90, "zeros": 10}
+    truth[89_900:] *= 1e-9
+    truth[89_990:] = 0
+    noise[89_900:] = other[89_900:] = 0
+    plain = errors.yardstick(truth + 0.01 * noise, truth, tensors)
+    found = truth + 0.01 * other
+    assert errors.vector_figure(found, truth, plain, ranks=2).passes
+    found[89_900:] += 1e-6  # not in relation to these tensors, but to all others
+    assert errors.vector_figure(found, truth, plain, ranks=2).passes
+    found[89_000:89_900] *= 1.05
+    figure = errors.vector_figure(found, truth, plain, ranks=2)
+    assert figure.ratio < 1.2
+    assert figure.worst.tensor == "norm"
+    assert figure.worst.relative == pytest.approx(0.05, rel=0.1)
+    assert figure.worst.limit == pytest.approx(0.0165, rel=0.1)
+    assert figure.as_dict()["worst"]["tensor"] == "norm"
+    with pytest.raises(errors.CorrectnessError, match=r"gradient: relative error 0\.05\S* of norm"):
+        errors.require({"gradient": figure}, "flat")
+    found[89_000:89_900] = truth[89_000:89_900]
+    found[89_990:] = 1e-3
+    assert errors.vector_figure(found, truth, plain, ranks=2).worst.tensor == "zeros"
+
+
+def test_a_few_entries_of_a_tensor_may_go_astray_where_that_is_said():
+    truth = torch.randn(2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    plain = errors.yardstick(truth * (1 + 1e-3), truth, {"a": 1900, "norm": 100})
+    plain = replace(plain, relative=0.1)  # as many others would make it
+    found = truth.clone()
+    found[1900] -= 2 * truth.square().mean().sqrt()
+    assert errors.vector_figure(found, truth, plain, astray=1).passes
+    assert not errors.vector_figure(found, truth, plain).passes
 
 
 def test_require_names_the_figure_the_ratio_and_the_limit():

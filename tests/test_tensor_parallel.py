@@ -190,6 +190,7 @@ def test_data_parallel_methods_that_would_mix_parts_are_refused(four):
         assert "would shard it again" in fsdp
 
 
+@pytest.mark.slow
 def test_models_of_all_plans_can_be_compiled_in_one_process():
     torch._dynamo.reset()
     tokens, targets = jobs.batch(jobs.config())

@@ -257,6 +257,7 @@ def test_linear_figures_tables_and_verdicts_do_not_see_attention(file, linear_fi
         assert shown(own) == shown(alone)
 
 
+@pytest.mark.slow
 def test_a_report_of_attention_alone_has_its_section_and_no_verdict(tmp_path, file, results):
     assert report.main([file, "-o", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -1,6 +1,7 @@
 """Block-sparse layers in the tools: what is drawn, compared and judged, and the study's file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -49,6 +50,14 @@ def test_every_figure_is_drawn(results):
     for drawing in drawings:
         assert drawing.subtitle.startswith("1x NVIDIA H100 · ")
         assert len(render.png(drawing)) > 5_000
+
+
+def test_a_long_subtitle_goes_on_below_and_covers_nothing(results):
+    drawing = draw_all(results, FAMILY)[0][0]
+    figure = render.figure(replace(drawing, subtitle=drawing.subtitle + " and more" * 30))
+    title, box = (text.get_window_extent() for text in figure.texts)
+    assert max(title.x1, box.x1) <= figure.bbox.width
+    assert box.y0 >= max(axes.get_tightbbox().y1 for axes in figure.axes)
 
 
 def test_speed_over_sparsity_stands_beside_the_ideal(results):

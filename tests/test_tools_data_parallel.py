@@ -144,6 +144,7 @@ def test_tables_have_every_case_and_the_readme_the_largest_model(results):
     assert sum(one.table.count("\n") - 1 for one in full(results)) == 27 + 28 + 27
 
 
+@pytest.mark.slow
 def test_a_file_goes_through_every_tool(file, log, tmp_path, capsys):
     assert plot.main([file, log, "-o", str(tmp_path / "plots")]) == 0
     assert (tmp_path / "plots/loss_small.png").stat().st_size > 5_000

@@ -275,6 +275,7 @@ def test_the_readme_s_table_needs_no_study(tmp_path):
     assert readme(read(tmp_path, entries[:1])) is None
 
 
+@pytest.mark.slow
 def test_a_file_goes_through_every_tool(file, tmp_path, capsys):
     assert plot.main([str(file), "-o", str(tmp_path), "--only", "transformer_study_trade"]) == 0
     assert verdict.main([str(file), "--out", str(tmp_path)]) == 0

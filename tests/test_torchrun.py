@@ -212,6 +212,7 @@ def test_only_the_first_rank_reports_and_writes(tmp_path):
     assert out.count("generated xml file") == 1
 
 
+@pytest.mark.slow
 def test_ranks_of_two_nodes_share_nothing_but_the_network(tmp_path):
     # The launchers of two nodes on this host; they find each other, and a free port, by a file.
     launcher = ["--nnodes", "2", "--local-addr", "localhost", "--rdzv-backend", "c10d"]

@@ -99,8 +99,24 @@ def test_compiled_steps_of_training_pass_the_same_check(lab):
     ],
 )
 def test_the_check_fails_where_a_part_is_wrong(ranks, phase, kind):
-    found = ranks.run(wrong, phase, kind)
-    assert not any(all(passes.values()) for passes, _ in found)
+    assert all(any(faults.values()) for faults, _ in ranks.run(wrong, phase, kind))
+
+
+SMALL = {
+    "no bias": None,
+    "1% too long": "length along the truth",
+    "half a norm's gradient": "of blocks.3.mlp_norm.weight",
+    "half a bias's gradient": "of blocks.3.down.bias",
+    "a bucket is doubled": "of blocks.3.",
+    "the last sequence is lost": "length along the truth",
+}
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_in_bf16_the_check_finds_what_is_small_beside_the_whole(ranks, kind):
+    for faults, _ in ranks.run(wrong, "sync", kind, "bf16"):
+        found = " and ".join(faults["gradient"])
+        assert SMALL[kind] in found if SMALL[kind] else not any(faults.values())
 
 
 @pytest.mark.parametrize("batch", [3, 1])  # fewer than the ranks: one of them has no sequence

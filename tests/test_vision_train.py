@@ -83,6 +83,7 @@ def test_sparsity_follows_the_schedule_and_the_tiles_are_as_many_as_it_says(whol
         assert [int(count) // 2 for count in counts] == [4] * 4
 
 
+@pytest.mark.slow
 def test_a_tiny_model_learns_made_up_images(tmp_path):
     changes = {"train__steps": 60, "train__accumulate": 1, "train__batch": 16, "log__every": 10}
     assert run(write(tmp_path, **changes, train__mixup=0.0, train__cutmix=0.0)) == 0

@@ -6,6 +6,7 @@ Ids in an SVG: `NAME-l2` begins those of all that belongs to the drawing's line 
 
 import io
 import math
+import textwrap
 from collections.abc import Iterable
 
 import matplotlib
@@ -67,11 +68,14 @@ def figure(drawing: Drawing) -> Figure:
         down = math.ceil(len(labels) / across)
         parts = [labels[i : i + down] for i in range(0, len(labels), down)]
         most = max(sum(text.count("\n") + 1 for text in part) for part in parts)
-        made, axes, _ = _panels(drawing, legend=0.175 * most + 0.75)
-        made.suptitle(f"{drawing.title}\n", x=0.012, ha="left", fontsize=13.5, fontweight="bold")
-        # Hung from the top edge, in the second line that the title keeps free.
-        top = 1 - 0.39 / made.get_figheight()
-        made.text(0.012, top, drawing.subtitle, color=style.MUTED, ha="left", va="center")
+        told = textwrap.wrap(drawing.subtitle, int((_width(drawing) - 0.2) / 0.083))
+        more = max(0, len(told) - 1)
+        made, axes, _ = _panels(drawing, legend=0.175 * (most + more) + 0.75)
+        title = drawing.title + "\n" * (1 + more)
+        made.suptitle(title, x=0.012, ha="left", fontsize=13.5, fontweight="bold")
+        # Hung from the top edge, in the lines that the title keeps free.
+        top = 1 - (0.39 + 0.0875 * more) / made.get_figheight()
+        made.text(0.012, top, "\n".join(told), color=style.MUTED, ha="left", va="center")
         entries: dict[str, object] = {}
         for one in axes:
             for handle, label in zip(*one.get_legend_handles_labels(), strict=True):

@@ -20,7 +20,7 @@ from torch import Tensor
 from blockshock.attention import patterns, shapes, work
 from blockshock.attention.reference import reference
 from blockshock.distributed import noting
-from blockshock.measure.errors import relative_error
+from blockshock.measure.errors import both_errors
 from blockshock.phases.attention.case import AttentionCase
 from blockshock.sources import generator
 
@@ -70,20 +70,20 @@ class AttentionProblem:
 
     @cached_property
     @noting("computing the truth")
-    def output(self) -> tuple[Tensor, float]:
-        """The true out, and the yardstick's relative error."""
+    def output(self) -> tuple[Tensor, float, float]:
+        """The true out, and the yardstick's two errors."""
         truth = self._zeros(self.q)
         plain = torch.zeros_like(self.q)
         for part in self._parts():
             q, k, v, _ = self._inputs(part, self.truth_dtype)
             truth[part.queries] = _flat(self._weights(part, q, k) @ v[:, :, None])
             plain[part.queries] = reference(*self._inputs(part)[:3], pattern=self._shifted(part))
-        return truth, relative_error(plain, truth)
+        return truth, *both_errors(plain, truth)
 
     @cached_property
     @noting("computing the truth")
-    def gradients(self) -> tuple[tuple[Tensor, float], ...]:
-        """Of q, of k and of v: the true gradient, and the yardstick's relative error."""
+    def gradients(self) -> tuple[tuple[Tensor, float, float], ...]:
+        """Of q, of k and of v: the true gradient, and the yardstick's two errors."""
         inputs = self.q, self.k, self.v
         truths = dq, dk, dv = tuple(self._zeros(x) for x in inputs)
         plains = tuple(self._zeros(x) for x in inputs)
@@ -102,7 +102,7 @@ class AttentionProblem:
             for total, place, gradient in zip(plains, places, of_part, strict=True):
                 total[place] += gradient
         return tuple(
-            (truth, relative_error(plain.to(self.dtype), truth))
+            (truth, *both_errors(plain.to(self.dtype), truth))
             for truth, plain in zip(truths, plains, strict=True)
         )
 

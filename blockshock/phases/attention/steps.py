@@ -61,7 +61,7 @@ def _call(method, problem: AttentionProblem, q, k, v) -> torch.Tensor:
     return method(q, k, v, causal=problem.causal, pattern=problem.pattern)
 
 
-def _figure(actual: torch.Tensor, true: tuple[torch.Tensor, float], case: AttentionCase) -> Figure:
+def _figure(actual: torch.Tensor, true: tuple, case: AttentionCase) -> Figure:
     enough = FLOAT32_ERROR if case.dtype == "fp32" else 0.0
     return figure(actual, *true, bound=BOUND, enough=enough)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from blockshock.distributed import collectives, noting
-from blockshock.measure.errors import relative_error
+from blockshock.measure.errors import Yardstick, yardstick
 from blockshock.phases import dealt
 from blockshock.phases.data_parallel.case import DataParallelCase
 from blockshock.sources import generator
@@ -68,9 +68,9 @@ class Problem:
         return rows[self.rank * batch : (self.rank + 1) * batch]
 
     @cached_property
-    def names(self) -> list[str]:
-        """The parameters, a tied one once."""
-        return [name for name, _ in self.model.named_parameters()]
+    def entries(self) -> dict[str, int]:
+        """Of each parameter how many, a tied one once, in the order of `flat`."""
+        return {name: p.numel() for name, p in self.model.named_parameters()}
 
     @cached_property
     def start(self) -> Tensor:
@@ -79,10 +79,10 @@ class Problem:
 
     def flat(self, state: dict[str, Tensor]) -> Tensor:
         """The parameters of a whole state_dict as one vector."""
-        return torch.cat([state[name].flatten() for name in self.names])
+        return torch.cat([state[name].flatten() for name in self.entries])
 
-    def gradient(self, *, whole: bool, cast: bool) -> tuple[Tensor, float]:
-        """The true gradient at the first weights as one vector, and the yardstick's error.
+    def gradient(self, *, whole: bool, cast: bool) -> tuple[Tensor, Yardstick]:
+        """The true gradient at the first weights as one vector, and the yardstick.
 
         whole: of all ranks' sequences of the first step; else of this rank's. cast: the yardstick
         is of a model whose parameters, and so its residual stream, are bf16 in forward and
@@ -90,19 +90,21 @@ class Problem:
         """
         return self._compared(whole, cast)[0]
 
-    def update(self, *, cast: bool) -> tuple[Tensor, float]:
-        """What STEPS true steps on all ranks' sequences change, and the yardstick's error."""
+    def update(self, *, cast: bool) -> tuple[Tensor, Yardstick]:
+        """What STEPS true steps on all ranks' sequences change, and the yardstick."""
         return self._compared(True, cast)[1]
 
     @noting("computing the truth")
-    def _compared(self, whole: bool, cast: bool) -> list[tuple[Tensor, float]]:
+    def _compared(self, whole: bool, cast: bool) -> list[tuple[Tensor, Yardstick]]:
         if (whole, cast) not in self._yardsticks:
             if whole not in self._truths:
                 self._truths[whole] = self._trained(self.truth_dtype, whole)
             plain = zip(
                 self._trained(self.case.torch_dtype, whole, cast), self._truths[whole], strict=True
             )
-            self._yardsticks[whole, cast] = [relative_error(own, truth) for own, truth in plain]
+            self._yardsticks[whole, cast] = [
+                yardstick(own, truth, self.entries) for own, truth in plain
+            ]
         return list(zip(self._truths[whole], self._yardsticks[whole, cast], strict=True))
 
     def _trained(self, dtype: torch.dtype, whole: bool, cast: bool = False) -> list[Tensor]:

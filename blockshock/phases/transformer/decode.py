@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blockshock.distributed import collectives, noting
-from blockshock.measure.errors import Figure, figure, relative_error
+from blockshock.measure.errors import Figure, both_errors, figure
 from blockshock.measure.floor import all_reduce_wire
 from blockshock.measure.regions import region
 from blockshock.phases.experiment import Experiment
@@ -28,7 +28,7 @@ class Problem(Dense):
 
     def __init__(self, case: TransformerCase, device: torch.device):
         super().__init__(case, device, case.torch_dtype, 1)
-        self._truths: dict[str, tuple[Tensor, float]] = {}
+        self._truths: dict[str, tuple[Tensor, float, float]] = {}
 
     def cache(self, block: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens but the new one: [batch, kv_heads, T - 1, D].
@@ -43,12 +43,12 @@ class Problem(Dense):
 
     @torch.no_grad()
     @noting("computing the truth")
-    def truth(self, case: TransformerCase) -> tuple[Tensor, float]:
-        """The true logits [batch, vocabulary], and the yardstick's error."""
+    def truth(self, case: TransformerCase) -> tuple[Tensor, float, float]:
+        """The true logits [batch, vocabulary], and the yardstick's two errors."""
         if case.plan not in self._truths:
             true = self._simulated(case, self.truth_dtype)
             plain = self._simulated(case, case.torch_dtype)
-            self._truths[case.plan] = true, relative_error(plain, true)
+            self._truths[case.plan] = true, *both_errors(plain, true)
         return self._truths[case.plan]
 
     def _simulated(self, case: TransformerCase, dtype: torch.dtype) -> Tensor:

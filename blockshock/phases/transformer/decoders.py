@@ -1,6 +1,7 @@
 """The dense decoder of a point, with its first weights and tokens, and the parallel one."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 import torch.compiler.config as compiler
@@ -71,6 +72,6 @@ def paths(case: TransformerCase, model: TensorParallelDecoder, rows: int) -> dic
     return {"attention": attention, "reduce": str(model.sums.plan(stream))}
 
 
-def flat(state: dict[str, Tensor], names: list[str]) -> Tensor:
+def flat(state: dict[str, Tensor], names: Iterable[str]) -> Tensor:
     """Tensors as one vector."""
     return torch.cat([state[name].flatten() for name in names])

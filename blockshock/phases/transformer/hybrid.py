@@ -5,7 +5,7 @@
 
 Checked before it is timed, against one process that computes the whole block with the same mask:
 what attention adds to x (in y it is small beside the rest), y, and in `hybrid_backward` every
-gradient, gathered.
+gradient, gathered, and those of all weights as one vector, which shows their length.
 
     floor = the larger of arithmetic, counting pairs that attend alone; of the bytes of weights,
             x, y and their gradients, each moved once; and of the sums over ranks
@@ -16,18 +16,27 @@ from torch import Tensor
 
 from blockshock.attention import work
 from blockshock.distributed import noting
-from blockshock.measure.errors import Figure, figure, relative_error
+from blockshock.measure.errors import (
+    Figure,
+    both_errors,
+    figure,
+    relative_error,
+    vector_figure,
+    yardstick,
+)
 from blockshock.measure.floor import all_reduce_wire
 from blockshock.measure.regions import region
 from blockshock.phases.experiment import Experiment
 from blockshock.phases.transformer import by_rows
 from blockshock.phases.transformer.case import TransformerCase
+from blockshock.phases.transformer.decoders import flat
 from blockshock.sources import generator
 from blockshock.transformer import HybridBlock, compile_model
 from blockshock.transformer.config import usual_attention
 from blockshock.transformer.hybrid import dense_attention, dense_reference, initial_weights
 
 SAME = 1e-5  # a relative error that passes in fp32: sums in another order
+LARGE = ("attention", "output", "grad_x")  # results of [batch, T, width]; others are of weights
 SUMS = {"hybrid_forward": 2, "hybrid_backward": 4}  # over ranks, each of [batch, T, width]
 
 
@@ -59,13 +68,24 @@ class Problem:
         return generator(self.device, "hybrid/weights", self.case.problem_seed)
 
     @noting("computing the truth")
-    def truth(self, case: TransformerCase) -> dict[str, tuple[Tensor, float]]:
-        """By result: the true one, and the yardstick's error."""
+    def truth(self, case: TransformerCase) -> dict[str, tuple]:
+        """By result: the true one, and the yardstick as its figure takes it."""
         if case.pattern not in self._truths:
             self._truths.clear()
             true = self._dense(case, self.truth_dtype)
             plain = self._dense(case, case.torch_dtype)
-            found = {name: (true[name], relative_error(plain[name], true[name])) for name in true}
+            found = {
+                name: (true[name], *both_errors(plain[name], true[name]))
+                for name in LARGE
+                if name in true
+            }
+            entries = {name: t.numel() for name, t in true.items() if name not in LARGE}
+            found |= {
+                name: (true[name], relative_error(plain[name], true[name])) for name in entries
+            }
+            if entries:
+                whole = flat(true, entries)
+                found["gradient"] = whole, yardstick(flat(plain, entries), whole, entries)
             self._truths[case.pattern] = found
         return self._truths[case.pattern]
 
@@ -151,10 +171,14 @@ def _experiment(case: TransformerCase, run: Run, problem: Problem) -> Experiment
         experiment.replicated |= {n: t for n, t in results.items() if n in of_all}
         with torch.no_grad():
             results["attention"] = run.model.attention(run.x)
-        enough = SAME if case.dtype == "fp32" else 0.0
+        true, enough = problem.truth(case), SAME if case.dtype == "fp32" else 0.0
+        if found:
+            results["gradient"] = flat(results, true["gradient"][1].tensors)
         return {
-            name: figure(results[name], *true, ranks=case.ranks, enough=enough)
-            for name, true in problem.truth(case).items()
+            name: (vector_figure if name == "gradient" else figure)(
+                results[name], *of_name, ranks=case.ranks, enough=enough
+            )
+            for name, of_name in true.items()
         }
 
     experiment = Experiment(run.step, check, "forward")

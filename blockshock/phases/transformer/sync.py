@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blockshock.distributed import noting
-from blockshock.measure.errors import Figure, figure, relative_error
+from blockshock.measure.errors import Figure, both_errors, figure, vector_figure, yardstick
 from blockshock.measure.floor import OPTIMIZER_PASSES, all_reduce_wire
 from blockshock.measure.regions import region
 from blockshock.phases import dealt
@@ -43,18 +43,20 @@ class Problem(Dense):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     @property
-    def names(self) -> list[str]:
-        """The parameters, a tied one once."""
-        return [name for name, _ in self.model.named_parameters()]
+    def entries(self) -> dict[str, int]:
+        """Of each parameter how many, a tied one once."""
+        return {name: p.numel() for name, p in self.model.named_parameters()}
 
     @noting("computing the truth")
-    def truth(self, case: TransformerCase) -> dict[str, tuple[Tensor, float]]:
-        """By result: the true one, and the yardstick's error."""
+    def truth(self, case: TransformerCase) -> dict[str, tuple]:
+        """By result: the true one, and the yardstick as its figure takes it."""
         if self._truth[0] != case.plan:
             self._truth = (None, None)
             true = self._simulated(case, self.truth_dtype)
             plain = self._simulated(case, case.torch_dtype)
-            found = {name: (true[name], relative_error(plain[name], true[name])) for name in true}
+            output = both_errors(plain["output"], true["output"])
+            gradient = yardstick(plain["gradient"], true["gradient"], self.entries)
+            found = {"output": (true["output"], *output), "gradient": (true["gradient"], gradient)}
             self._truth = (case.plan, found)
         return self._truth[1]
 
@@ -74,7 +76,7 @@ class Problem(Dense):
             loss = F.cross_entropy(wide.flatten(0, 1), row[:, 1:].flatten())
             (loss / len(self.tokens)).backward()
         dealt.add_gradients(model.parameters())
-        return {"output": output, "gradient": flat(_gradients(model), self.names)}
+        return {"output": output, "gradient": flat(_gradients(model), self.entries)}
 
 
 class Run:
@@ -122,11 +124,11 @@ def sync(case: TransformerCase, run: Run, problem: Problem) -> Experiment:
     def check() -> dict[str, Figure]:
         found = {"output": run.logits()}
         run.backward()
-        found["gradient"] = flat(run.model.gather_gradients(), problem.names)
-        enough = SAME if case.dtype == "fp32" else 0.0
+        found["gradient"] = flat(run.model.gather_gradients(), problem.entries)
+        true, enough = problem.truth(case), SAME if case.dtype == "fp32" else 0.0
         figures = {
-            name: figure(found[name], *true, ranks=case.ranks, enough=enough)
-            for name, true in problem.truth(case).items()
+            name: judge(found[name], *true[name], ranks=case.ranks, enough=enough)
+            for name, judge in (("output", figure), ("gradient", vector_figure))
         }
         experiment.replicated["output"] = found["output"]
         run.restart()
