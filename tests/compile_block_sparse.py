@@ -74,9 +74,9 @@ def gradient(block: int, plan, out: str = "bf16"):
     return compiled(block_product_triton.gradient, constants | {"OUT": out}, tiles, plan.warps)
 
 
-def lists(name: str, wide: int):
+def lists(name: str, warps: int, **sizes: int):
     """A kernel that makes lists."""
-    return compiled(getattr(block_lists_triton, name), {"WIDE": wide}, {}, 4)
+    return compiled(getattr(block_lists_triton, name), sizes, {}, warps)
 
 
 def tell(case: tuple, warps: int, made) -> None:
@@ -85,18 +85,24 @@ def tell(case: tuple, warps: int, made) -> None:
 
 
 if __name__ == "__main__":
-    every = sys.argv[1:] == ["every"]
     for block in block_plans.BLOCKS:
-        plans = block_plans.products(block, 4096)
-        shared = [plan for plan in plans if plan.each][-1]
-        for plan in plans if every else (plans[0], shared):
-            made = product(block, plan, activation="relu")
-            tell(("product", block, str(plan)), plan.warps, made)
-            if plan == plans[0] and not every:
-                tell(("gelu", block, str(plan)), plan.warps, product(block, plan, keep=True))
+        firsts = [next(p for p in block_plans.PRODUCTS[block] if bool(p.each) == b) for b in (0, 1)]
+        for plan in block_plans.PRODUCTS[block]:
+            # With KEEP a tile is written twice, which takes the most room.
+            made = product(block, plan, keep=True)
+            tell(("gelu", block, str(plan)), plan.warps, made)
+            if plan in firsts:
+                made = product(block, plan, activation="relu")
+                tell(("product", block, str(plan)), plan.warps, made)
                 made = product(block, plan, transposed=True, activation=None)
                 tell(("transposed", block, str(plan)), plan.warps, made)
-        for plan in block_plans.GRADIENTS[block][: None if every else 1]:
-            tell(("gradient", block, str(plan)), plan.warps, gradient(block, plan))
+        for plan in block_plans.GRADIENTS[block]:
+            for out in ("bf16", "fp32"):
+                made = gradient(block, plan, out)
+                tell(("gradient", block, str(plan), out), plan.warps, made)
+    for tall, wide in ((128, 32), (128, 128), (256, 64)):
+        warps = tall * wide // 512
+        made = lists("_count_and_fill", warps, TALL=tall, WIDE=wide)
+        tell(("_count_and_fill", tall, wide), warps, made)
     for name in ("_count", "_fill"):
-        tell((name, 256), 4, lists(name, 256))
+        tell((name, 256), 4, lists(name, 4, WIDE=256))

@@ -115,6 +115,19 @@ def test_a_compact_file_is_read_as_the_same_results(file, tmp_path, capsys):
     assert small.read_bytes() == again
 
 
+def test_a_file_without_its_commit_is_given_one_and_others_keep_theirs(file, tmp_path):
+    content = json.loads(Path(file).read_text())
+    paths = {"unversioned": tmp_path / "a.json", "a" * 40: tmp_path / "b.json"}
+    for name, path in paths.items():
+        path.write_text(json.dumps(content | {"commit_info": {"id": name, "dirty": False}}))
+    assert [load(path).commits for path in paths.values()] == [(), ("aaaaaaa",)]
+    with pytest.raises(ToolError, match="--commit 'main' is no commit: give 7 to 40 hex digits"):
+        compact.main([*map(str, paths.values()), "--commit", "main"])
+    assert compact.main([*map(str, paths.values()), "--commit", "b" * 40]) == 0
+    commits = [load(path).commits for path in paths.values()]
+    assert commits == [("bbbbbbb + changes",), ("aaaaaaa",)]
+
+
 def test_what_is_no_result_file_leaves_every_file_as_it_was(file, tmp_path):
     wrong, right = tmp_path / "wrong.json", tmp_path / "right.json"
     wrong.write_text("{}")

@@ -18,6 +18,7 @@ from tools.files import ToolError, read_text
 
 SCHEMA = 1
 COUNT = re.compile(r"\b\d+x ")  # of GPUs, in the name of a device
+COMMIT = re.compile(r"[0-9a-f]{7,40}")
 
 
 def load(path: str | Path) -> Results:
@@ -137,7 +138,7 @@ def _commit(content: dict) -> tuple[str, ...]:
     """The commit that pytest-benchmark noted; none where it found no repository."""
     info = content.get("commit_info")
     name = info.get("id") if isinstance(info, dict) else None
-    if not isinstance(name, str) or name == "unknown":
+    if not isinstance(name, str) or not COMMIT.fullmatch(name):  # "unknown", "unversioned"
         return ()
     return (name[:7] + " + changes" * bool(info.get("dirty")),)
 

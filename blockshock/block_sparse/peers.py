@@ -154,6 +154,6 @@ def _sparse(weight: Tensor, mask: Tensor, block: int) -> Tensor:
     (R, C), kept = mask.shape, mask.nonzero()
     values = weight.reshape(R, block, C, block).transpose(1, 2)[kept[:, 0], kept[:, 1]]
     starts = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
-    return torch.sparse_bsr_tensor(
-        starts, kept[:, 1], values.contiguous(), weight.shape, check_invariants=True
-    )
+    # Not by `check_invariants=True`, with which PyTorch 2.11 warns that nobody asked for checks.
+    with torch.sparse.check_sparse_tensor_invariants():
+        return torch.sparse_bsr_tensor(starts, kept[:, 1], values.contiguous(), weight.shape)

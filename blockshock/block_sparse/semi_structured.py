@@ -207,8 +207,9 @@ def _product_op(
 ) -> Tensor:
     if compressed is not None and compressed.data_ptr() != values.data_ptr():
         raise RuntimeError(
-            "a semi_structured layer was cast or copied before it was compiled; call it once as it "
-            "is, and compile it then"
+            "the values of a semi_structured layer are not in the memory of its packed form (FSDP, "
+            "or an assignment to .data, gave them other memory), which a compiled call cannot "
+            "follow; call it without torch.compile, or use storage bsr"
         )
     with torch.autocast(x.device.type, enabled=False):
         return sparse24.product(x, compressed, values, codes, bias)

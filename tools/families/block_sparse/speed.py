@@ -12,8 +12,10 @@ from tools.drawing.looks import line_style
 from tools.drawing.series import Words
 from tools.families.block_sparse.points import (
     DENSE,
+    OURS,
     PHASES,
     SQUARE,
+    TORCH,
     by_place,
     of_phase,
     shape,
@@ -64,8 +66,10 @@ def _panel(panel: Sequence[Result], near: dict[str, Sequence[Result]]) -> Panel:
             ends = (ratio.low, ratio.high) if ratio.enough else (None, None)
             points.append(Point(1 / (1 - result.case.sparsity), ratio.value, *ends))
         look = line_style(one[0])
-        look |= {"color": BLOCKS.get(block, look["color"]), "linewidth": 2, "markersize": 7}
-        look["linestyle"] = "solid" if method == "bsr" else (0, (2, 1.5))
+        if method in (OURS, TORCH):  # 2:4 is the same for every tile, and has a colour of its own
+            look["color"] = BLOCKS.get(block, look["color"])
+        look |= {"linewidth": 2, "markersize": 7}
+        look["linestyle"] = "solid" if method == OURS else (0, (2, 1.5))
         lines.append(Line(f"{method}, block {block}", tuple(sorted(points)), look))
     reach = [p.x for line in lines for p in line.points]
     ends = tuple(Point(x, x) for x in (min(reach), max(reach)))
