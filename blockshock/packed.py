@@ -44,7 +44,7 @@ class Packed24:
         self.values, self.codes, self.compressed = values, codes, compressed
         self._transposed: Packed24 | None = None
         self._thin: thin24.Layout | None = None
-        self._wide: wide24.Operand | None = None
+        self._wide: Tensor | None = None  # the places of `wide24`
         self._period = None  # of the mask; unknown while the codes are being written
         self._library_places = False
         self._seen = -1
@@ -139,7 +139,7 @@ class Packed24:
             done = [thin24.product(some, self.values, places, bias) for some in x.split(most)]
             return done[0] if len(done) == 1 else torch.cat(done)
         if kernel == "wide":
-            return self._wide_operand().product(x, bias)
+            return wide24.product(x, self.values, self._wide_places(), bias)
         return sparse24.product(x, self.compressed, self.values, self.codes, bias)
 
     def kept_input(self, x: Tensor) -> Tensor:
@@ -179,10 +179,10 @@ class Packed24:
             self._thin = thin24.layout(self.codes, self.mask_period())
         return self._thin
 
-    def _wide_operand(self) -> wide24.Operand:
+    def _wide_places(self) -> Tensor:
         if self._wide is None:
             graphs.refuse_capture("the wide kernel has no places of this mask")
-            self._wide = wide24.Operand(self.values, self.codes)
+            self._wide = wide24.arrange_places(self.codes)
         return self._wide
 
     @torch.no_grad()
@@ -222,22 +222,8 @@ class Packed24:
         return self._seen != self.values._version
 
     def mark_stale(self) -> None:
-        """Says that the values were written; what follows is renewed before its next use."""
+        """Says that the values were written; the transpose is refreshed before its next use."""
         self._seen = -1
-        self.mark_unarranged()
-
-    def mark_unarranged(self) -> None:
-        """Makes the next product put the values in its own order again, if it has one."""
-        if self._wide is not None:
-            self._wide.mark_stale()
-
-    def renew(self) -> None:
-        """Brings all that follows from the values into step now, where a graph may have it."""
-        if self.stale:
-            self.refresh()
-        for form in (self, self._transposed):
-            if form is not None and form._wide is not None:
-                form._wide.renew()
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -246,7 +232,6 @@ class Packed24:
         if self._transposed is not None:
             twin = self._transposed
             pack.transpose_kept(self.values, self.codes, twin.codes, out=twin.values)
-            twin.mark_stale()
 
     @torch.no_grad()
     def rewrite(self, weight: Tensor) -> None:
@@ -281,7 +266,7 @@ class Packed24:
         """Bytes held: values, metadata and codes, of W and of Wᵀ when it is kept."""
         head = self.values if self.compressed is None else self.compressed
         own = head.nbytes + self.codes.nbytes + (self._thin.nbytes if self._thin else 0)
-        own += self._wide.nbytes if self._wide else 0
+        own += 0 if self._wide is None else self._wide.nbytes
         return own + (self._transposed.nbytes if self._transposed is not None else 0)
 
     def _write_metadata(self) -> None:

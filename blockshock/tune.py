@@ -3,9 +3,8 @@
     python -m blockshock.tune --ranks 2 --N 4096,8192 --B 64,1024,4096 [--method M,M] [--mask M,M]
 
 For every N = K and B each method is built with reduce="auto" (and kernel="auto"), and its forward
-and its backward run once with weights that train, and its forward once with frozen ones. What was
-fastest is kept for this GPU, driver and libraries (`blockshock.tuning`), where every later use of
-the size finds it.
+and its backward run once, with weights that train. What was fastest is kept for this GPU, driver
+and libraries (`blockshock.tuning`), where every later use of the size finds it.
 
     python -m blockshock.tune block_sparse --shape 8192x8192 --block 64 --sparsity 0.9 --B 4096
 
@@ -31,9 +30,7 @@ TUNED = [name for name, method in METHODS.items() if "auto" in getattr(method, "
 
 
 def measure(method: str, mask: str | None, N: int, B: int, dtype: str) -> dict[str, dict]:
-    """What is fastest for one layer: `ways.answers`, by question. Called in every rank of the
-    default group.
-    """
+    """What is fastest for one layer: `ways.answers`. Called in every rank of the default group."""
     logging.getLogger("blockshock.tuning").setLevel(logging.ERROR)  # the command tells it all
     tuning.exact_sizes()
     note(f"measuring {method} at N = {N}, B = {B}")
@@ -44,12 +41,7 @@ def measure(method: str, mask: str | None, N: int, B: int, dtype: str) -> dict[s
     x = torch.randn(B, N, **like).requires_grad_()
     y = layer(x)
     y.backward(torch.randn_like(y))
-    trained = ways.answers(layer, B)
-    with torch.no_grad():
-        layer.requires_grad_(False)(x)
-    # Of the same question the first answer, which tells how long it took.
-    both = [*ways.answers(layer, B).values(), *trained.values()]
-    return {answer["question"]: answer for answer in both}
+    return ways.answers(layer, B)
 
 
 def block_sparse(argv: list[str]) -> int:

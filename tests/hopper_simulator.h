@@ -24,7 +24,6 @@ using u64 = unsigned long long;
 using std::min;
 using Action = std::function<void()>;
 using Bytes = std::vector<unsigned char>;
-struct uint4 { u32 x, y, z, w; };
 struct Place2 { int x, y; };
 // Outermost dimension first; of a matrix it is 1. size: bytes of an element.
 struct TensorMap { unsigned char* data; int size, swizzle; long shape[3], box[3]; };
@@ -41,7 +40,6 @@ struct TensorMap { unsigned char* data; int size, swizzle; long shape[3], box[3]
 #define blockIdx (me->block->place)
 #define gridDim (Place2{(int)grid.size(), 0})
 
-uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 unsigned char shared[1];
 
 // --- threads
@@ -78,7 +76,6 @@ ucontext_t scheduler;
 std::vector<Copy> flying;
 std::deque<Block> grid;
 std::vector<Meeting> clusters;
-Bytes arranged;
 int threads;  // of a block
 bool late;
 
@@ -205,12 +202,6 @@ u32 narrowed(float value) {
 
 u32 rounded(float low, float high) { return narrowed(low) | narrowed(high) << 16; }
 u32 load_shared(u32 address) { return read<u32>(at(*me->block, address, 4)); }
-
-void load_words(u32* a, const uint4* from) {
-    const long place = (unsigned char*)from - arranged.data();
-    check(place >= 0 && place + 16 <= arranged.size(), "a load outside of the values");
-    memcpy(a, from, 16);
-}
 
 // Lanes 8i to 8i + 7 give the addresses of the rows of matrix i.
 void load_matrices(u32* a, u32 address) {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from blockshock import tune
-from blockshock.kernels import cusparselt, products
+from blockshock.kernels import cusparselt
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,6 @@ def test_what_was_tuned_is_kept_for_later_uses(tmp_path, monkeypatch, capsys):
     arguments = ["--N", "512", "--B", "8,1024", "--mask", "tile"]
     assert tune.main(arguments) == 0
     first = capsys.readouterr().out
-    large = products.candidates("auto", "periodic", 1024, torch.bfloat16, torch.device("cuda"))
-    # Two methods, two batches, two directions; a frozen forward where a kernel pays for writes.
-    count = 8 + products.arranges(large)
-    assert first.count("measured in") == count
+    assert first.count("measured in") == 8  # two methods, two batches, two directions
     assert tune.main(arguments) == 0
-    assert capsys.readouterr().out.count("(kept)") == count
+    assert capsys.readouterr().out.count("(kept)") == 8

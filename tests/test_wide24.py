@@ -21,7 +21,7 @@ from blockshock.measure.errors import relative_error
 from blockshock.packed import Packed24
 
 on_gpu = pytest.mark.gpus(1)
-RIGHT = [name for name, plan in wide24.PLANS.items() if plan.right]
+SOURCE = (nvrtc.FOLDER / "wide24.cu").read_text(encoding="utf-8")
 
 # (N, K, B): one block of everything; rows that fill no block, no cluster; odd and even numbers of
 # blocks of columns, more and fewer than stages; more tiles than processors; ragged B.
@@ -59,10 +59,9 @@ class Case:
     def bias(self):
         return self.input(1, seed=1).new_empty(len(self.weight)).normal_()
 
-    def product(self, x, bias=None, plan=wide24.USUAL):
-        values = wide24.arrange(self.values) if plan.arranges else self.values
+    def product(self, x, bias=None):
         poison()
-        return wide24.product(x, values, self.places, bias, plan)
+        return wide24.product(x, self.values, self.places, bias)
 
 
 def poison():
@@ -123,17 +122,12 @@ def through_shared_memory(values, block):
 
 
 @pytest.mark.parametrize("pattern", ["random", "tile", "1010"])
-@pytest.mark.parametrize("source", ["shared memory", "arranged"])
-def test_the_registers_describe_the_matrix(pattern, source):
+def test_the_registers_describe_the_matrix(pattern):
     case = Case(128, 192, pattern, torch.float32, device="cpu")
-    arranged = wide24.arrange_reference(case.values)
-    assert arranged.shape == (2, 6, 128, 8)
     for tile in range(2):
         rows = slice(64 * tile, 64 * tile + 64)
         for block in range(3):
             given = through_shared_memory(case.values[rows], block)
-            if source == "arranged":
-                given = arranged[tile, 2 * block : 2 * block + 2].view(2, 128, 4, 2)
             for step in range(2):
                 start = 64 * block + 32 * step
                 found = operand(given[step], case.places[tile, block], step)
@@ -149,9 +143,14 @@ def test_places_of_many_tiles_are_those_of_each():
     assert torch.equal(found[:, -2:], case.places)
 
 
-def test_every_plan_fits_the_shared_memory_of_a_block():
-    for plan in wide24.PLANS.values():
-        assert plan.shared_bytes <= 227 * 1024, plan
+def test_stages_fit_the_shared_memory_of_a_block():
+    assert all(tile.shared_bytes <= 227 * 1024 for tile in wide24.TILES)
+
+
+def test_half_a_tile_is_taken_where_whole_ones_leave_processors_idle():
+    clusters = dict.fromkeys(wide24.TILES, 66)
+    for batch, columns in ((1, 128), (256, 128), (384, 256), (640, 128), (1024, 256), (4096, 256)):
+        assert wide24.best(8192, batch, clusters).columns == columns
 
 
 def test_what_the_kernel_does_not_take_is_named():
@@ -161,13 +160,9 @@ def test_what_the_kernel_does_not_take_is_named():
         assert str(dtype).removeprefix("torch.") in wide24.unsupported(dtype, "cuda")
 
 
-def test_no_rows_give_none_and_values_in_another_order_are_refused():
+def test_no_rows_give_none():
     case = Case(64, 64, device="cpu")
     assert wide24.product(case.input(0), case.values, case.places).shape == (0, 64)
-    arranged = wide24.arrange_reference(case.values)
-    for name, values in (("pairs", arranged), ("direct", case.values)):
-        with pytest.raises(ValueError, match="pass the kept values, or `arrange` of them"):
-            wide24.product(case.input(1), values, case.places, plan=wide24.PLANS[name])
 
 
 def test_a_tensor_map_of_rows_off_sixteen_bytes_is_refused():
@@ -179,58 +174,94 @@ def test_a_tensor_map_of_rows_off_sixteen_bytes_is_refused():
             tensor_maps.tensor_map(bad, (4, 64), 128)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of a CUDA toolkit")
-@pytest.mark.parametrize("name", wide24.PLANS)
-def test_every_plan_compiles_without_spills_and_without_waits_between_products(name, tmp_path):
+def compiled(folder, source, tile=wide24.TILES[0], dtype=torch.bfloat16):
+    """(What ptxas says, the machine code) of the kernel with a bias, for sm_90a."""
     triton = pytest.importorskip("triton", reason="needs Triton's disassembler")
-    plan, file = wide24.PLANS[name], tmp_path / "wide24.cu"
-    source = wide24.prelude_of(torch.bfloat16, plan)
-    file.write_text(source + (nvrtc.FOLDER / "wide24.cu").read_text(encoding="utf-8"))
-    target = ["-gencode", "arch=compute_90a,code=sm_90a", "-std=c++17", "-Xptxas", "-v"]
-    macros = wide24.macros(torch.bfloat16, True, plan)
-    command = ["nvcc", *target, *(f"-D{key}={value}" for key, value in macros.items())]
-    command += ["-cubin", "-o", str(tmp_path / "cubin"), str(file)]
+    (folder / "wide24.cu").write_text(wide24.prelude_of(dtype, tile) + source, encoding="utf-8")
+    command = ["nvcc", "-gencode", "arch=compute_90a,code=sm_90a", "-std=c++17", "-Xptxas", "-v"]
+    command += [f"-D{key}={value}" for key, value in wide24.macros(dtype, True, tile).items()]
+    command += ["-cubin", "-o", str(folder / "cubin"), str(folder / "wide24.cu")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    report = done.stdout + done.stderr
+    dump = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-fun", "product", folder / "cubin"]
+    code = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    return done.stdout + done.stderr, code
+
+
+def written_in_flight(code):
+    """Registers that an instruction writes while a product reads them as A or as places.
+
+    Twice through the code from the loads of the first HGMMA to the last one, as in a loop.
+    """
+    lines = re.findall(r"/\*[0-9a-f]{4,5}\*/ +(.*?) *;", code)
+    products = [i for i, line in enumerate(lines) if "HGMMA" in line]
+    flying, batch, found = [], set(), set()
+    for line in 2 * lines[products[0] - 50 : products[-1] + 12]:
+        if given := re.search(
+            r"HGMMA\S+ R\d+, R(\d+), gdesc\S+, R\d+,(?: !?UPT?\d*,)? R(\d+)", line
+        ):
+            a, places = map(int, given.groups())
+            batch |= {a, a + 1, a + 2, a + 3, places}
+            if "gsb0" in line:
+                flying.append(batch)
+                batch = set()
+        elif left := re.search(r"DEPBAR.LE gsb0, 0x(\d)", line):
+            flying = flying[len(flying) - int(left[1]) :] if int(left[1]) else []
+        elif given := re.match(r"(?:@!?U?P\d+ )?(\S+) R(\d+),", line):
+            size = {"LDSM": 4, "64": 2, "128": 4, "WIDE": 2}
+            wide = max(n for part, n in ({"": 1} | size).items() if part in given[1])
+            target = set(range(int(given[2]), int(given[2]) + wide))
+            found |= target & set().union(batch, *flying)
+    return len(products), found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of a CUDA toolkit")
+@pytest.mark.parametrize("tile", wide24.TILES)
+@pytest.mark.parametrize("dtype", wide24.DTYPES)
+def test_no_product_waits_spills_or_loses_its_registers(dtype, tile, tmp_path):
+    report, code = compiled(tmp_path, SOURCE, tile, dtype)
     assert "Performance Loss" not in report, report  # wgmma one after the other
     assert set(re.findall(r"(\d+) bytes spill", report)) == {"0"}, report
-    dump = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-fun", "product", tmp_path / "cubin"]
-    sass = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    products = sass[sass.index("HGMMA") : sass.rindex("HGMMA")]
+    products = code[code.index("HGMMA") : code.rindex("HGMMA")]
     for wait in ("MEMBAR.ALL.GPU", "ERRBAR", "LDL", "STL"):  # a round trip to L2, a spill
         assert wait not in products, wait
+    count, lost = written_in_flight(code)
+    assert count == 6  # two of each step: a loop of two, and one where their number is odd
+    assert not lost
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of a CUDA toolkit")
+def test_registers_that_are_lost_in_flight_are_found(tmp_path):
+    one = SOURCE.replace("block + 1 < blocks; block += 2", "block < blocks; block++")
+    one = one.replace("                step(a[1], block + 1);\n", "")
+    one = one.replace("            if (blocks % 2) step(a[0], blocks - 1);\n", "")
+    count, lost = written_in_flight(compiled(tmp_path, one)[1])
+    assert count == 2
+    assert lost
 
 
 @on_gpu
-@pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.parametrize(("N", "K", "B"), SHAPES)
-def test_the_product_is_as_near_to_float64_as_the_dense_one(N, K, B, name):
+def test_the_product_is_as_near_to_float64_as_the_dense_one(N, K, B):
     for dtype, pattern, term in ((torch.bfloat16, "random", 0), (torch.float16, "tile", 1)):
         case = Case(N, K, pattern, dtype, term=term)
         x = case.input(B)
         for bias in (None, case.bias()):
             exact = truth(case, x, bias)
-            found = case.product(x, bias, wide24.PLANS[name])
+            found = case.product(x, bias)
             assert found.shape == (B, N)
             own, dense = (relative_error(y, exact) for y in (found, F.linear(x, case.dense, bias)))
             assert own <= 1.1 * dense, (pattern, bias is not None)
 
 
 @on_gpu
-@pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.parametrize("dtype", wide24.DTYPES)
-def test_unit_rows_give_the_columns_of_the_weight_to_the_bit(dtype, name):
+def test_unit_rows_give_the_columns_of_the_weight_to_the_bit(dtype):
     case = Case(320, 192, dtype=dtype)
     eye = torch.eye(192, dtype=dtype, device="cuda")
-    assert torch.equal(case.product(eye, plan=wide24.PLANS[name]), case.dense.t())
-
-
-@on_gpu
-def test_arranging_on_the_gpu_is_the_reference():
-    case = Case(192, 320)
-    assert torch.equal(wide24.arrange(case.values), wide24.arrange_reference(case.values))
+    assert torch.equal(case.product(eye), case.dense.t())
 
 
 @on_gpu
@@ -245,15 +276,14 @@ def test_rows_do_not_depend_on_the_rows_beside_them():
 
 
 @on_gpu
-@pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_stays_in_its_row_and_column(name, bad):
-    case, plan = Case(192, 320), wide24.PLANS[name]
+def test_what_is_not_finite_stays_in_its_row_and_column(bad):
+    case = Case(192, 320)
     x, plain = case.input(300), torch.ones(300, 192, dtype=torch.bool, device="cuda")
-    whole = case.product(x, plan=plan)
+    whole = case.product(x)
     x[7], case.values[70, 33] = bad, bad
     plain[7], plain[:, 70] = False, False
-    found = case.product(x, plan=plan)
+    found = case.product(x)
     assert torch.equal(found.isfinite(), plain)
     assert torch.equal(found[plain], whole[plain])
 
@@ -282,25 +312,22 @@ def test_one_wrong_place_is_found():
 
 
 @on_gpu
-@pytest.mark.parametrize("name", RIGHT)
-def test_a_replayed_graph_follows_what_x_and_the_values_have_become(name):
-    case, plan = Case(1024, 4096), wide24.PLANS[name]
-    values = wide24.arrange(case.values) if plan.arranges else case.values
+def test_a_replayed_graph_follows_what_x_and_the_values_have_become():
+    case = Case(1024, 4096)
+    values = case.values
     x, result = case.input(600), {}
-    graph = capture(lambda: result.update(y=wide24.product(x, values, case.places, plan=plan)))
+    graph = capture(lambda: result.update(y=wide24.product(x, values, case.places)))
     for seed in (1, 2):
         x.copy_(case.input(600, seed))
         values.mul_(-2)
         result["y"].fill_(torch.nan)
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(result["y"], wide24.product(x, values, case.places, plan=plan))
+        assert torch.equal(result["y"], wide24.product(x, values, case.places))
 
 
 @on_gpu
-@pytest.mark.parametrize("name", ["pairs", "direct"])
-def test_both_products_of_a_packed_matrix_follow_its_values_also_in_replays(name, monkeypatch):
-    monkeypatch.setattr(wide24, "USUAL", wide24.PLANS[name])
+def test_both_products_of_a_packed_matrix_follow_its_values_also_in_replays():
     case, result = Case(1024, 4096, "tile"), {}
     form = Packed24.pack(case.weight, masks.decode(case.codes)).with_transpose()
     x, dy = case.input(600), torch.randn(600, 1024, device="cuda").bfloat16()
@@ -334,28 +361,26 @@ def found_again(form, x):
 
 
 @on_gpu
-@pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.parametrize(("rows", "chunks"), [(4096, 4), (1000, 3), (130, 2)])
-def test_chunks_of_the_rows_have_the_bits_of_the_whole(rows, chunks, name):
-    case, plan = Case(704, 960), wide24.PLANS[name]
+def test_chunks_of_the_rows_have_the_bits_of_the_whole(rows, chunks):
+    case = Case(704, 960)
     x, bias, bounds = case.input(rows), case.bias(), exchange.cut(rows, chunks)
-    parts = [case.product(x[a:b], bias, plan) for a, b in itertools.pairwise(bounds)]
+    parts = [case.product(x[a:b], bias) for a, b in itertools.pairwise(bounds)]
     assert all(part.is_contiguous() for part in parts)
-    assert torch.equal(torch.cat(parts), case.product(x, bias, plan))
+    assert torch.equal(torch.cat(parts), case.product(x, bias))
 
 
 @on_gpu
 def test_products_on_two_streams_do_not_disturb_each_other():
     cases = [Case(1024, 4096), Case(1024, 4096, "tile")]
     inputs = [case.input(600, seed) for seed, case in enumerate(cases)]
-    operands = [wide24.Operand(case.values, case.codes) for case in cases]
-    alone = [own.product(x) for own, x in zip(operands, inputs, strict=True)]
+    alone = [case.product(x) for case, x in zip(cases, inputs, strict=True)]
     streams = [torch.cuda.Stream() for _ in cases]
     torch.cuda.synchronize()
     found = []
     for _ in range(20):
-        for own, x, stream in zip(operands, inputs, streams, strict=True):
+        for case, x, stream in zip(cases, inputs, streams, strict=True):
             with torch.cuda.stream(stream):
-                found.append(own.product(x))
+                found.append(wide24.product(x, case.values, case.places))
     torch.cuda.synchronize()
     assert all(torch.equal(y, alone[i % 2]) for i, y in enumerate(found))

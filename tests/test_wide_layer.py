@@ -13,7 +13,6 @@ from tests import follow_jobs, graph_jobs, linear_jobs
 from tests import wide_jobs as jobs
 
 CUDA = torch.device("cuda")
-PLANS = ["pairs", "direct"]  # that take the values as they are, and in their own order
 LAYERS = [
     {"mask": "tile"},
     {"mask": "random"},
@@ -49,28 +48,23 @@ def packed(N=128, K=192, pattern="tile"):
 def test_the_stand_in_puts_the_matrix_together_again():
     form = packed(pattern="random")
     assert torch.equal(jobs.codes_of(wide24.arrange_places(form.codes)), form.codes)
-    assert torch.equal(jobs.values_of(wide24.arrange_reference(form.values)), form.values)
 
 
-@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("mask", ["tile", "random"])
 @pytest.mark.parametrize("B", [1, 65, 300])
-def test_output_and_gradients_match_dense(on_cpu, plan, mask, B):
-    answers = on_cpu.run(jobs.errors, plan, 192, 64 * on_cpu.size, B, "fp32", mask=mask)
+def test_output_and_gradients_match_dense(on_cpu, mask, B):
+    answers = on_cpu.run(jobs.errors, 192, 64 * on_cpu.size, B, "fp32", mask=mask)
     linear_jobs.check([found for found, _ in answers])
     for _, rows in answers:
         assert rows == [B] * (2 if mask == "tile" else 1)  # dX is 2:4 as well
 
 
-@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("options", LAYERS, ids=lambda o: "-".join(o.values()))
-def test_the_kernel_multiplies_what_the_parameter_holds_whatever_happened(
-    on_cpu, options, seed, plan
-):
-    for error, deeds, arranged in on_cpu.run(jobs.lives, plan, options, seed):
+def test_the_kernel_multiplies_what_the_parameter_holds_whatever_happened(on_cpu, options, seed):
+    for error, deeds, products_made in on_cpu.run(jobs.lives, options, seed):
         assert error < 8, deeds  # in units of the dtype's rounding
-        assert (arranged > 20) == (plan == "direct")
+        assert products_made > 20
 
 
 @pytest.mark.gpus(2)
@@ -100,58 +94,19 @@ def test_captured_steps_and_evaluations_follow_what_was_trained(on_hopper, mask,
     assert all(error < 1e-6 for error in found)
 
 
-@pytest.mark.parametrize("unseen", [False, True], ids=["a counted write", "one that is not"])
-def test_values_are_arranged_once_after_a_write_in_the_memory_that_graphs_have(unseen):
-    form, x = packed(), torch.randn(40, 192, dtype=torch.float64)
-    with jobs.stand_in() as calls:
-        form.product(x, None, "wide")
-        memory = form._wide._arranged
-        for turn in range(1, 4):
-            (form.values.data if unseen else form.values).mul_(-2)
-            if unseen:
-                form.mark_stale()
-            whole = torch.cat([form.product(some, None, "wide") for some in x.split(16)])
-            torch.testing.assert_close(whole, x @ form.unpack().t())
-            assert calls.arranged == 1 + turn
-            assert form._wide._arranged is memory
-
-
-def test_the_transpose_is_arranged_again_when_it_is_refreshed():
-    form, dy = packed().with_transpose(), torch.randn(40, 128, dtype=torch.float64)
-    with jobs.stand_in() as calls:
-        for turn in range(1, 4):
-            form.values.data.mul_(-2)
-            form.mark_stale()
-            for _ in range(2):
-                found = form.transposed.product(dy, None, "wide")
-                torch.testing.assert_close(found, dy @ form.unpack())
-            assert calls.arranged == turn
-
-
-def test_bytes_count_the_places_and_the_arranged_values():
+def test_bytes_count_the_places():
     form = packed()
-    before, values = form.nbytes, form.values.nbytes
-    with jobs.stand_in("pairs"):
+    before = form.nbytes
+    with jobs.stand_in():
         form.product(torch.randn(8, 192, dtype=torch.float64), None, "wide")
-    places = 128 * 192 // 8
-    assert form.nbytes == before + places
-    with jobs.stand_in("direct"):
-        form.product(torch.randn(8, 192, dtype=torch.float64), None, "wide")
-    assert form.nbytes == before + places + values
+    assert form.nbytes == before + 128 * 192 // 8
 
 
-def test_upkeep_of_a_frozen_layer_renews_what_graphs_may_have(on_cpu):
-    assert all(all(found) for found in on_cpu.run(jobs.renewed_at_once))
-
-
-def test_memory_is_not_made_inside_a_capture(monkeypatch):
+def test_places_are_not_made_inside_a_capture(monkeypatch):
     form, x = packed(), torch.randn(8, 192, dtype=torch.float64)
     with jobs.stand_in():
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         with pytest.raises(RuntimeError, match="no places of this mask yet"):
-            form.product(x, None, "wide")
-        form._wide = wide24.Operand(form.values, form.codes)
-        with pytest.raises(RuntimeError, match="no copy of the values yet"):
             form.product(x, None, "wide")
 
 
@@ -176,18 +131,8 @@ FAST = {"cusparselt; collective": 1.0, "wide; collective": 0.8}
 SLOW = {"cusparselt; collective": 1.0, "wide; collective": 1.1}
 
 
-@pytest.mark.parametrize("trained", [True, False])
 @pytest.mark.parametrize(("times", "best"), [(FAST, "wide"), (SLOW, "cusparselt")])
-def test_auto_takes_it_where_it_was_the_fastest(on_cpu, tmp_path, times, best, trained):
-    for answers, arranged in on_cpu.run(jobs.chosen, tmp_path, times, trained=trained):
+def test_auto_takes_it_where_it_was_the_fastest(on_cpu, tmp_path, times, best):
+    for answers in on_cpu.run(jobs.chosen, tmp_path, times):
         assert [a["way"] for a in answers] == [f"{best}; collective"] * 2
         assert {a["source"] for a in answers} == {"measured"}
-        # Where the weight trains, each product that is timed pays for a write, and asks apart.
-        assert arranged == (4 if trained else 2)
-        assert all(("written at each step" in a["question"]) == trained for a in answers)
-
-
-def test_a_plan_that_takes_values_as_they_are_asks_as_the_other_kernels_do(on_cpu, tmp_path):
-    for answers, arranged in on_cpu.run(jobs.chosen, tmp_path, FAST, plan="pairs"):
-        assert arranged == 0
-        assert not any("written" in a["question"] for a in answers)

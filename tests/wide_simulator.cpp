@@ -17,15 +17,6 @@ int main(int, char** words) {
     };
     Bytes x = take(B * K * 2), w = take(N * K), places = take(N * K / 8), bias = take(N * 2);
     Bytes y(B * N * 2, 0x7f);
-    arranged.resize(N * K);
-
-    Block block;
-    Thread alone{&block};
-    me = &alone;
-    for (block.place.x = 0; block.place.x < K / 64; block.place.x++)
-        for (block.place.y = 0; block.place.y < N / 64; block.place.y++)
-            for (me->index = 0; me->index < 256; me->index++)
-                arrange_values((u32*)w.data(), (uint4*)arranged.data(), K);
 
     const int rows = (N + CLUSTER * ROWS - 1) / (CLUSTER * ROWS);
     const int columns = (B + COLUMNS - 1) / COLUMNS;
@@ -41,7 +32,7 @@ int main(int, char** words) {
         product({x.data(), 2, 128, {1, B, K}, {1, COLUMNS / CLUSTER, 64}},
                 {w.data(), 2, 64, {1, N, K / 2}, {1, GROUPS * 64, 32}},
                 {places.data(), 4, 0, {N / 64, K / 64, 128}, {GROUPS, 1, 128}},
-                {y.data(), 2, 128, {1, B, N}, {1, 32, 64}}, (uint4*)arranged.data(),
+                {y.data(), 2, 128, {1, B, N}, {1, 32, 64}},
                 (u16*)bias.data(), N / 64, K / 64, rows, columns);
     };
     go(std::move(all));

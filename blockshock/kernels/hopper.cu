@@ -144,12 +144,6 @@ __device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c,
                  ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
-// Read once by this block, so past L1.
-__device__ __forceinline__ void load_words(u32* a, const uint4* from) {
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "l"(from));
-}
-
 __device__ __forceinline__ u32 load_shared(u32 address) {
     u32 word;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");

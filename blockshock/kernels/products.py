@@ -59,11 +59,6 @@ def candidates(kernel: str, mask: str, rows: int, dtype, device) -> tuple[str, .
     return tuple(found)
 
 
-def arranges(kernels: tuple[str | None, ...]) -> bool:
-    """Whether one of them multiplies by values in another order, made after each write."""
-    return "wide" in kernels and wide24.USUAL.arranges
-
-
 def describe(kernel: str, packed, rows: tuple[int, ...]) -> str:
     """What runs, in words. packed: a `Packed24`; rows: sizes of x, of which one has run."""
     N, K = packed.shape

@@ -170,15 +170,6 @@ class BlockShock(PackedSplit):
         both = " both ways" if self.packed.has_transpose else ""
         return f"BlockShock ({products.kind(self.packed.mask_period())} mask{both}{library})"
 
-    def pays_for_writes(self, rows: int, *, backward: bool) -> bool:
-        """Whether a product of so many rows may need work after each step of an optimizer."""
-        trained = self.weight.requires_grad
-        return trained and products.arranges(self.candidates(rows, backward=backward))
-
-    def as_written(self, *, backward: bool) -> None:
-        """Makes the next product do what it does after such a step."""
-        (self.packed.transposed if backward else self.packed).mark_unarranged()
-
     def in_dtype(self, dtype: torch.dtype) -> "BlockShock":
         """A layer of the same mask that multiplies in another dtype; without the hooks of this one,
         which may hold a whole model.

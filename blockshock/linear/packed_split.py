@@ -65,8 +65,9 @@ class PackedSplit(Split):
             if self._apart:
                 self._rebuild()
             MASTERS[self.master].renew(self.part, self.packed, by_library=self._by_library)
-            if not self.weight.requires_grad:  # graphs of a frozen layer renew nothing themselves
-                self.packed.renew()
+            # Graphs of a frozen layer renew nothing themselves.
+            if not self.weight.requires_grad and self.packed.stale:
+                self.packed.refresh()
 
     def check_pair(self) -> None:
         """Raises ValueError unless the partner rank holds the exact complement. A collective.

@@ -28,12 +28,7 @@ def forward(layer, x: Tensor) -> Way:
     """The way to Y of x [B, K]."""
 
     def step(way: Way):
-        def run():
-            if _pays_for_writes(layer, FORWARD, len(x)):
-                layer.as_written(backward=False)
-            functions.begin_forward(layer, x, way)[1].wait()
-
-        return run
+        return lambda: functions.begin_forward(layer, x, way)[1].wait()
 
     def trial(way: Way):
         return lambda: layer.product(layer.local_input(x, **way.asked), **way.asked)
@@ -49,8 +44,6 @@ def backward(layer, dy: Tensor, local: Tensor | None) -> Way:
 
     def step(way: Way):
         def run():
-            if _pays_for_writes(layer, BACKWARD, len(dy)):
-                layer.as_written(backward=True)
             pending = functions.begin_backward(layer, dy, way, hide=local is not None)
             try:
                 if local is not None:
@@ -177,18 +170,11 @@ def _kernels(layer, side: str, rows: int) -> tuple[str | None, ...]:
     return kernels(rows, backward=side != FORWARD) if kernels else (None,)
 
 
-def _pays_for_writes(layer, side: str, rows: int) -> bool:
-    """Whether the time of a product depends on whether the weight trains."""
-    pays = getattr(layer, "pays_for_writes", None)
-    return pays is not None and pays(rows, backward=side != FORWARD)
-
-
 def _question(layer, side: str, like: Tensor) -> str:
     join = layer.output if side == FORWARD else layer.input
     asked = f", kernel={layer.kernel}" if hasattr(layer, "kernel") else ""
-    written = ", written at each step" if _pays_for_writes(layer, side, len(like)) else ""
     return (
-        f"{getattr(layer, 'kind', type(layer).__name__)} {side}{written}: N={layer.output.columns} "
+        f"{getattr(layer, 'kind', type(layer).__name__)} {side}: N={layer.output.columns} "
         f"K={layer.input.columns} B={len(like)} {str(like.dtype).removeprefix('torch.')} "
         f"ranks={layer.ranks}{asked}, reduce={join.how}{'' if like.is_cuda else ', no GPU'}"
     )

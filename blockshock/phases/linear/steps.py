@@ -1,9 +1,9 @@
 """What each phase does with a layer: the step that is timed, and the check that must pass first.
 
     correctness   Y, dX, dW and db together
-    forward       Y, nothing recorded for a backward; the weight is frozen
+    forward       Y, nothing recorded for a backward
     backward      Y and dX; the weight is frozen
-    drift         T times Y, normalised in between, against the same chain in float64; frozen
+    drift         T times Y, normalised in between, against the same chain in float64
 
 (`training` has a file of its own.) A phase is a function of (case, layer, problem) that returns an
 `Experiment`; the package lists them.
@@ -21,8 +21,7 @@ from blockshock.phases.linear.problem import Problem
 
 
 def forward(case: LinearCase, layer, problem: Problem) -> Experiment:
-    """A forward, Y = X Wᵀ + b, nothing recorded for a backward; the weights are frozen."""
-    layer.requires_grad_(False)
+    """A forward, Y = X Wᵀ + b, nothing recorded for a backward."""
 
     def step():
         with torch.no_grad(), region("forward"):
@@ -83,7 +82,6 @@ def correctness(case: LinearCase, layer, problem: Problem) -> Experiment:
 def drift(case: LinearCase, layer, problem: Problem) -> Experiment:
     """A chain of `steps` forwards, each on the normalised output of the one before."""
     steps = case.steps or 8
-    layer.requires_grad_(False)
 
     def chain(product, x):
         for _ in range(steps):
