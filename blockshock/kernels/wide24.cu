@@ -42,7 +42,7 @@
 //   four groups of 64 × 128                       912  26  0.97    1082   1166
 //   two groups, W read once: wrong sums           784  17  0.97    1336   1525  1130
 //
-// So this kernel is as fast as the library, 0.97 to 1.02 of its speed from 512 rows on, and no scheme
+// So with many rows this kernel is as fast as the library, 0.96 to 1.02 of its speed, and no scheme
 // passed it. With random data every one is bound by power, not by shared memory: 690 W at 1350 to
 // 1485 MHz give 951 to 1004 TFLOP/s, whatever is read from where, and fewer stalls end in a lower
 // clock. Zeros draw less power: the same kernels have 1.1 to 1.17 of the rate. W read once for all

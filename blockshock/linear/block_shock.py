@@ -179,9 +179,7 @@ class BlockShock(PackedSplit):
             packed.with_transpose_if_possible()
             bias = None if self.bias is None else self.bias.to(dtype)
             options = self.term, self.in_features, bias, self.group, self.kernel, self.how
-            twin = type(self)(packed, self.master, *options)
-            twin.weight.requires_grad_(self.weight.requires_grad)
-            return twin
+            return type(self)(packed, self.master, *options)
 
     def to_dense(self) -> Tensor:
         """The weight [N, K] that is multiplied, on every rank: the sum of all terms."""
