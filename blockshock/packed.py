@@ -15,7 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blockshock import masks
-from blockshock.kernels import columns, cusparselt, kept_product, pack, products, sparse24, thin24
+from blockshock.kernels import (
+    columns,
+    cusparselt,
+    graphs,
+    kept_product,
+    pack,
+    products,
+    sparse24,
+    thin24,
+    wide24,
+)
 
 BLOCK = cusparselt.BLOCK
 
@@ -34,6 +44,7 @@ class Packed24:
         self.values, self.codes, self.compressed = values, codes, compressed
         self._transposed: Packed24 | None = None
         self._thin: thin24.Layout | None = None
+        self._wide: Tensor | None = None  # the places of `wide24`
         self._period = None  # of the mask; unknown while the codes are being written
         self._library_places = False
         self._seen = -1
@@ -113,8 +124,8 @@ class Packed24:
     def product(self, x: Tensor, bias: Tensor | None = None, kernel: str = "cusparselt") -> Tensor:
         """X Wᵀ (+ bias [N]): x [B, K] -> [B, N], contiguous. kernel: a name in `kernels.products`.
 
-        "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for "folded" and
-        "thin" after `recompress`, whose values only the library can read.
+        "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for all kernels but
+        "cusparselt" after `recompress`, whose values only the library can read.
         """
         if self._library_places and kernel != "cusparselt":
             raise ValueError(
@@ -127,6 +138,8 @@ class Packed24:
             places, most = self._thin_layout(), thin24.MAX_BATCH
             done = [thin24.product(some, self.values, places, bias) for some in x.split(most)]
             return done[0] if len(done) == 1 else torch.cat(done)
+        if kernel == "wide":
+            return wide24.product(x, self.values, self._wide_places(), bias)
         return sparse24.product(x, self.compressed, self.values, self.codes, bias)
 
     def kept_input(self, x: Tensor) -> Tensor:
@@ -162,13 +175,15 @@ class Packed24:
 
     def _thin_layout(self) -> thin24.Layout:
         if self._thin is None:
-            if torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "the thin kernel has no indices of this mask yet and a graph is being "
-                    "captured; run this shape once before the capture"
-                )
+            graphs.refuse_capture("the thin kernel has no indices of this mask")
             self._thin = thin24.layout(self.codes, self.mask_period())
         return self._thin
+
+    def _wide_places(self) -> Tensor:
+        if self._wide is None:
+            graphs.refuse_capture("the wide kernel has no places of this mask")
+            self._wide = wide24.arrange_places(self.codes)
+        return self._wide
 
     @torch.no_grad()
     def with_transpose(self) -> "Packed24":
@@ -251,6 +266,7 @@ class Packed24:
         """Bytes held: values, metadata and codes, of W and of Wᵀ when it is kept."""
         head = self.values if self.compressed is None else self.compressed
         own = head.nbytes + self.codes.nbytes + (self._thin.nbytes if self._thin else 0)
+        own += 0 if self._wide is None else self._wide.nbytes
         return own + (self._transposed.nbytes if self._transposed is not None else 0)
 
     def _write_metadata(self) -> None:

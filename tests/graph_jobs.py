@@ -121,6 +121,42 @@ def evaluation_between_training(method, options):
         return relative_error(replayed, net(x)), relative_error(replayed, eager(x))
 
 
+def loaded_after_a_capture(method, options, trained):
+    """How far replays of a captured evaluation are from an eager one, after values were loaded."""
+    eager, net = pair(method, options)
+    (x, _), found = inputs(), {}
+    net.requires_grad_(trained)
+
+    def evaluate():
+        with torch.no_grad():
+            found["y"] = net(x)
+
+    graph = capture(evaluate)
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            parameter.mul_(-2)
+        net.load_state_dict(eager.state_dict())
+        graph.replay()
+        torch.cuda.synchronize()
+        return relative_error(found["y"], eager(x))
+
+
+def eager_after_a_capture(method, options):
+    """How far a frozen layer's Y is from its weight's, where a capture alone followed a write."""
+    eager, net = pair(method, options)
+    x, _ = inputs()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad():
+        for model in (eager, net):
+            model.requires_grad_(False)(x)
+            for parameter in model.parameters():
+                parameter.mul_(-2)
+        torch.cuda.synchronize()
+        with graphs.capturing(graph, stream):
+            net(x)
+        return relative_error(net(x), eager(x))
+
+
 def captured_too_early(method, options):
     """What is said where a captured step is the optimizer's first one."""
     net, (x, dy) = pair(method, options)[0], inputs()

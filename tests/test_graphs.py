@@ -47,6 +47,19 @@ def test_a_captured_evaluation_sees_what_was_trained_since(ranks, method, option
         assert moved > 0.01
 
 
+@layers
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_captured_evaluation_sees_values_that_were_loaded(ranks, method, options, trained):
+    for error in ranks.run(jobs.loaded_after_a_capture, method, options, trained):
+        assert error < 1e-6
+
+
+@layers
+def test_what_a_capture_recorded_is_not_taken_as_done(ranks, method, options):
+    for error in ranks.run(jobs.eager_after_a_capture, method, options):
+        assert error < 1e-6
+
+
 def test_an_optimizer_that_would_begin_anew_at_each_replay_is_refused(ranks):
     for said in ranks.run(jobs.captured_too_early, *LAYERS[0]):
         assert "run one whole step before the capture" in said

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from blockshock.kernels import products
 from blockshock.linear import METHODS
 from blockshock.linear.parts import REDUCES
 from tests import linear_jobs as jobs
@@ -15,6 +16,8 @@ KERNELS = [
     ("thin", "tile"),
     ("thin", "1001"),
     ("thin", "random"),
+    ("wide", "tile"),
+    ("wide", "random"),
     ("folded", "1100"),
     ("folded", "1001"),
     ("auto", "1100"),
@@ -22,9 +25,12 @@ KERNELS = [
 ]
 
 
-def needs(ranks, device):
+def needs(ranks, device, kernel="auto"):
     if ranks.device != device:
         pytest.skip(f"the ranks are on {ranks.device}")
+    reason = products.unsupported(kernel, torch.bfloat16, device)
+    if reason:
+        pytest.skip(reason)
 
 
 @pytest.mark.parametrize("master", ["packed", "float32", "dense"])
@@ -57,7 +63,7 @@ def test_folding_training_steps_follow_dense(ranks, master):
 def test_what_the_cpu_cannot_do_is_refused_with_the_value_and_the_fix(ranks):
     needs(ranks, "cpu")
     size = 32 * ranks.size
-    for kernel in ("thin", "cusparselt"):
+    for kernel in ("thin", "wide", "cusparselt"):
         for text in ranks.run(jobs.refusal, "block_shock", 64, size, "bf16", kernel=kernel):
             assert kernel in text
             assert "use 'auto'" in text
@@ -103,7 +109,7 @@ def test_the_sums_that_every_device_has_match_dense(ranks, method, how):
 @pytest.mark.parametrize("how", REDUCES)
 @pytest.mark.parametrize(("kernel", "mask"), KERNELS)
 def test_every_kernel_with_every_sum_matches_dense(ranks, kernel, mask, how, B):
-    needs(ranks, "cuda")
+    needs(ranks, "cuda", kernel)
     options = {"kernel": kernel, "mask": mask, "reduce": how}
     jobs.check(ranks.run(jobs.errors, "block_shock", 4096, 4096, B, "bf16", **options))
 
@@ -119,12 +125,13 @@ def test_every_method_with_every_sum_matches_dense(ranks, method, how, B):
 
 @pytest.mark.gpus(2)
 @pytest.mark.parametrize(
-    ("kernel", "mask", "dtype"), [("thin", "tile", "fp16"), ("folded", "1010", "fp16")]
+    ("kernel", "mask", "dtype"),
+    [("thin", "tile", "fp16"), ("wide", "tile", "fp16"), ("folded", "1010", "fp16")],
 )
 def test_kernels_and_exchange_match_dense_in_fp16_and_with_a_dense_master(
     ranks, kernel, mask, dtype
 ):
-    needs(ranks, "cuda")
+    needs(ranks, "cuda", kernel)
     options = {"kernel": kernel, "mask": mask, "reduce": "exchange"}
     for master in ("packed", "dense"):
         jobs.check(
@@ -135,9 +142,11 @@ def test_kernels_and_exchange_match_dense_in_fp16_and_with_a_dense_master(
 @pytest.mark.gpus(2)
 @pytest.mark.parametrize(("B", "lead"), [(1, (1,)), (5, (5,)), (63, (7, 9))])
 @pytest.mark.parametrize("how", ["two_shot", "exchange"])
-@pytest.mark.parametrize(("kernel", "mask"), [("thin", "tile"), ("folded", "1100")])
+@pytest.mark.parametrize(
+    ("kernel", "mask"), [("thin", "tile"), ("wide", "tile"), ("folded", "1100")]
+)
 def test_few_rows_match_dense_by_every_kernel_and_sum(ranks, kernel, mask, how, B, lead):
-    needs(ranks, "cuda")
+    needs(ranks, "cuda", kernel)
     options = {"kernel": kernel, "mask": mask, "reduce": how}
     answers = ranks.run(
         jobs.errors, "block_shock", 320, 64 * ranks.size, B, "bf16", lead=lead, **options
@@ -151,9 +160,11 @@ def test_few_rows_match_dense_by_every_kernel_and_sum(ranks, kernel, mask, how, 
 @pytest.mark.gpus(2)
 @pytest.mark.parametrize("B", [64, 1536])
 @pytest.mark.parametrize("how", ["collective", "two_shot", "exchange"])
-@pytest.mark.parametrize(("kernel", "mask"), [("thin", "tile"), ("folded", "1100")])
+@pytest.mark.parametrize(
+    ("kernel", "mask"), [("thin", "tile"), ("wide", "tile"), ("folded", "1100")]
+)
 def test_a_captured_step_follows_its_inputs(ranks, kernel, mask, how, B):
-    needs(ranks, "cuda")
+    needs(ranks, "cuda", kernel)
     options = {"kernel": kernel, "mask": mask, "reduce": how}
     for error in ranks.run(jobs.captured, "block_shock", 1024, B, "bf16", **options):
         assert error < torch.finfo(torch.bfloat16).eps / 4
@@ -164,12 +175,13 @@ def test_a_captured_step_follows_its_inputs(ranks, kernel, mask, how, B):
     ("kernel", "mask", "words"),
     [
         ("thin", "tile", "thin 2:4 kernel"),
+        ("wide", "tile", "wide 2:4 kernel"),
         ("cusparselt", "tile", "cuSPARSELt, algorithm"),
         ("folded", "1100", "dense product of the kept columns"),
     ],
 )
 def test_paths_say_the_kernel_and_the_sum_that_were_asked_for(ranks, kernel, mask, words):
-    needs(ranks, "cuda")
+    needs(ranks, "cuda", kernel)
     for how in ("exchange", "collective", "two_shot"):
         options = {"kernel": kernel, "mask": mask, "reduce": how}
         for B in (64, 4096):

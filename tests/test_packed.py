@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from blockshock import masks
+from blockshock.kernels import products
 from blockshock.packed import Packed24, estimated_bytes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -145,7 +146,7 @@ def test_what_was_recompressed_can_be_rewritten():
     form.recompress(other)
     form.rewrite(other)
     x, dy = (torch.randn(40, n, device=DEVICE).bfloat16() for n in (320, 192))
-    for kernel in ("cusparselt", "thin"):
+    for kernel in kernels_of("tile"):
         assert close(form.product(x, None, kernel), x.double() @ other.double().t())
         assert close(form.transposed.product(dy, None, kernel), dy.double() @ other.double())
 
@@ -197,7 +198,8 @@ def test_the_period_is_found_when_all_rows_are_written():
 
 
 def kernels_of(pattern):
-    return ["cusparselt", "thin", *(["folded"] if masks.PATTERNS[pattern].fixed else [])]
+    wide = ["wide"] if products.unsupported("wide", torch.bfloat16, DEVICE) is None else []
+    return ["cusparselt", "thin", *wide, *(["folded"] if masks.PATTERNS[pattern].fixed else [])]
 
 
 @pytest.mark.gpus(1)
@@ -235,6 +237,6 @@ def test_kept_zeros_of_a_renewed_weight_reach_no_wrong_place_of_any_kernel(patte
             continue
         assert close(form.product(x, None, kernel), x.double() @ other.double().t()), kernel
     if form.has_transpose:
-        for kernel in ("cusparselt", *(["thin"] if again == "rewrite" else [])):
+        for kernel in kernels_of("tile") if again == "rewrite" else ["cusparselt"]:
             back = form.transposed.product(dy, None, kernel)
             assert close(back, dy.double() @ other.double()), kernel

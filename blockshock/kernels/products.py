@@ -2,19 +2,21 @@
 
     cusparselt  the library's 2:4 product, by the fastest of its correct algorithms (`sparse24`)
     thin        for few rows of X, bound by reading W (`thin24`)
+    wide        for many rows of X on Hopper (`wide24`)
     folded      for a mask that keeps whole columns: the dense product of those columns of X
     plain       on the CPU: the matrix is expanded, then multiplied densely
 
 Under "auto" `candidates` says which of them can be had; who chooses measures (`tuning`). Where
-nothing can be measured the rule is: folded where it can, thin up to 64 rows, else cusparselt.
+nothing can be measured the rule is: folded where it can, thin up to 64 rows, else cusparselt. So
+`wide` is taken where it was measured as the fastest, and nowhere else.
 """
 
 import torch
 
-from blockshock.kernels import algorithms, cusparselt, kept_product, thin24
+from blockshock.kernels import algorithms, cusparselt, kept_product, thin24, wide24
 
-KERNELS = ("auto", "cusparselt", "thin", "folded")
-RULE_ROWS = 64  # up to so many rows `thin` is the rule
+KERNELS = ("auto", "cusparselt", "thin", "wide", "folded")
+RULE_ROWS = 64  # up to so many rows `thin` is the rule, and `wide` no candidate
 THIN_ROWS = 512  # beyond it the thin kernel reads the weight too often to be a candidate
 
 
@@ -31,6 +33,8 @@ def unsupported(kernel: str, dtype: torch.dtype, device_type: str) -> str | None
         return f"unknown kernel {kernel!r}; use one of {', '.join(KERNELS)}"
     if kernel == "thin":
         return thin24.unsupported(dtype, device_type)
+    if kernel == "wide":
+        return wide24.unsupported(dtype, device_type)
     if kernel == "cusparselt" and device_type != "cuda":
         return "kernel 'cusparselt' runs on NVIDIA GPUs, and the layer is on the CPU; use 'auto'"
     return cusparselt.unsupported(dtype, device_type)
@@ -45,9 +49,14 @@ def candidates(kernel: str, mask: str, rows: int, dtype, device) -> tuple[str, .
     if kernel != "auto":
         return (kernel,)
     found = ["folded"] if mask == "columns" else []
-    thin = rows <= THIN_ROWS and thin24.unsupported(dtype, device.type) is None
-    both = ["thin", "cusparselt"] if rows <= RULE_ROWS else ["cusparselt", "thin"]
-    return tuple(found + [name for name in both if thin or name != "thin"])
+    few = rows <= RULE_ROWS
+    if rows <= THIN_ROWS and thin24.unsupported(dtype, device.type) is None:
+        found += ["thin", "cusparselt"] if few else ["cusparselt", "thin"]
+    else:
+        found += ["cusparselt"]
+    if not few and wide24.unsupported(dtype, device.type) is None:
+        found += ["wide"]
+    return tuple(found)
 
 
 def describe(kernel: str, packed, rows: tuple[int, ...]) -> str:
@@ -60,6 +69,7 @@ def describe(kernel: str, packed, rows: tuple[int, ...]) -> str:
         "plain": "dense product with the expanded term: plain PyTorch on the CPU",
         "folded": "dense product of the kept columns",
         "thin": "thin 2:4 kernel",
+        "wide": "wide 2:4 kernel",
     }[kernel]
 
 

@@ -65,6 +65,9 @@ class PackedSplit(Split):
             if self._apart:
                 self._rebuild()
             MASTERS[self.master].renew(self.part, self.packed, by_library=self._by_library)
+            # Graphs of a frozen layer renew nothing themselves.
+            if not self.weight.requires_grad and self.packed.stale:
+                self.packed.refresh()
 
     def check_pair(self) -> None:
         """Raises ValueError unless the partner rank holds the exact complement. A collective.
@@ -122,8 +125,7 @@ class PackedSplit(Split):
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
-        with torch.inference_mode(False):
-            self._rebuild()
+        self.upkeep()  # of the same mask in the same memory, which graphs may hold
 
     def _settle(self, packed: Packed24) -> None:
         """Takes a packed form of the weight; its values become the weight, if they are shared."""
@@ -147,8 +149,11 @@ class PackedSplit(Split):
     @property
     def _capturing(self) -> bool:
         """Whether a graph is being captured that may be replayed after the weight was stepped."""
-        weight = self.weight
-        return weight.requires_grad and weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        return self.weight.requires_grad and self._in_capture
+
+    @property
+    def _in_capture(self) -> bool:
+        return self.weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
     @property
     def _apart(self) -> bool:
@@ -169,4 +174,6 @@ class PackedSplit(Split):
         """
         if self.weight.requires_grad or self.written() != self._seen or self._apart:
             self.upkeep()
-            self._seen = None if self.weight.requires_grad else self.written()
+            # What a capture recorded has not been done yet.
+            unknown = self.weight.requires_grad or self._in_capture
+            self._seen = None if unknown else self.written()

@@ -119,10 +119,11 @@ class Split(nn.Module):
         return torch.cat([line.to(self.weight.device), *bytes_of])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Takes the mask of a state that was found to be of this part."""
+        """Takes the mask of a state that was found to be of this part, if it is another one."""
         _, masks = self._read(state)
         for own, mask in zip(self.mask_state().values(), masks, strict=True):
-            own.copy_(mask)
+            if not torch.equal(own.cpu(), mask):
+                own.copy_(mask)
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
         if f"{prefix}weight" in state:

@@ -20,7 +20,7 @@ SPARE_STYLES = (
     ("#999933", "h"),
     ("#aa4499", "*"),
 )
-KERNEL_MARKERS = {"auto": "p", "cusparselt": "v", "thin": "*", "folded": "h"}
+KERNEL_MARKERS = {"auto": "p", "cusparselt": "v", "thin": "*", "wide": "d", "folded": "h"}
 # Of a variant: dashes, and a shade, towards white above 0 and towards black below.
 VARIANTS = {
     "frozen": ((0, (1, 1.2)), 0),
@@ -36,6 +36,7 @@ VARIANTS = {
     "tile_magnitude": ((0, (5, 1, 2, 1)), 0.2),
     "cusparselt": ((0, (1.2, 1.2)), -0.5),
     "thin": ((0, (8, 1.5)), 0.25),
+    "wide": ((0, (8, 1.5, 1, 1.5)), -0.1),
     "folded": ((0, (2, 2)), 0),
     "collective": ((0, (6, 1, 1, 1)), 0.5),
     "auto": ((0, (4, 1.5)), 0.3),

@@ -1,0 +1,198 @@
+// Y = X Wᵀ + b for a 2:4-sparse W [N, K] and many rows of X, on Hopper.
+//
+// D = A·B with A = W and B = Xᵀ by `wgmma.sp`. Its dense operand takes all that shared memory can
+// read, so the values of W are fed from registers. A block of threads has two groups of four warps
+// that multiply, with 64 rows of W each, over the same COLUMNS rows of X, and a group of which one
+// thread copies. The two blocks of a cluster have other rows of W and the same rows of X: each
+// copies its half of X to both. A block stays and takes tile after tile; copies for the next one go
+// on while a tile is written.
+// The instructions are functions of `hopper.cu`, which stands before this file. The tests run it
+// without a GPU as well, with `hopper_simulator.h` in that place.
+//
+// Compiled with: HALF (0 bf16, 1 fp16), BIAS (1: add it), GROUPS, COLUMNS (rows of X of a tile),
+// STAGES (of 64 columns of W and X), CLUSTER (blocks), BAND (tiles of W that follow each other
+// before the next rows of X), COPIER and MULTIPLIER (registers of a thread that copies, multiplies).
+//
+// A block of 64 columns feeds two instructions. Thread 32w + 4g + q of a group gives instruction s
+// rows 16w + g and 16w + g + 8 of A: registers 0 and 1 the kept pairs of the group of four 8s + q,
+// registers 2 and 3 those of 8s + 4 + q. Its places are one word for both instructions: thread
+// 4g + 2s + u has the codes of groups 8s + 4u + 0..3 of row g, and above them those of row g + 8
+// (PTX ISA, "wgmma.mma_async.sp": fragments of A, metadata, sparsity selector).
+//
+// An instruction reads its registers, the places too, until it has ended. So a step and the next
+// have sets of their own, and one product is in flight while the next set is loaded. It compiles to
+//   LDS LDSM LDSM, ARRIVE (`wgmma.fence`), HGMMA HGMMA, DEPBAR 1, SYNCS.ARRIVE
+//
+// Rates in TFLOP/s counted as dense, of this kernel and of others that were tried: one H200 at 700 W,
+// PyTorch 2.11, CUDA 13.0, bf16, N = K = 8192 and B = 4096, medians of bursts of two calls; `zeros`:
+// of operands that are zero; `sustained`: after 1.6 s, where * is of N = K = 16384. `full`: what
+// the share of processors that work in the last round of tiles leaves. For 128 × 256 × 64 the tensor
+// cores take 512 clocks, and shared memory, at 128 bytes a clock, takes `clocks`: X read by the
+// groups (512), copies into it, W, places. `KB` come from L2, copies to two blocks counted once.
+//
+//                                              clocks  KB  full  random  zeros  sustained
+//   cuSPARSELt's best of 21 algorithms            896  25  0.97    1173   1314   982, 1004*
+//   two groups of 64 × 256 (this kernel)          912  25  0.97    1165   1342   985,  995*
+//   W from L2 to registers, 2 steps ahead         784  25  0.97    1155   1294   983
+//   the same, 4 steps ahead                       784  25  0.97    1146   1342   971
+//   the same, 2 steps, and first a prefetch       784  25  0.97    1065   1203
+//   the same, 2 steps, clusters of four           784  17  0.88    1078   1151
+//   three groups of 64 × 256                      827  20  0.86    1063   1131   986*
+//   three groups of 64 × 224                      838  21  0.84    1067   1168   951*
+//   four groups of 64 × 128                       912  26  0.97    1082   1166
+//   two groups, W read once: wrong sums           784  17  0.97    1336   1525  1130
+//
+// So with many rows this kernel is as fast as the library, 0.96 to 1.02 of its speed, and no scheme
+// passed it. With random data every one is bound by power, not by shared memory: 690 W at 1350 to
+// 1485 MHz give 951 to 1004 TFLOP/s, whatever is read from where, and fewer stalls end in a lower
+// clock. Zeros draw less power: the same kernels have 1.1 to 1.17 of the rate. W read once for all
+// steps shows what moving 8 KB of W a step costs: 0.13 of the rate, which no scheme can leave out. A
+// probe with A in registers has 1334, but one A in all of its instructions.
+// A release to the cluster in `arrive` is a fence of the whole GPU: 642 in place of 1165.
+
+#define THREADS ((GROUPS + 1) * 128)
+#define ROWS (GROUPS * 64)
+#define X_STAGE (COLUMNS * 128)  // bytes
+#define W_STAGE (GROUPS * 4096)
+#define PLACES_STAGE (GROUPS * 512)
+#define PIECE 4096  // 32 rows of Y × 64 columns, of which a group has two
+#define W_AT (STAGES * X_STAGE)
+#define PIECES_AT (W_AT + STAGES * W_STAGE)
+#define PLACES_AT (PIECES_AT + GROUPS * 2 * PIECE)
+#define BARRIERS_AT (PLACES_AT + STAGES * PLACES_STAGE)
+static_assert(COLUMNS % 64 == 0, "two pieces of Y take turns, from tile to tile as well");
+
+// A core matrix row is 128 bytes, swizzled; eight rows of X are 1024 bytes.
+__device__ __forceinline__ u64 descriptor(u32 address) {
+    return (u64)(address >> 4 & 0x3FFF) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+struct Place { int row, column; };  // of a tile: first row of W of the cluster, first row of X
+
+// BAND tiles of W, then the next rows of X: blocks that run together share both in L2.
+__device__ __forceinline__ Place place_of(int tile, int rows, int columns) {
+    const int first = tile / (BAND * columns) * BAND, high = min(BAND, rows - first);
+    const int within = tile - first * columns;
+    return {(first + within % high) * CLUSTER * ROWS, within / high * COLUMNS};
+}
+
+// x [batch, K], w (values [N, K/2]), places [N/64][K/64][128], bias [N] -> y [batch, N]. lines:
+// N/64, blocks: K/64; rows, columns: of tiles. The grid is a multiple of CLUSTER; all of it must
+// run at once.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) product(
+    const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
+    const __grid_constant__ TensorMap places, const __grid_constant__ TensorMap y,
+    const u16* bias, int lines, int blocks, int rows, int columns) {
+    extern __shared__ unsigned char shared[];
+    const u32 base = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
+    const u32 full = base + BARRIERS_AT, empty = full + STAGES * 8;
+    const int group = threadIdx.x / 128, thread = threadIdx.x % 128;
+    const int lane = thread % 32, warp = thread / 32;
+    const int rank = blockIdx.x % CLUSTER;
+    const int tiles = rows * columns, first = blockIdx.x / CLUSTER, apart = gridDim.x / CLUSTER;
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) {
+            init(full + i * 8, 1);
+            init(empty + i * 8, CLUSTER * GROUPS * 4);  // one arrival of each warp that reads
+        }
+        fence_init();
+    }
+    cluster_wait();
+
+    if (group == GROUPS) {
+        give_registers<COPIER>();
+        const int share = COLUMNS / CLUSTER;
+        int stage = 0;
+        u32 turn = 0;  // parity of the round through the stages
+        for (int tile = first; thread == 0 && tile < tiles; tile += apart) {
+            const Place at = place_of(tile, rows, columns);
+            const int row = at.row + rank * ROWS, column = at.column + rank * share;
+            for (int block = 0; block < blocks; block++) {
+                const u32 ready = full + stage * 8;
+                const u32 target = base + stage * X_STAGE + rank * (share * 128);
+                wait(empty + stage * 8, turn ^ 1);
+                expect(ready, X_STAGE + W_STAGE + PLACES_STAGE);
+                copy_to_all(target, x, block * 64, column, ready, CLUSTER);
+                copy_in(base + W_AT + stage * W_STAGE, w, block * 32, row, ready);
+                copy_in(base + PLACES_AT + stage * PLACES_STAGE, places, 0, block, row / 64, ready);
+                if (++stage == STAGES) stage = 0, turn ^= 1;
+            }
+        }
+    } else {
+        take_registers<MULTIPLIER>();
+        int stage = 0;
+        u32 turn = 0;
+        // The lane's row of the four 8 × 8 matrices, which are rows 0-7 and 8-15, then again the
+        // next 16 bytes; a row is 64 bytes, swizzled.
+        const int matrix_row = warp * 16 + lane % 16, half = lane / 16;
+        const u32 values_at = base + W_AT + group * 4096 + matrix_row * 64 +
+                              ((half ^ (matrix_row >> 1 & 3)) << 4);
+        const u32 places_at = base + PLACES_AT + group * 512 + thread * 4;
+        const u32 pieces_at = base + PIECES_AT + group * (2 * PIECE);
+        // The lane's row of the four 8 × 8 matrices of Y; a row is 128 bytes, swizzled.
+        const u32 sums_at = pieces_at + (lane / 16 * 8 + lane % 8) * 128 +
+                            ((warp * 2 + lane / 8 % 2 ^ lane % 8) << 4);
+        float sums[COLUMNS / 2];
+        u32 a[2][8];  // of this step and of the last one
+
+        auto release_last = [&]() {  // the stage before this one, which the products have read
+            const int last = stage == 0 ? STAGES - 1 : stage - 1;
+            if (lane < CLUSTER) arrive(empty + last * 8, lane);
+        };
+        auto step = [&](u32* set, int block) {
+            wait(full + stage * 8, turn);
+            load_matrices(set, values_at + stage * W_STAGE);
+            load_matrices(set + 4, (values_at ^ 32) + stage * W_STAGE);
+            const u32 codes = load_shared(places_at + stage * PLACES_STAGE);
+            const u64 x_block = descriptor(base + stage * X_STAGE);
+            fence_products();
+            multiply<0>(sums, set[0], set[1], set[2], set[3], x_block, codes, block > 0);
+            multiply<1>(sums, set[4], set[5], set[6], set[7], x_block + 4, codes, 1);
+            commit_products();
+            wait_products<1>();
+            if (block > 0) release_last();
+            if (++stage == STAGES) stage = 0, turn ^= 1;
+        };
+
+        for (int tile = first; tile < tiles; tile += apart) {
+#pragma unroll 1
+            for (int block = 0; block + 1 < blocks; block += 2) {
+                step(a[0], block);
+                step(a[1], block + 1);
+            }
+            if (blocks % 2) step(a[0], blocks - 1);
+            const Place at = place_of(tile, rows, columns);
+            const int row = at.row + rank * ROWS + group * 64;
+            const int own = row + warp * 16 + lane / 4;
+            const float low = BIAS && own < lines * 64 ? widened(bias[own]) : 0.0f;
+            const float high = BIAS && own + 8 < lines * 64 ? widened(bias[own + 8]) : 0.0f;
+            wait_products<0>();
+            release_last();
+
+#pragma unroll
+            for (int piece = 0; piece < COLUMNS / 32; piece++) {
+                const u32 target = pieces_at + piece % 2 * PIECE;
+                // The copy from this half, two pieces ago, has been read.
+                if (thread == 0) wait_read<1>();
+                group_wait(group);
+#pragma unroll
+                for (int pair = 0; pair < 2; pair++) {
+                    const float* d = sums + (piece * 4 + pair * 2) * 4;
+                    store_matrices(sums_at + piece % 2 * PIECE + pair * 16 * 128,
+                                   rounded(d[0] + low, d[1] + low),
+                                   rounded(d[2] + high, d[3] + high),
+                                   rounded(d[4] + low, d[5] + low),
+                                   rounded(d[6] + high, d[7] + high));
+                }
+                fence_copies();
+                group_wait(group);
+                if (thread == 0) copy_out(y, row, at.column + piece * 32, target);
+            }
+        }
+        if (thread == 0) wait_written();
+    }
+    // A block that ends takes its shared memory from copies and arrivals of the others.
+    __syncwarp();
+    cluster_wait();
+}
