@@ -83,6 +83,7 @@ def split_into(monkeypatch, tiles):
     monkeypatch.setattr(reads, "_KEPT", weakref.WeakKeyDictionary())
 
 
+@pytest.mark.slow
 def test_pieces_of_several_tiles_match_float64_and_drop_the_same(monkeypatch):
     given, pattern = problem(2, 2, 1, LONG, LONG, 40), PATTERNS["mask_per_head"]()
     whole = results(METHOD, *given, pattern=pattern, dropout=0.3, seed=5)

@@ -177,7 +177,7 @@ def test_the_truth_is_the_reference_in_float64_however_it_is_cut(monkeypatch, ma
     check_truth(AttentionProblem(case, CPU), case.mask, case.causal)
 
 
-@pytest.mark.parametrize("scores", [2**25, 2000, 100])
+@pytest.mark.parametrize("scores", [2**25, 2000, pytest.param(100, marks=pytest.mark.slow)])
 def test_patterns_of_each_batch_entry_and_head_are_cut_where_they_are(monkeypatch, scores):
     monkeypatch.setattr(attention_problem, "SCORES", scores)
     problem = AttentionProblem(make(batch=3, heads=4, kv_heads=2, Tq=20), CPU)

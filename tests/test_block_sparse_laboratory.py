@@ -200,7 +200,12 @@ def test_a_plan_is_made_of_a_mask_whose_count_is_known():
     assert built.parameters() == ()
 
 
-@pytest.mark.parametrize("phase", OF_PHASE)
+SLOW = "model", "supermask"
+
+
+@pytest.mark.parametrize(
+    "phase", [pytest.param(p, marks=[pytest.mark.slow] * (p in SLOW)) for p in OF_PHASE]
+)
 def test_the_methods_of_a_point_are_measured_side_by_side(lab, phase):
     point = [case(phase, method) for method in OF_PHASE[phase]]
     for one in point:

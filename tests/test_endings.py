@@ -111,6 +111,7 @@ def start(tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_ends_no_run(start, tmp_path):
     with start("none") as command:
         command.stdout.close()  # as `head` does; before the first line, so that the run meets it
@@ -122,6 +123,7 @@ def test_a_reader_that_goes_ends_no_run(start, tmp_path):
     assert measured(tmp_path / "r.json") == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_twice_keeps_what_was_measured_and_shows_no_traceback(start, tmp_path):
     with start("dense_tp_row") as command:
         while not command.stdout.readline().startswith("[1/2]"):

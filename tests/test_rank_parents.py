@@ -87,7 +87,9 @@ def test_ranks_and_their_files_go_when_the_parent_is_killed(tmp_path):
         assert wait_until(lambda: list(scratch.iterdir()) == [])
 
 
-@pytest.mark.parametrize("start", ["pytest", "-m pytest -n 2"])
+@pytest.mark.parametrize(
+    "start", ["pytest", pytest.param("-m pytest -n 2", marks=pytest.mark.slow)]
+)
 def test_ranks_import_test_modules_however_pytest_is_started(tmp_path, start):
     (tmp_path / "test_inner.py").write_text(
         textwrap.dedent(

@@ -63,7 +63,7 @@ def test_with_embedding_and_head_in_parts_as_well(some):
     check(some.run(jobs.all_plans, plans, vocabulary_parallel=True), vocabulary_parallel=True)
 
 
-@pytest.mark.parametrize("seed", [0, 1000])
+@pytest.mark.parametrize("seed", [0, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_models_and_plans_are_their_simulation(some, seed):
     for answer in some.run(jobs.gate, seed, 8):
         assert len(answer) == 8

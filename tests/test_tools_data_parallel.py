@@ -51,6 +51,7 @@ def read(tmp_path, entries):
     return load(made.write(tmp_path / "a.json", entries))
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn_and_says_device_and_setting(results):
     drawings, absent = draw_all(results, FAMILIES["data_parallel"])
     assert not absent

@@ -92,6 +92,7 @@ def read(tmp_path, entries):
     return load(made.write(tmp_path / "a.json", entries))
 
 
+@pytest.mark.slow
 def test_every_figure_is_drawn(results):
     drawings, absent = draw_all(results, FAMILY)
     assert not absent

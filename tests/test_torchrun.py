@@ -257,6 +257,7 @@ def test_a_rank_that_stands_still_is_seen_and_named(tmp_path):
     assert "rank 0 of 2 did not answer" not in out
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_job_at_the_deadline(tmp_path):
     code, out = finish(launch(tmp_path, SLEEP))
     assert code != 0

@@ -32,7 +32,11 @@ def lab(ranks):
 
 @pytest.mark.parametrize(
     ("phase", "methods"),
-    [("sync", ["tp", "spd_2", "desync"]), ("decode", list(SYNCS))],
+    [
+        ("sync", ["tp", "spd_2", "desync"]),
+        ("decode", ["tp", "spd_2", "desync"]),
+        pytest.param("decode", list(SYNCS), marks=pytest.mark.slow),
+    ],
 )
 def test_every_plan_passes_its_check_and_is_measured_beside_the_others(lab, phase, methods):
     point = [case(phase, method) for method in methods]

@@ -134,6 +134,7 @@ def test_the_registers_describe_the_matrix(pattern):
                 assert torch.equal(found, case.dense[rows, start : start + 32])
 
 
+@pytest.mark.slow
 def test_places_of_many_tiles_are_those_of_each():
     case = Case(192, 128, device="cpu")
     wide = case.codes.repeat(1, (1 << 20) // 32)  # so many groups a row that each tile is alone
