@@ -124,8 +124,9 @@ class Packed24:
     def product(self, x: Tensor, bias: Tensor | None = None, kernel: str = "cusparselt") -> Tensor:
         """X Wᵀ (+ bias [N]): x [B, K] -> [B, N], contiguous. kernel: a name in `kernels.products`.
 
-        "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for all kernels but
-        "cusparselt" after `recompress`, whose values only the library can read.
+        "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for an unknown kernel
+        and one that cannot run on x's device, and for all but "cusparselt" after `recompress`,
+        whose values only the library can read.
         """
         if self._library_places and kernel != "cusparselt":
             raise ValueError(
@@ -140,6 +141,8 @@ class Packed24:
             return done[0] if len(done) == 1 else torch.cat(done)
         if kernel == "wide":
             return wide24.product(x, self.values, self._wide_places(), bias)
+        if kernel not in ("cusparselt", "plain"):
+            raise ValueError(f"unknown kernel {kernel!r}; use cusparselt, thin, wide or folded")
         return sparse24.product(x, self.compressed, self.values, self.codes, bias)
 
     def kept_input(self, x: Tensor) -> Tensor:

@@ -175,6 +175,15 @@ def test_no_rows_give_none():
     assert wide24.product(case.input(0), case.values, case.places).shape == (0, 64)
 
 
+def test_a_kernel_is_loaded_once_on_each_device(monkeypatch):
+    loaded = []
+    load = nvrtc.once_per_device(lambda name, **macros: loaded.append(name) or len(loaded))
+    for device, number in ((0, 1), (0, 1), (1, 2), (0, 1)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        assert load("product", HALF=1) == number
+    assert load("product", HALF=0) == 3
+
+
 def test_a_tensor_map_of_rows_off_sixteen_bytes_is_refused():
     x = torch.zeros(4, 72, dtype=torch.bfloat16)
     assert tensor_maps.aligned(x[:, :64])
@@ -332,6 +341,18 @@ def test_inputs_with_strides_and_odd_starts_give_the_same_bits():
         wide[:, before : before + 320] = x
         assert torch.equal(case.product(wide[:, before : before + 320], bias), y), (before, pitch)
     assert torch.equal(case.product(x.t().contiguous().t(), bias), y)
+    assert torch.equal(case.product(x, torch.stack((bias, -bias), 1)[:, 0]), y)
+
+
+@pytest.mark.gpus(2)
+def test_x_on_another_device_than_the_current_one_is_refused():
+    for device in ("cuda:0", "cuda:1"):  # a kernel is loaded on each
+        with torch.cuda.device(device):
+            case = Case(64, 64, device=device)
+            x = case.input(8)
+            assert relative_error(case.product(x), truth(case, x)) < torch.finfo(x.dtype).eps
+    with pytest.raises(ValueError, match="x is on cuda:1"):
+        wide24.product(x, case.values, case.places)
 
 
 @on_gpu
