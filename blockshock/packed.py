@@ -125,8 +125,8 @@ class Packed24:
         """X Wᵀ (+ bias [N]): x [B, K] -> [B, N], contiguous. kernel: a name in `kernels.products`.
 
         "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for an unknown kernel
-        and one that cannot run on x's device, and for all but "cusparselt" after `recompress`,
-        whose values only the library can read.
+        and one that cannot run on x's device, for operands of another size or dtype, and for all
+        but "cusparselt" after `recompress`, whose values only the library can read.
         """
         if self._library_places and kernel != "cusparselt":
             raise ValueError(
@@ -135,6 +135,8 @@ class Packed24:
             )
         if kernel == "folded":
             return F.linear(self.kept_input(x), self.values, bias)
+        if kernel in ("thin", "wide"):
+            self._check_operands(x, bias)
         if kernel == "thin":
             places, most = self._thin_layout(), thin24.MAX_BATCH
             done = [thin24.product(some, self.values, places, bias) for some in x.split(most)]
@@ -175,6 +177,16 @@ class Packed24:
         for row, plane in enumerate(columns.quads(dy)):
             torch.mm(plane.t(), kept[period[row]], out=out[:, row])
         return out.view(N, K // 2)
+
+    def _check_operands(self, x: Tensor, bias: Tensor | None) -> None:
+        """For kernels that read addresses; PyTorch checks the operands of the others."""
+        (N, K), dtype = self.shape, self.values.dtype
+        for name, given, size in (("x", x, K), ("bias", bias, N)):
+            if given is not None and (given.shape[-1] != size or given.dtype != dtype):
+                raise ValueError(
+                    f"{name} is {list(given.shape)} of {given.dtype}, and W is {[N, K]} of "
+                    f"{dtype}; give {name} {size} columns of that dtype"
+                )
 
     def _thin_layout(self) -> thin24.Layout:
         if self._thin is None:
