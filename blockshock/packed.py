@@ -124,8 +124,9 @@ class Packed24:
     def product(self, x: Tensor, bias: Tensor | None = None, kernel: str = "cusparselt") -> Tensor:
         """X Wᵀ (+ bias [N]): x [B, K] -> [B, N], contiguous. kernel: a name in `kernels.products`.
 
-        "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for all kernels but
-        "cusparselt" after `recompress`, whose values only the library can read.
+        "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for an unknown kernel
+        and one that cannot run on x's device, for operands of another size or dtype, and for all
+        but "cusparselt" after `recompress`, whose values only the library can read.
         """
         if self._library_places and kernel != "cusparselt":
             raise ValueError(
@@ -134,12 +135,16 @@ class Packed24:
             )
         if kernel == "folded":
             return F.linear(self.kept_input(x), self.values, bias)
+        if kernel in ("thin", "wide"):
+            self._check_operands(x, bias)
         if kernel == "thin":
             places, most = self._thin_layout(), thin24.MAX_BATCH
             done = [thin24.product(some, self.values, places, bias) for some in x.split(most)]
             return done[0] if len(done) == 1 else torch.cat(done)
         if kernel == "wide":
             return wide24.product(x, self.values, self._wide_places(), bias)
+        if kernel not in ("cusparselt", "plain"):
+            raise ValueError(f"unknown kernel {kernel!r}; use cusparselt, thin, wide or folded")
         return sparse24.product(x, self.compressed, self.values, self.codes, bias)
 
     def kept_input(self, x: Tensor) -> Tensor:
@@ -172,6 +177,16 @@ class Packed24:
         for row, plane in enumerate(columns.quads(dy)):
             torch.mm(plane.t(), kept[period[row]], out=out[:, row])
         return out.view(N, K // 2)
+
+    def _check_operands(self, x: Tensor, bias: Tensor | None) -> None:
+        """For kernels that read addresses; PyTorch checks the operands of the others."""
+        (N, K), dtype = self.shape, self.values.dtype
+        for name, given, size in (("x", x, K), ("bias", bias, N)):
+            if given is not None and (given.shape[-1] != size or given.dtype != dtype):
+                raise ValueError(
+                    f"{name} is {list(given.shape)} of {given.dtype}, and W is {[N, K]} of "
+                    f"{dtype}; give {name} {size} columns of that dtype"
+                )
 
     def _thin_layout(self) -> thin24.Layout:
         if self._thin is None:

@@ -261,6 +261,18 @@ def moved_nowhere(options):
     return unmoved and places() == before
 
 
+def frozen_and_loaded(options):
+    """Whether all that a graph of a frozen layer reads is what was loaded, before any forward."""
+    (layer,) = model = built(**options)
+    model.requires_grad_(False)
+    packed = layer.packed
+    forms = [packed, packed.transposed] if packed.has_transpose else [packed]
+    before = [form.values.clone() for form in forms]
+    state = model.state_dict()
+    model.load_state_dict({k: v * 2 if v.is_floating_point() else v for k, v in state.items()})
+    return [torch.equal(form.values, 2 * was) for form, was in zip(forms, before, strict=True)]
+
+
 def loaded_by_swapping(method):
     """The type of the weight after a load that swaps tensors."""
     layer = METHODS[method].from_dense(torch.ones(N, K, device=device(), dtype=usual()[0]))

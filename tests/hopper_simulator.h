@@ -1,10 +1,11 @@
 // The functions of `hopper.cu` on the CPU, and `go`, which runs a grid that calls them.
 //
-// Every thread of the grid is a coroutine; which one goes on is random. What the hardware may do
-// later is done late: a copy lands after a random while, a copy out reads at the wait for it, and
-// with `late` a product reads its operands at the wait for it. So what is overwritten too early, or
-// read before it is there, gives a wrong result. A wait that never ends, a barrier with too many
-// arrivals and an address outside of memory end the program. Fences and times are not modelled.
+// Every thread of the grid is a coroutine; which one goes on is random, and at times a whole block
+// stands still. What the hardware may do later is done late: a copy lands after a random while, a
+// copy out reads at once or at the wait for it, and with `late` a product reads its operands a random
+// while after its commit. So what is overwritten too early, or read before it is there, gives a
+// wrong result. A wait that never ends, a barrier with too many arrivals, an address outside of
+// memory and one of a block that has ended end the program. Fences and times are not modelled.
 
 #include <ucontext.h>
 
@@ -49,7 +50,8 @@ struct Meeting { int arrived = 0; u32 turn = 0, address[32]; };
 struct Product { float* sums[128]; u32 *a[128][4], codes[128]; u64 x; int selector, add, issued; };
 struct Group {  // of four warps
     std::deque<Product> products;
-    std::vector<size_t> batches;  // how many products had been issued at each commit
+    struct Batch { size_t issued; long due; };
+    std::vector<Batch> batches;  // of each commit: how many products by then, and when they run
     size_t issued[128] = {}, commits[128] = {}, ended = 0;
     Meeting meeting;
 };
@@ -57,6 +59,7 @@ struct Block {
     Place2 place;
     Bytes memory;
     std::vector<Barrier> barriers;
+    int running;  // threads
     Group groups[5];
     Meeting warps[20];
 };
@@ -77,6 +80,7 @@ std::vector<Copy> flying;
 std::deque<Block> grid;
 std::vector<Meeting> clusters;
 int threads;  // of a block
+long now, last_due;  // rounds of the scheduler
 bool late;
 
 void check(bool right, const char* problem) {
@@ -96,6 +100,7 @@ void meet(Meeting& at, int all) {
 
 unsigned char* at(Block& block, u32 address, size_t bytes) {
     check(address + bytes <= block.memory.size(), "an address outside of shared memory");
+    check(block.running, "an address of a block that has ended");
     return &block.memory[address];
 }
 
@@ -119,6 +124,7 @@ void cluster_wait() { meet(clusters[me->block->place.x / CLUSTER], CLUSTER * thr
 Barrier& barrier_of(Block& block, u32 address) {
     Barrier& found = block.barriers.at(address / 8);
     check(found.expected, "a barrier that was not made");
+    check(block.running, "a barrier of a block that has ended");
     return found;
 }
 
@@ -176,11 +182,14 @@ void copy_to_all(u32 target, const TensorMap& from, int column, int row, u32 bar
 }
 
 void copy_out(const TensorMap& target, int column, int row, u32 source) {
-    me->copies.push_back([=, map = target, &block = *me->block] {
+    const Action copy = [=, map = target, &block = *me->block] {
         each(map, source, 0, row, column, [&](u32 address, unsigned char* to) {
             if (to) memcpy(to, at(block, address, map.size), map.size);
         });
-    });
+    };
+    const bool at_once = rand() % 2;
+    if (at_once) copy();
+    me->copies.push_back(at_once ? [] {} : copy);
 }
 
 template <int LEFT> void wait_read() {
@@ -277,13 +286,17 @@ void multiply(float* d, u32& a0, u32& a1, u32& a2, u32& a3, u64 x, u32 codes, in
 
 void commit_products() {
     Group& all = group();
-    if (all.commits[in_group()]++ == all.batches.size())
-        all.batches.push_back(all.issued[in_group()]);
+    if (all.commits[in_group()]++ < all.batches.size()) return;
+    const long due = late ? now + rand() % 100 : 0;
+    all.batches.push_back({all.issued[in_group()], due}), last_due = std::max(last_due, due);
 }
 
 template <int LEFT> void wait_products() {
     const size_t commits = group().commits[in_group()];
-    if (commits > LEFT) run_first(group().batches[commits - LEFT - 1]);
+    if (commits <= LEFT) return;
+    const Group::Batch last = group().batches[commits - LEFT - 1];
+    until([due = last.due] { return now >= due; });
+    run_first(last.issued);
 }
 
 void fence_products() {}
@@ -296,11 +309,12 @@ Action body;
 
 void enter() {
     body();
-    me->ended = true;
+    me->ended = true, me->block->running--;
     swapcontext(&me->context, &scheduler);
 }
 
 void go(std::vector<Thread> all) {
+    int still;  // the block that stands still
     for (Thread& thread : all) {
         thread.stack.reset(new char[65536]);
         getcontext(&thread.context);
@@ -308,12 +322,14 @@ void go(std::vector<Thread> all) {
         thread.context.uc_stack.ss_size = 65536;
         makecontext(&thread.context, enter, 0);
     }
-    for (size_t left = all.size(); left;) {
-        bool moved = !flying.empty();
+    for (size_t left = all.size(); left; now++) {
+        if (now % 512 == 0) still = rand() % 2 ? rand() % grid.size() : -1;
+        bool moved = !flying.empty() || now < last_due || still >= 0;
         const size_t first = rand(), step = rand() % 2 ? 1 : all.size() - 1;  // either direction
         for (size_t n = 0; n < all.size(); n++) {
             me = &all[(first + n * step) % all.size()];
-            if (me->ended || me->ready && !me->ready()) continue;
+            if (me->ended || me->block->place.x == still) continue;
+            if (me->ready && !me->ready()) continue;
             moved = true;
             if (rand() % 4) swapcontext(&scheduler, &me->context), left -= me->ended;
         }

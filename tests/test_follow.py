@@ -20,8 +20,7 @@ LAYERS = [
     {"mask": "tile", "master": "dense"},
     {"mask": "magnitude", "master": "dense"},
 ]
-
-
+STATED = [options for options in LAYERS if "loads" not in options]
 LIVES = [(options, 3 * i + j) for i, options in enumerate(LAYERS) for j in range(3)]
 
 
@@ -40,9 +39,15 @@ def test_a_cast_rounds_neither_a_wide_master_nor_its_gradients(ranks):
         assert output == torch.float16
 
 
-@pytest.mark.parametrize("options", LAYERS[:3] + LAYERS[4:], ids=lambda o: "-".join(o.values()))
+@pytest.mark.parametrize("options", STATED, ids=lambda o: "-".join(o.values()))
 def test_same_casts_and_loads_of_the_same_mask_move_no_memory_that_a_graph_may_hold(ranks, options):
     assert all(ranks.run(jobs.moved_nowhere, options))
+
+
+@pytest.mark.parametrize("options", STATED, ids=lambda o: "-".join(o.values()))
+def test_graphs_of_a_frozen_layer_read_what_was_loaded(ranks, options):
+    for forms in ranks.run(jobs.frozen_and_loaded, options):
+        assert all(forms)
 
 
 @pytest.mark.parametrize("kind", jobs.REPLACED)

@@ -138,6 +138,26 @@ def test_a_mask_of_other_columns_in_each_row_is_not_folded():
             form.product(torch.randn(5, 192, device=DEVICE).bfloat16(), None, "folded")
 
 
+@pytest.mark.parametrize(
+    ("kernel", "said"),
+    [("thin", "x is on cpu"), ("wide", "x is on cpu"), ("auto", "unknown kernel 'auto'")],
+)
+def test_a_kernel_that_cannot_run_is_refused_and_no_other_one_taken(kernel, said):
+    weight = torch.randn(64, 64).bfloat16()
+    form = Packed24.pack(weight, masks.make("random", weight))
+    with pytest.raises(ValueError, match=said):
+        form.product(weight, None, kernel)
+
+
+@pytest.mark.parametrize("kernel", ["thin", "wide"])
+def test_operands_that_a_kernel_would_read_wrongly_are_refused(kernel):
+    weight = torch.randn(64, 128).bfloat16()
+    form, x, bias = Packed24.pack(weight, masks.make("random", weight)), weight[:3], weight[0, :64]
+    for bad in ((x[:, :64], bias), (x.half(), bias), (x, weight[0]), (x, bias.float())):
+        with pytest.raises(ValueError, match=r"and W is \[64, 128\] of torch.bfloat16; give"):
+            form.product(*bad, kernel)
+
+
 @pytest.mark.gpus(1)
 def test_what_was_recompressed_can_be_rewritten():
     weight, mask, form = packed("tile", N=192, K=320)

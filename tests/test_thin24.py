@@ -226,6 +226,7 @@ def test_inputs_with_strides_and_odd_starts_give_the_same_bits(B):
         wide[:, before : before + 320] = x
         assert torch.equal(case.product(wide[:, before : before + 320], bias), y), (before, pitch)
     assert torch.equal(case.product(x.t().contiguous().t(), bias), y)
+    assert torch.equal(case.product(x, torch.stack((bias, -bias), 1)[:, 0]), y)
 
 
 @on_gpu

@@ -176,6 +176,15 @@ def test_no_rows_give_none():
     assert wide24.product(case.input(0), case.values, case.places).shape == (0, 64)
 
 
+def test_a_kernel_is_loaded_once_on_each_device(monkeypatch):
+    loaded = []
+    load = nvrtc.once_per_device(lambda name, **macros: loaded.append(name) or len(loaded))
+    for device, number in ((0, 1), (0, 1), (1, 2), (0, 1)):
+        monkeypatch.setattr(torch.cuda, "current_device", lambda device=device: device)
+        assert load("product", HALF=1) == number
+    assert load("product", HALF=0) == 3
+
+
 def test_a_tensor_map_of_rows_off_sixteen_bytes_is_refused():
     x = torch.zeros(4, 72, dtype=torch.bfloat16)
     assert tensor_maps.aligned(x[:, :64])
@@ -200,30 +209,54 @@ def compiled(folder, source, tile=wide24.TILES[0], dtype=torch.bfloat16):
 
 
 def written_in_flight(code):
-    """Registers that an instruction writes while a product reads them as A or as places.
+    """(Products, registers that are written while one reads them as A or as places), of all paths.
 
-    Twice through the code from the loads of the first HGMMA to the last one, as in a loop.
+    State: the registers of the products since the last commit, and of each commit in flight.
     """
-    lines = re.findall(r"/\*[0-9a-f]{4,5}\*/ +(.*?) *;", code)
-    products = [i for i, line in enumerate(lines) if "HGMMA" in line]
-    flying, batch, found = [], set(), set()
-    for line in 2 * lines[products[0] - 50 : products[-1] + 12]:
-        if given := re.search(
-            r"HGMMA\S+ R\d+, R(\d+), gdesc\S+, R\d+,(?: !?UPT?\d*,)? R(\d+)", line
-        ):
+    lines = {int(at, 16): text for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/ +(.*?) *;", code)}
+    after = dict(itertools.pairwise(lines))
+    products, found, seen, todo = set(), set(), set(), [(min(lines), frozenset(), ())]
+    while todo:
+        state = at, batch, flying = todo.pop()
+        if state in seen:
+            continue
+        seen.add(state)
+        line = lines[at]
+        if "HGMMA" in line:
+            given = re.search(r"R\d+, R(\d+), gdesc\S+, R\d+,(?: !?UPT?\d*,)? R(\d+)", line)
             a, places = map(int, given.groups())
+            products.add(at)
             batch |= {a, a + 1, a + 2, a + 3, places}
             if "gsb0" in line:
-                flying.append(batch)
-                batch = set()
+                batch, flying = frozenset(), (*flying, batch)
         elif left := re.search(r"DEPBAR.LE gsb0, 0x(\d)", line):
-            flying = flying[len(flying) - int(left[1]) :] if int(left[1]) else []
+            flying = flying[len(flying) - int(left[1]) :] if int(left[1]) else ()
         elif given := re.match(r"(?:@!?U?P\d+ )?(\S+) R(\d+),", line):
             size = {"LDSM": 4, "64": 2, "128": 4, "WIDE": 2}
             wide = max(n for part, n in ({"": 1} | size).items() if part in given[1])
             target = set(range(int(given[2]), int(given[2]) + wide))
-            found |= target & set().union(batch, *flying)
+            found |= target & batch.union(*flying)
+        leaves = re.match(r"(@\S+ )?(?:BRA\S* (\S+, )?0x([0-9a-f]+)|EXIT)", line)
+        if leaves and leaves[3]:
+            todo.append((int(leaves[3], 16), batch, flying))
+        if at in after and (not leaves or leaves[1] or leaves[2]):
+            todo.append((after[at], batch, flying))
     return len(products), found
+
+
+@pytest.mark.parametrize("fault", [None, "at the start of the loop", "after the loop"])
+def test_the_reader_of_machine_code_follows_all_paths(fault):
+    """Two sets take turns in a loop, and a third one comes where their number is odd."""
+    product = "HGMMA.SP.64x256x32.F32.BF16 R24, R{0}, gdesc[UR12], R24, UP0, R{1}, 0x0, gsb0"
+    wait = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+    write = "@!P0 IMAD.WIDE R6, R1, R2, R3"  # R6, R7
+    code = [write if fault == "at the start of the loop" else "NOP", "LDSM.16.M88.4 R0, [R30]"]
+    code += [product.format(0, 8), wait, "LDSM.16.M88.4 R4, [R30]", product.format(4, 9), wait]
+    code += ["@P1 BRA 0x0", "@P2 BRA 0xd0", "LDSM.16.M88.4 R12, [R30]", product.format(12, 10)]
+    code += [wait, "NOP", write if fault == "after the loop" else "NOP"]
+    code += ["WARPGROUP.DEPBAR.LE gsb0, 0x0", write, "@P3 BRA 0x0", "EXIT"]
+    text = "\n".join(f"        /*{16 * i:04x}*/    {line} ;" for i, line in enumerate(code))
+    assert written_in_flight(text) == (3, {6, 7} if fault else set())
 
 
 @pytest.mark.slow
@@ -309,6 +342,18 @@ def test_inputs_with_strides_and_odd_starts_give_the_same_bits():
         wide[:, before : before + 320] = x
         assert torch.equal(case.product(wide[:, before : before + 320], bias), y), (before, pitch)
     assert torch.equal(case.product(x.t().contiguous().t(), bias), y)
+    assert torch.equal(case.product(x, torch.stack((bias, -bias), 1)[:, 0]), y)
+
+
+@pytest.mark.gpus(2)
+def test_x_on_another_device_than_the_current_one_is_refused():
+    for device in ("cuda:0", "cuda:1"):  # a kernel is loaded on each
+        with torch.cuda.device(device):
+            case = Case(64, 64, device=device)
+            x = case.input(8)
+            assert relative_error(case.product(x), truth(case, x)) < torch.finfo(x.dtype).eps
+    with pytest.raises(ValueError, match="x is on cuda:1"):
+        wide24.product(x, case.values, case.places)
 
 
 @on_gpu

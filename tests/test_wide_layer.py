@@ -105,7 +105,8 @@ def test_bytes_count_the_places():
 def test_places_are_not_made_inside_a_capture(monkeypatch):
     form, x = packed(), torch.randn(8, 192, dtype=torch.float64)
     with jobs.stand_in():
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for question in ("is_available", "is_current_stream_capturing"):
+            monkeypatch.setattr(torch.cuda, question, lambda: True)
         with pytest.raises(RuntimeError, match="no places of this mask yet"):
             form.product(x, None, "wide")
 

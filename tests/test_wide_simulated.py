@@ -15,8 +15,10 @@ pytestmark = [
 ]
 SOURCE = (nvrtc.FOLDER / "wide24.cu").read_text(encoding="utf-8")
 
-# (N, K, B): one block; ragged tiles of both, more of them than clusters, more blocks than stages.
-SIZES = [(64, 64, 1), (448, 832, 300)]
+BAND = 2  # tiles of W, so that few make more than one band
+# (N, K, B): one block; ragged tiles of both, more of them than clusters and bands, rows of X in the
+# last piece of a tile, more blocks than stages.
+SIZES = [(64, 64, 1), (704, 576, 500)]
 
 # What is wrong: the text of the kernel and what is put in its place.
 FAULTS = {
@@ -34,13 +36,25 @@ FAULTS = {
     "a set is loaded while a product reads it": ("step(a[1], block + 1)", "step(a[0], block + 1)"),
     "another swizzle": ("(half ^ (matrix_row >> 1 & 3))", "(half ^ (matrix_row & 3))"),
     "a piece of Y is written before it was read": ("if (thread == 0) wait_read<1>();", ""),
+    "a piece of Y is copied before all have written it": (
+        "fence_copies();\n                group_wait(group);",
+        "fence_copies();",
+    ),
+    "the last pieces of Y are not waited for": ("if (thread == 0) wait_written();", ""),
+    "the last stage of a tile is free while a product reads it": (
+        "wait_products<0>();\n            release_last();",
+        "release_last();\n            wait_products<0>();",
+    ),
+    "a block ends before the other": ("__syncwarp();\n    cluster_wait();", ""),
+    "another band": ("tile - first * columns", "tile - first * rows"),
 }
 
 
 def built(source, folder, tile=wide24.TILES[0]):
     """The program of a kernel."""
     (folder / "wide24.cu").write_text(source, encoding="utf-8")
-    constants = wide24.macros(torch.bfloat16, True, tile) | {"SHARED_BYTES": tile.shared_bytes}
+    constants = wide24.macros(torch.bfloat16, True, tile) | {"BAND": BAND}
+    constants["SHARED_BYTES"] = tile.shared_bytes
     command = ["nvcc", "-x", "c++", "-O2", "-std=c++20", "-w", "-I", folder, "-o", folder / "run"]
     command += [f"-D{key}={value}" for key, value in constants.items()]
     subprocess.run([*command, f"{__file__.rpartition('/')[0]}/wide_simulator.cpp"], check=True)
@@ -78,4 +92,4 @@ def test_a_fault_is_found(fault, tmp_path):
     text, other = FAULTS[fault]
     assert text in SOURCE
     program = built(SOURCE.replace(text, other), tmp_path)
-    assert any(problem(program, *SIZES[1], 1, late, seed) for seed in range(3) for late in (0, 1))
+    assert any(problem(program, *SIZES[1], 1, late, seed) for seed in range(8) for late in (0, 1))

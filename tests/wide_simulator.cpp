@@ -24,7 +24,7 @@ int main(int, char** words) {
     threads = THREADS;
     std::vector<Thread> all;
     for (int i = 0; i < clusters.size() * CLUSTER; i++) {
-        grid.push_back({{i, 0}, Bytes(1000 + SHARED_BYTES, 0x7f)});
+        grid.push_back({{i, 0}, Bytes(1000 + SHARED_BYTES, 0x7f), {}, threads});
         grid[i].barriers.resize(grid[i].memory.size() / 8);
         for (int j = 0; j < threads; j++) all.push_back({&grid[i], j});
     }

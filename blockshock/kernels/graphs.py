@@ -32,7 +32,7 @@ def capturing(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool=None)
 
 def refuse_capture(problem: str) -> None:
     """Raises RuntimeError inside a capture, where what `problem` misses could not be made."""
-    if torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{problem} yet and a graph is being captured; run this shape once before the capture"
         )

@@ -5,16 +5,32 @@ headers, which a `pip install torch` does not have; the kernels here include non
 """
 
 import ctypes
-from functools import lru_cache
+from functools import cache, lru_cache, wraps
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.cuda import _utils
 
 FOLDER = Path(__file__).parent
 
 
-@lru_cache
+def once_per_device(function):
+    """`cache` for what belongs to the current device, as a loaded kernel does."""
+
+    @cache
+    def cached(device, *args, **kwargs):
+        return function(*args, **kwargs)
+
+    @wraps(function)
+    def found(*args, **kwargs):
+        return cached(torch.cuda.current_device(), *args, **kwargs)
+
+    found.cache_clear = cached.cache_clear
+    return found
+
+
+@once_per_device
 def kernel(file: str, name: str, shared_bytes: int = 0, prelude: str = "", **macros: int):
     """The kernel `name` of a .cu file in this folder, compiled for the current device.
 
@@ -27,6 +43,15 @@ def kernel(file: str, name: str, shared_bytes: int = 0, prelude: str = "", **mac
     found = _utils._cuda_load_module(cubin, [name])[name]
     found.set_shared_memory_config(shared_bytes)
     return found
+
+
+def check_device(x: Tensor) -> None:
+    """Raises ValueError unless x is on the current device, where a kernel is launched."""
+    if not x.is_cuda or x.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"x is on {x.device}, and this kernel runs on the current CUDA device; call it inside "
+            "`torch.cuda.device(x.device)`, or on the CPU use 'cusparselt', the same in PyTorch"
+        )
 
 
 @lru_cache

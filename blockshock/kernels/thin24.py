@@ -13,7 +13,6 @@ N and K multiples of 64, bf16 or fp16, at most `MAX_BATCH` rows of X. The plain-
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -89,13 +88,15 @@ def arrange_indices(codes: Tensor) -> Tensor:
 def product(x: Tensor, values: Tensor, places: Layout, bias: Tensor | None = None) -> Tensor:
     """X Wᵀ + b: x [B, K], B at most MAX_BATCH, values [N, K/2], bias [N] -> [B, N], contiguous.
 
-    The sums are float32, in an order that depends on the shapes alone.
+    The sums are float32, in an order that depends on the shapes alone. Raises ValueError for x that
+    is not on the current CUDA device, and for more rows.
     """
     (batch, K), N = x.shape, values.shape[0]
     if batch == 0:
         return x.new_empty(0, N)
     if batch > MAX_BATCH:
         raise ValueError(f"{batch} rows: the thin 2:4 kernel takes at most {MAX_BATCH}")
+    nvrtc.check_device(x)
     if x.stride(1) != 1 or x.stride(0) % 4 or x.data_ptr() % 8:
         x = x.clone(memory_format=torch.contiguous_format)  # of one row `contiguous` copies nothing
     batch_tiles = -(-batch // 8)
@@ -112,7 +113,8 @@ def product(x: Tensor, values: Tensor, places: Layout, bias: Tensor | None = Non
     counters = x.new_empty(tiles, dtype=torch.int32)
     deal_out((K // 64, 1, 1), (256, 1, 1), [x, dealt, counters, tiles, batch, x.stride(0)])
     indices = dealt if places.indices is None else places.indices
-    arguments = [values, indices, dealt, dealt if bias is None else bias, y, parts]
+    added = dealt if bias is None else bias.contiguous()  # dealt: not read
+    arguments = [values, indices, dealt, added, y, parts]
     arguments += [counters, N, K, batch, places.codes]
     shared = _shared_bytes(batch_tiles, *pipeline)
     multiply((tiles, split, 1), (WARPS * 32, 1, 1), arguments, shared)
@@ -126,7 +128,7 @@ def _split(N: int, K: int, pipeline: tuple[int, int], device: torch.device) -> i
     return max(1, min(processors // -(-N // ROWS), K // 64 // blocks // stages))
 
 
-@lru_cache
+@nvrtc.once_per_device
 def _pipeline(batch_tiles: int) -> tuple[int, int]:
     """Stages, and blocks of 64 columns in each. The last one fits every GPU with sparse tensor
     cores."""
@@ -139,7 +141,7 @@ def _hopper() -> bool:
     return torch.cuda.get_device_capability()[0] == 9
 
 
-@lru_cache
+@nvrtc.once_per_device
 def _kernels(dtype: torch.dtype, batch_tiles: int, indices: bool, bias: bool):
     hopper, (stages, blocks) = _hopper(), _pipeline(batch_tiles)
     macros = {

@@ -38,8 +38,8 @@
 //   the same, 2 steps, and first a prefetch       784  25  0.97    1065   1203
 //   the same, 2 steps, clusters of four           784  17  0.88    1078   1151
 //   three groups of 64 × 256                      827  20  0.86    1063   1131   986*
-//   three groups of 64 × 224                      838  21  0.84    1067   1168   951*
-//   four groups of 64 × 128                       912  26  0.97    1082   1166
+//   three groups of 64 × 224                      847  21  0.84    1067   1168   951*
+//   four groups of 64 × 128                       928  26  0.97    1082   1166
 //   two groups, W read once: wrong sums           784  17  0.97    1336   1525  1130
 //
 // So with many rows this kernel is as fast as the library, 0.96 to 1.02 of its speed, and no scheme
@@ -77,8 +77,8 @@ __device__ __forceinline__ Place place_of(int tile, int rows, int columns) {
 }
 
 // x [batch, K], w (values [N, K/2]), places [N/64][K/64][128], bias [N] -> y [batch, N]. lines:
-// N/64, blocks: K/64; rows, columns: of tiles. The grid is a multiple of CLUSTER; all of it must
-// run at once.
+// N/64, blocks: K/64; rows, columns: of tiles. The grid is a multiple of CLUSTER, of any size; it is
+// fastest as large as runs at once.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) product(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
     const __grid_constant__ TensorMap places, const __grid_constant__ TensorMap y,

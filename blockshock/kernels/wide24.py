@@ -10,7 +10,6 @@ Source: PTX ISA, "wgmma.mma_async.sp", m64nNk32 for 16-bit types.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -80,11 +79,13 @@ def arrange_places(codes: Tensor) -> Tensor:
 def product(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None = None) -> Tensor:
     """X Wᵀ + b: x [B, K], values [N, K/2], places of `arrange_places`, bias [N] -> [B, N].
 
-    values are contiguous, and so is the result. The sums are float32, in the order of K.
+    values are contiguous, and so is the result. The sums are float32, in the order of K. Raises
+    ValueError for x that is not on the current CUDA device.
     """
     (batch, K), N = x.shape, len(values)
     if batch == 0:
         return x.new_empty(0, N)
+    nvrtc.check_device(x)
     if not tensor_maps.aligned(x):
         x = x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty(batch, N)
@@ -98,7 +99,8 @@ def product(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None = Non
     ]
     rows, columns = -(-N // ROWS), -(-batch // tile.columns)
     blocks = min(rows * columns, kinds[tile]) * CLUSTER
-    arguments = [*maps, x if bias is None else bias, N // 64, K // 64, rows, columns]
+    added = y if bias is None else bias.contiguous()  # y: not read
+    arguments = [*maps, added, N // 64, K // 64, rows, columns]
     kernel = _kernel(x.dtype, bias is not None, tile)
     tensor_maps.launch(kernel, blocks, THREADS, arguments, tile.shared_bytes)
     return y
@@ -115,14 +117,14 @@ def best(N: int, batch: int, clusters: dict[Tile, int]) -> Tile:
     return min(clusters, key=cost)
 
 
-@lru_cache
+@nvrtc.once_per_device
 def _clusters(dtype: torch.dtype, bias: bool, tile: Tile) -> int:
     """Clusters that run at once: the kernel stays and takes tile after tile."""
     kernel = _kernel(dtype, bias, tile)
     return tensor_maps.most_clusters(kernel, CLUSTER, THREADS, tile.shared_bytes)
 
 
-@lru_cache
+@nvrtc.once_per_device
 def _kernel(dtype: torch.dtype, bias: bool, tile: Tile):
     prelude, constants = prelude_of(dtype, tile), macros(dtype, bias, tile)
     return nvrtc.kernel("wide24.cu", "product", tile.shared_bytes, prelude, **constants)

@@ -7,9 +7,9 @@
 
 W(g)ᵀ is 2:4 only for masks of 4×4 tiles with two kept in every row and column ("tile",
 "tile_magnitude"). A mask that keeps whole columns c_g (1100, 1010, 1001) can be folded: Y is then
-the sum of dense products X[:, c_g] w_gᵀ, and dX[:, c_g] = dY w_g is gathered. With other masks, or
-with kernel="cusparselt", "thin" or "wide", dX is the dense product with the expanded term. `paths`
-says what ran.
+the sum of dense products X[:, c_g] w_gᵀ, and dX[:, c_g] = dY w_g is gathered. With other masks, and
+with these under kernel="cusparselt", "thin" or "wide", dX is the dense product with the expanded
+term. `paths` says what ran.
 
 The parameter is, by `master` (`masters`), the kept values in packed form, which an optimizer writes
 in place ("packed"), a float32 copy of them ("float32"), or the masked dense weight ("dense"). The
