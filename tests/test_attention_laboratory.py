@@ -366,6 +366,7 @@ def bench(pytester):
     return run
 
 
+@pytest.mark.slow
 def test_the_bench_file_alone_is_measured_on_one_rank_and_recorded(bench, tmp_path):
     chosen = ("--set", "method=reference,flash_torch", "--set", "Tq=16", "--set", "Tk=16")
     out = bench(*chosen, "--results", tmp_path / "r.json")

@@ -151,6 +151,7 @@ def test_autograd_sees_the_steps_of_the_pieces(ranks, method):
         assert "modified by an inplace operation" in text
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_in_a_step_ends_all(ranks):
     for method in ("overlapped", "sharded_optimizer", "fully_sharded"):
         with pytest.raises(RankFailure, match="no more data"):

@@ -126,7 +126,7 @@ def test_a_host_that_idles_between_rounds_changes_no_time(ranks, options):
         ("exits", "exited with code 7"),
         pytest.param("hangs", "did not answer", marks=pytest.mark.slow),
         ("killed", "SIGKILL"),
-        ("outofmemory", "out of memory"),
+        pytest.param("outofmemory", "out of memory", marks=pytest.mark.slow),
         ("wrong", "is wrong, so it is not timed"),
         ("otherbits", "not the same bits"),
     ],
@@ -290,6 +290,7 @@ def test_a_check_runs_a_case_once_and_times_nothing(lab, faults):
         lab.check(replace(right, ranks=4))
 
 
+@pytest.mark.slow
 def test_three_ranks_measure_what_they_can(options):
     with Ranks(3, device="cpu") as three:
         case = Case("forward", "dense_tp_row", 192, 32, ranks=3)

@@ -73,6 +73,7 @@ def test_a_run_with_fewer_syncs_is_resumed_to_the_bit(spd, four, tmp_path):
     assert_same_run(tmp_path, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_ranks_and_methods(four, tmp_path):
     steady = {**PARALLEL, "train__min_lr": 0.01}
     whole, config = write(tmp_path / "whole", **steady), write(tmp_path, **steady)
