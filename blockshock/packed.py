@@ -180,12 +180,15 @@ class Packed24:
 
     def _check_operands(self, x: Tensor, bias: Tensor | None) -> None:
         """For kernels that read addresses; PyTorch checks the operands of the others."""
-        (N, K), dtype = self.shape, self.values.dtype
+        (N, K), dtype, device = self.shape, self.values.dtype, self.values.device
         for name, given, size in (("x", x, K), ("bias", bias, N)):
-            if given is not None and (given.shape[-1] != size or given.dtype != dtype):
+            if given is None:
+                continue
+            if given.shape[-1] != size or given.dtype != dtype or given.device != device:
                 raise ValueError(
-                    f"{name} is {list(given.shape)} of {given.dtype}, and W is {[N, K]} of "
-                    f"{dtype}; give {name} {size} columns of that dtype"
+                    f"{name} is {list(given.shape)} of {given.dtype} on {given.device}, and W is "
+                    f"{[N, K]} of {dtype} on {device}; give {name} {size} columns, of that dtype, "
+                    "on that device"
                 )
 
     def _thin_layout(self) -> thin24.Layout:

@@ -153,8 +153,9 @@ def test_a_kernel_that_cannot_run_is_refused_and_no_other_one_taken(kernel, said
 def test_operands_that_a_kernel_would_read_wrongly_are_refused(kernel):
     weight = torch.randn(64, 128).bfloat16()
     form, x, bias = Packed24.pack(weight, masks.make("random", weight)), weight[:3], weight[0, :64]
-    for bad in ((x[:, :64], bias), (x.half(), bias), (x, weight[0]), (x, bias.float())):
-        with pytest.raises(ValueError, match=r"and W is \[64, 128\] of torch.bfloat16; give"):
+    meta = x.to("meta"), bias
+    for bad in ((x[:, :64], bias), (x.half(), bias), (x, weight[0]), (x, bias.float()), meta):
+        with pytest.raises(ValueError, match=r"and W is \[64, 128\] of torch.bfloat16 on cpu; give"):
             form.product(*bad, kernel)
 
 
