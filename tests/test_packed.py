@@ -155,7 +155,7 @@ def test_operands_that_a_kernel_would_read_wrongly_are_refused(kernel):
     form, x, bias = Packed24.pack(weight, masks.make("random", weight)), weight[:3], weight[0, :64]
     meta = x.to("meta"), bias
     for bad in ((x[:, :64], bias), (x.half(), bias), (x, weight[0]), (x, bias.float()), meta):
-        with pytest.raises(ValueError, match=r"and W is \[64, 128\] of torch.bfloat16 on cpu; give"):
+        with pytest.raises(ValueError, match=r"W is \[64, 128\] of torch.bfloat16 on cpu; give"):
             form.product(*bad, kernel)
 
 
