@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from blockshock import masks
-from blockshock.kernels import pack, sparse24, thin24
+from blockshock.kernels import sparse24, thin24
 from blockshock.measure.clock import capture
 from blockshock.measure.errors import relative_error
+from tests.sparse24_cases import Matrix, poison
 
 on_gpu = pytest.mark.gpus(1)
 
@@ -40,41 +41,16 @@ SHAPES = [
 ]
 
 
-class Case:
+class Case(Matrix):
     """A matrix, its mask, its kept values and their layout; `product` multiplies by it."""
 
-    def __init__(self, N, K, pattern="random", dtype=torch.bfloat16, device="cuda", term=0):
-        generator = torch.Generator(device).manual_seed(N + K)
-        self.weight = torch.randn(N, K, generator=generator, device=device).to(dtype)
-        mask = masks.make(pattern, self.weight)
-        mask = ~mask if term else mask
-        self.codes = masks.encode(mask)
-        self.dense = self.weight * mask
-        self.values = pack.gather_kept(self.weight, self.codes)
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
         self.layout = thin24.layout(self.codes, masks.period(self.codes))
-
-    def input(self, B, seed=0):
-        generator = torch.Generator(self.weight.device).manual_seed(seed)
-        K = self.weight.shape[1]
-        x = torch.randn(B, K, generator=generator, device=self.weight.device)
-        return x.to(self.weight.dtype)
-
-    def bias(self):
-        return self.input(1, seed=1).new_empty(len(self.weight)).normal_()
 
     def product(self, x, bias=None, layout=None):
         poison()
         return thin24.product(x, self.values, layout or self.layout, bias)
-
-
-def poison():
-    """Blocks of NaN of many sizes, given back at once: new memory comes from them."""
-    held = [torch.full((1 << n,), torch.nan, device="cuda") for n in range(7, 24) for _ in "ab"]
-    del held
-
-
-def truth(case, x, bias=None):
-    return F.linear(x.double(), case.dense.double(), None if bias is None else bias.double())
 
 
 @pytest.mark.parametrize(("N", "K"), [(16, 64), (48, 192), (64, 64)])
@@ -150,7 +126,7 @@ def test_a_gpu_with_less_shared_memory_gets_a_shorter_pipeline_and_the_same_sums
     thin24._kernels.cache_clear()
     short = case.product(x, bias)
     thin24._kernels.cache_clear()
-    exact = truth(case, x, bias)
+    exact = case.truth(x, bias)
     assert relative_error(short, exact) <= 1.1 * relative_error(usual, exact)
 
 
@@ -185,7 +161,7 @@ def test_the_product_is_as_near_to_float64_as_the_dense_one(N, K, B, dtype, inst
         case = Case(N, K, pattern, dtype, term=term)
         x = case.input(B)
         for bias in (None, case.bias()):
-            exact = truth(case, x, bias)
+            exact = case.truth(x, bias)
             found = case.product(x, bias)
             assert found.shape == (B, N)
             assert found.is_contiguous()
@@ -246,7 +222,7 @@ def test_the_same_bits_again_and_again(pattern, N, K, B):
 def test_one_wrong_index_is_found(row, group):
     case = Case(64, 64)
     x = case.input(8)
-    exact = truth(case, x)
+    exact = case.truth(x)
     assert relative_error(case.product(x), exact) < 0.35 * torch.finfo(x.dtype).eps
     codes = case.codes.clone()
     codes[row, group] = masks.complement(codes[row : row + 1, group : group + 1])[0, 0]

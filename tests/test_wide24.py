@@ -15,10 +15,11 @@ import torch.nn.functional as F
 
 from blockshock import masks
 from blockshock.distributed import exchange
-from blockshock.kernels import nvrtc, pack, tensor_maps, wide24
+from blockshock.kernels import nvrtc, tensor_maps, wide24
 from blockshock.measure.clock import capture
 from blockshock.measure.errors import relative_error
 from blockshock.packed import Packed24
+from tests.sparse24_cases import Matrix, poison
 
 on_gpu = pytest.mark.gpus(1)
 SOURCE = (nvrtc.FOLDER / "wide24.cu").read_text(encoding="utf-8")
@@ -37,41 +38,16 @@ SHAPES = [
 ]
 
 
-class Case:
+class Case(Matrix):
     """A matrix, its mask and its layout; `product` multiplies by it, in poisoned memory."""
 
-    def __init__(self, N, K, pattern="random", dtype=torch.bfloat16, device="cuda", term=0):
-        generator = torch.Generator(device).manual_seed(N + K)
-        self.weight = torch.randn(N, K, generator=generator, device=device).to(dtype)
-        mask = masks.make(pattern, self.weight)
-        mask = ~mask if term else mask
-        self.codes = masks.encode(mask)
-        self.dense = self.weight * mask
-        self.values = pack.gather_kept(self.weight, self.codes)
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
         self.places = wide24.arrange_places(self.codes)
-
-    def input(self, B, seed=0):
-        generator = torch.Generator(self.weight.device).manual_seed(seed)
-        K = self.weight.shape[1]
-        x = torch.randn(B, K, generator=generator, device=self.weight.device)
-        return x.to(self.weight.dtype)
-
-    def bias(self):
-        return self.input(1, seed=1).new_empty(len(self.weight)).normal_()
 
     def product(self, x, bias=None):
         poison()
         return wide24.product(x, self.values, self.places, bias)
-
-
-def poison():
-    """Blocks of NaN of many sizes, given back at once: new memory comes from them."""
-    held = [torch.full((1 << n,), torch.nan, device="cuda") for n in range(7, 24) for _ in "ab"]
-    del held
-
-
-def truth(case, x, bias=None):
-    return F.linear(x.double(), case.dense.double(), None if bias is None else bias.double())
 
 
 def operand(registers, words, selector):
@@ -293,7 +269,7 @@ def test_the_product_is_as_near_to_float64_as_the_dense_one(N, K, B):
         case = Case(N, K, pattern, dtype, term=term)
         x = case.input(B)
         for bias in (None, case.bias()):
-            exact = truth(case, x, bias)
+            exact = case.truth(x, bias)
             found = case.product(x, bias)
             assert found.shape == (B, N)
             own, dense = (relative_error(y, exact) for y in (found, F.linear(x, case.dense, bias)))
@@ -351,7 +327,7 @@ def test_x_on_another_device_than_the_current_one_is_refused():
         with torch.cuda.device(device):
             case = Case(64, 64, device=device)
             x = case.input(8)
-            assert relative_error(case.product(x), truth(case, x)) < torch.finfo(x.dtype).eps
+            assert relative_error(case.product(x), case.truth(x)) < torch.finfo(x.dtype).eps
     with pytest.raises(ValueError, match="x is on cuda:1"):
         wide24.product(x, case.values, case.places)
 
@@ -360,7 +336,7 @@ def test_x_on_another_device_than_the_current_one_is_refused():
 def test_one_wrong_place_is_found():
     case = Case(64, 64)
     x = case.input(8)
-    exact = truth(case, x)
+    exact = case.truth(x)
     assert relative_error(case.product(x), exact) < 0.35 * torch.finfo(x.dtype).eps
     case.codes[13, 7] = masks.complement(case.codes[13:14, 7:8])[0, 0]
     case.places = wide24.arrange_places(case.codes)

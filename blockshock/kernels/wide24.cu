@@ -36,18 +36,18 @@
 //   W from L2 to registers, 2 steps ahead         784  25  0.97    1155   1294   983
 //   the same, 4 steps ahead                       784  25  0.97    1146   1342   971
 //   the same, 2 steps, and first a prefetch       784  25  0.97    1065   1203
-//   the same, 2 steps, clusters of four           784  17  0.88    1078   1151
+//   the same, 2 steps, clusters of four           784  17  0.86    1078   1151
 //   three groups of 64 × 256                      827  20  0.86    1063   1131   986*
 //   three groups of 64 × 224                      847  21  0.84    1067   1168   951*
 //   four groups of 64 × 128                       928  26  0.97    1082   1166
 //   two groups, W read once: wrong sums           784  17  0.97    1336   1525  1130
 //
-// So with many rows this kernel is as fast as the library, 0.96 to 1.02 of its speed, and no scheme
-// passed it. With random data every one is bound by power, not by shared memory: 690 W at 1350 to
-// 1485 MHz give 951 to 1004 TFLOP/s, whatever is read from where, and fewer stalls end in a lower
-// clock. Zeros draw less power: the same kernels have 1.1 to 1.17 of the rate. W read once for all
-// steps shows what moving 8 KB of W a step costs: 0.13 of the rate, which no scheme can leave out. A
-// probe with A in registers has 1334, but one A in all of its instructions.
+// So with many rows this kernel is about as fast as the library (docs/linear.md has sizes), and no
+// scheme passed it. With random data what ran for 1.6 s was bound by power, not by shared memory:
+// 690 W at 1350 to 1485 MHz give 951 to 1004 TFLOP/s, whatever is read from where, and fewer stalls
+// end in a lower clock. Zeros draw less power: the same kernels have 1.06 to 1.17 of the rate. W read
+// once for all steps shows what moving 8 KB of W a step costs: 0.13 of the rate. A probe with A in
+// registers has 1334, but one A in all of its instructions.
 // A release to the cluster in `arrive` is a fence of the whole GPU: 642 in place of 1165.
 
 #define THREADS ((GROUPS + 1) * 128)
