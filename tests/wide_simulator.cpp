@@ -33,7 +33,7 @@ int main(int, char** words) {
                 {w.data(), 2, 64, {1, N, K / 2}, {1, GROUPS * 64, 32}},
                 {places.data(), 4, 0, {N / 64, K / 64, 128}, {GROUPS, 1, 128}},
                 {y.data(), 2, 128, {1, B, N}, {1, 32, 64}},
-                (u16*)bias.data(), N / 64, K / 64, rows, columns);
+                (u16*)bias.data(), B, N / 64, K / 64, rows, columns);
     };
     go(std::move(all));
     fwrite(y.data(), 1, y.size(), file);

@@ -82,7 +82,7 @@ __device__ __forceinline__ Place place_of(int tile, int rows, int columns) {
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) product(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
     const __grid_constant__ TensorMap places, const __grid_constant__ TensorMap y,
-    const u16* bias, int lines, int blocks, int rows, int columns) {
+    const u16* bias, int batch, int lines, int blocks, int rows, int columns) {
     extern __shared__ unsigned char shared[];
     const u32 base = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     const u32 full = base + BARRIERS_AT, empty = full + STAGES * 8;
@@ -108,12 +108,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         for (int tile = first; thread == 0 && tile < tiles; tile += apart) {
             const Place at = place_of(tile, rows, columns);
             const int row = at.row + rank * ROWS, column = at.column + rank * share;
+            // Copies that lie wholly beyond X are slow, and nobody reads what they would bring.
+            const int shares = min(CLUSTER, (batch - at.column + share - 1) / share);
+            const u32 bytes = shares * (share * 128) + W_STAGE + PLACES_STAGE;
             for (int block = 0; block < blocks; block++) {
                 const u32 ready = full + stage * 8;
                 const u32 target = base + stage * X_STAGE + rank * (share * 128);
                 wait(empty + stage * 8, turn ^ 1);
-                expect(ready, X_STAGE + W_STAGE + PLACES_STAGE);
-                copy_to_all(target, x, block * 64, column, ready, CLUSTER);
+                expect(ready, bytes);
+                if (rank < shares) copy_to_all(target, x, block * 64, column, ready, CLUSTER);
                 copy_in(base + W_AT + stage * W_STAGE, w, block * 32, row, ready);
                 copy_in(base + PLACES_AT + stage * PLACES_STAGE, places, 0, block, row / 64, ready);
                 if (++stage == STAGES) stage = 0, turn ^= 1;

@@ -100,7 +100,7 @@ def product(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None = Non
     rows, columns = -(-N // ROWS), -(-batch // tile.columns)
     blocks = min(rows * columns, kinds[tile]) * CLUSTER
     added = y if bias is None else bias.contiguous()  # y: not read
-    arguments = [*maps, added, N // 64, K // 64, rows, columns]
+    arguments = [*maps, added, batch, N // 64, K // 64, rows, columns]
     kernel = _kernel(x.dtype, bias is not None, tile)
     tensor_maps.launch(kernel, blocks, THREADS, arguments, tile.shared_bytes)
     return y
