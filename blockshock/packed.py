@@ -121,9 +121,16 @@ class Packed24:
             self._period = (masks.period(self.codes),)
         return self._period[0]
 
-    def product(self, x: Tensor, bias: Tensor | None = None, kernel: str = "cusparselt") -> Tensor:
+    def product(
+        self,
+        x: Tensor,
+        bias: Tensor | None = None,
+        kernel: str = "cusparselt",
+        partials: wide24.Buffers | None = None,
+    ) -> Tensor:
         """X Wᵀ (+ bias [N]): x [B, K] -> [B, N], contiguous. kernel: a name in `kernels.products`.
 
+        partials: with "wide" alone, for the sum of this product and the other rank's (`wide24`).
         "folded" takes x [B, K/2] as well: the kept columns. Raises ValueError for an unknown kernel
         and one that cannot run on x's device, for operands of another size or dtype, and for all
         but "cusparselt" after `recompress`, whose values only the library can read.
@@ -142,7 +149,7 @@ class Packed24:
             done = [thin24.product(some, self.values, places, bias) for some in x.split(most)]
             return done[0] if len(done) == 1 else torch.cat(done)
         if kernel == "wide":
-            return wide24.product(x, self.values, self._wide_places(), bias)
+            return wide24.product(x, self.values, self._wide_places(), bias, partials)
         if kernel not in ("cusparselt", "plain"):
             raise ValueError(f"unknown kernel {kernel!r}; use cusparselt, thin, wide or folded")
         return sparse24.product(x, self.compressed, self.values, self.codes, bias)

@@ -2,7 +2,7 @@
 //
 // Every thread of the grid is a coroutine; which one goes on is random, and at times a whole block
 // stands still. What the hardware may do later is done late: a copy lands after a random while, a
-// copy out reads at once or at the wait for it, and with `late` a product reads its operands a random
+// copy out reads at once or at the wait for it, and has written at the wait for that, and with `late` a product reads its operands a random
 // while after its commit. So what is overwritten too early, or read before it is there, gives a
 // wrong result. A wait that never ends, a barrier with too many arrivals, an address outside of
 // memory and one of a block that has ended end the program. Fences and times are not modelled.
@@ -26,6 +26,7 @@ using std::min;
 using Action = std::function<void()>;
 using Bytes = std::vector<unsigned char>;
 struct Place2 { int x, y; };
+struct uint4 { u32 x, y, z, w; };
 // Outermost dimension first; of a matrix it is 1. size: bytes of an element.
 struct TensorMap { unsigned char* data; int size, swizzle; long shape[3], box[3]; };
 
@@ -39,7 +40,7 @@ struct TensorMap { unsigned char* data; int size, swizzle; long shape[3], box[3]
 #define __cvta_generic_to_shared(x) 1000  // the kernel aligns it
 #define threadIdx (Place2{me->index, 0})
 #define blockIdx (me->block->place)
-#define gridDim (Place2{(int)grid.size(), 0})
+#define gridDim (Place2{blocks_of_gpu, 0})
 
 unsigned char shared[1];
 
@@ -57,6 +58,7 @@ struct Group {  // of four warps
 };
 struct Block {
     Place2 place;
+    int gpu;
     Bytes memory;
     std::vector<Barrier> barriers;
     int running;  // threads
@@ -70,6 +72,7 @@ struct Thread {
     std::unique_ptr<char[]> stack;
     std::function<bool()> ready;
     std::deque<Action> copies;  // out, not read yet
+    std::vector<Action> writes;  // of copies that were read
     bool ended = false;
 };
 struct Copy { int rounds; Action land; };
@@ -79,7 +82,7 @@ ucontext_t scheduler;
 std::vector<Copy> flying;
 std::deque<Block> grid;
 std::vector<Meeting> clusters;
-int threads;  // of a block
+int threads, blocks_of_gpu;  // of a block; of a grid
 long now, last_due;  // rounds of the scheduler
 bool late;
 
@@ -114,10 +117,11 @@ int lane() { return me->index % 32; }
 int in_group() { return me->index % 128; }
 Meeting& warp() { return me->block->warps[me->index / 32]; }
 Group& group() { return me->block->groups[me->index / 128]; }
-Block& of_cluster(u32 rank) { return grid[me->block->place.x / CLUSTER * CLUSTER + rank]; }
+int cluster() { return (me->block->gpu * blocks_of_gpu + me->block->place.x) / CLUSTER; }
+Block& of_cluster(u32 rank) { return grid[cluster() * CLUSTER + rank]; }
 void __syncwarp() { meet(warp(), 32); }
 void group_wait(int) { meet(group().meeting, 128); }
-void cluster_wait() { meet(clusters[me->block->place.x / CLUSTER], CLUSTER * threads); }
+void cluster_wait() { meet(clusters[cluster()], CLUSTER * threads); }
 
 // --- barriers
 
@@ -181,10 +185,12 @@ void copy_to_all(u32 target, const TensorMap& from, int column, int row, u32 bar
     for (int i = 0; i < many; i++) copy(of_cluster(i), target, from, 0, row, column, barrier);
 }
 
-void copy_out(const TensorMap& target, int column, int row, u32 source) {
-    const Action copy = [=, map = target, &block = *me->block] {
-        each(map, source, 0, row, column, [&](u32 address, unsigned char* to) {
-            if (to) memcpy(to, at(block, address, map.size), map.size);
+void copy_out(const TensorMap& target, int column, int row, int buffer, u32 source) {
+    const Action copy = [=, map = target, &block = *me->block, by = me] {
+        each(map, source, buffer, row, column, [&](u32 address, unsigned char* to) {
+            if (!to) return;
+            const u16 value = read<u16>(at(block, address, 2));
+            by->writes.push_back([=] { memcpy(to, &value, 2); });
         });
     };
     const bool at_once = rand() % 2;
@@ -196,9 +202,55 @@ template <int LEFT> void wait_read() {
     for (; me->copies.size() > LEFT; me->copies.pop_front()) me->copies.front()();
 }
 
-void wait_written() { wait_read<0>(); }
+void wait_written() {
+    wait_read<0>();
+    for (Action& write : me->writes) write();
+    me->writes.clear();
+}
+
 void fence_init() {}
 void fence_copies() {}
+
+// --- between warps, blocks and two GPUs
+
+void tell(u32 address, u32 count) { memcpy(at(*me->block, address, 4), &count, 4); }
+
+void wait_told(u32 address, u32 count) {
+    until([=] { return read<u32>(at(*me->block, address, 4)) >= count; });
+}
+
+u32 claim(u32 address) {
+    const u32 count = read<u32>(at(*me->block, address, 4));
+    tell(address, count + 1);
+    return count;
+}
+
+u32 of_first(u32 value) {
+    Meeting& all = warp();
+    all.address[lane()] = value;
+    __syncwarp();
+    const u32 found = all.address[0];
+    __syncwarp();
+    return found;
+}
+
+void announce(u32* flag, u32 epoch) { *flag = epoch; }
+void wait_announced(const u32* flag, u32 epoch) { until([=] { return (int)(*flag - epoch) >= 0; }); }
+u32 load_fresh(const u32* from) { return *from; }
+
+uint4 load_fresh(const uint4* from) {
+    if (rand() % 8 == 0) {
+        const long due = now + rand() % 100;
+        last_due = std::max(last_due, due);
+        until([due] { return now >= due; });
+    }
+    return *from;
+}
+
+
+void count_grid(u32* epoch, u32* ended) {
+    if (++*ended == blocks_of_gpu) *ended = 0, ++*epoch;
+}
 
 // --- operands and results: bf16
 
@@ -210,6 +262,11 @@ u32 narrowed(float value) {
 }
 
 u32 rounded(float low, float high) { return narrowed(low) | narrowed(high) << 16; }
+
+u32 added(u32 a, u32 b) {
+    return rounded(widened(a) + widened(b), widened(a >> 16) + widened(b >> 16));
+}
+
 u32 load_shared(u32 address) { return read<u32>(at(*me->block, address, 4)); }
 
 // Lanes 8i to 8i + 7 give the addresses of the rows of matrix i.
@@ -314,7 +371,7 @@ void enter() {
 }
 
 void go(std::vector<Thread> all) {
-    int still;  // the block that stands still
+    const Block* still;  // it stands still
     for (Thread& thread : all) {
         thread.stack.reset(new char[65536]);
         getcontext(&thread.context);
@@ -323,12 +380,12 @@ void go(std::vector<Thread> all) {
         makecontext(&thread.context, enter, 0);
     }
     for (size_t left = all.size(); left; now++) {
-        if (now % 512 == 0) still = rand() % 2 ? rand() % grid.size() : -1;
-        bool moved = !flying.empty() || now < last_due || still >= 0;
+        if (now % 512 == 0) still = rand() % 2 ? &grid[rand() % grid.size()] : nullptr;
+        bool moved = !flying.empty() || now < last_due || still;
         const size_t first = rand(), step = rand() % 2 ? 1 : all.size() - 1;  // either direction
         for (size_t n = 0; n < all.size(); n++) {
             me = &all[(first + n * step) % all.size()];
-            if (me->ended || me->block->place.x == still) continue;
+            if (me->ended || me->block == still) continue;
             if (me->ready && !me->ready()) continue;
             moved = true;
             if (rand() % 4) swapcontext(&scheduler, &me->context), left -= me->ended;

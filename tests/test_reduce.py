@@ -86,6 +86,19 @@ def test_what_a_way_does_not_take_is_no_plan_of_auto_and_told_where_it_was_asked
         assert (plan.how, plan.reason) == ("collective", reduce.unsupported(how, dtype, "cuda"))
 
 
+def test_two_ranks_may_add_by_tiles_where_the_product_can_and_is_not_hidden(monkeypatch):
+    like, by_tiles = reachable(monkeypatch), Plan("exchange", by_tiles=True)
+    for how in ("auto", "exchange"):
+        found = reduce.plans(how, 128, 64, *like, by_tiles=True)
+        assert by_tiles in found[1:]
+        assert [plan for plan in found if plan != by_tiles] == reduce.plans(how, 128, 64, *like)
+        assert by_tiles not in reduce.plans(how, 127, 64, *like, by_tiles=True)
+        assert by_tiles not in reduce.plans(how, 128, 64, *like, by_tiles=True, hide=True)
+    assert by_tiles not in reduce.plans("collective", 128, 64, *like, by_tiles=True)
+    monkeypatch.setattr(reduce.collectives, "group_size", lambda group: 4)
+    assert by_tiles not in reduce.plans("auto", 128, 64, *like, by_tiles=True)
+
+
 @pytest.mark.parametrize(("rows", "most"), [(1, 0), (127, 0), (255, 0), (256, 2), (1024, 8)])
 def test_chunks_have_rows_enough_and_one_kernel_takes_small_messages(monkeypatch, rows, most):
     like = reachable(monkeypatch)

@@ -137,3 +137,34 @@ def test_auto_takes_it_where_it_was_the_fastest(on_cpu, tmp_path, times, best):
     for answers in on_cpu.run(jobs.chosen, tmp_path, times):
         assert [a["way"] for a in answers] == [f"{best}; collective"] * 2
         assert {a["source"] for a in answers} == {"measured"}
+
+
+@pytest.fixture
+def pair(on_hopper):
+    """Two ranks that reach each other's memory."""
+    if on_hopper.size != 2:
+        pytest.skip("by tiles two ranks add")
+    return on_hopper
+
+
+# Rows that fill no tile, one, and many; columns and rows of W in part of a cluster.
+SUMS = [(64, 64, 128), (704, 960, 333), (4160, 1088, 1000), (1024, 4096, 2048), (8192, 8192, 512)]
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("seed", range(3))
+def test_sums_by_tiles_have_the_bits_of_the_products_added(pair, seed):
+    assert pair.run(jobs.sums, SUMS, seed) == [[]] * 2
+
+
+@pytest.mark.gpus(2)
+def test_sums_by_tiles_in_graphs_and_out_of_them_keep_step(pair):
+    assert pair.run(jobs.captured_sums) == [[]] * 2
+
+
+@pytest.mark.gpus(2)
+@pytest.mark.parametrize("mask", ["tile", "random"])
+def test_a_layer_that_sums_by_tiles_matches_dense(pair, mask):
+    answers = pair.run(jobs.errors_by_tiles, 704, 1920, 333, "bf16", mask=mask)
+    linear_jobs.check([found for found, _ in answers])
+    assert all(any(by_tiles) for _, by_tiles in answers)

@@ -20,6 +20,8 @@ BAND = 2  # tiles of W, so that few make more than one band
 # last piece of a tile, more blocks than stages.
 SIZES = [(64, 64, 1), (704, 576, 500)]
 
+SUM_SIZES = [(64, 64, 1), (448, 64, 400), (320, 704, 100)]
+
 # What is wrong: the text of the kernel and what is put in its place.
 FAULTS = {
     "a stage is free while a product reads it": (
@@ -50,10 +52,40 @@ FAULTS = {
 }
 
 
-def built(source, folder, tile=wide24.TILES[0]):
+SUM_FAULTS = {
+    "a tile is added before it was written here": (
+        "wait_told(base + TOLD_AT + group * 4, nth + 1);",
+        "",
+    ),
+    "a tile is added before it was written there": (
+        "wait_announced(sum.flags + sum.slot(tile), sum.epoch);",
+        "",
+    ),
+    "a tile is announced before it was written": (
+        "for (int i = 0; i < GROUPS; i++) wait_told(base + TOLD_AT + i * 4, nth);",
+        "",
+    ),
+    "a group alone is waited for": (
+        "for (int i = 0; i < GROUPS; i++) wait_told",
+        "for (int i = 0; i < 1; i++) wait_told",
+    ),
+    "a tile is told before it was written": (
+        "wait_written();\n                tell",
+        "tell",
+    ),
+    "one buffer alone": ("const int buffer = epoch % 2;", "const int buffer = 0;"),
+    "the last tile is not told": (
+        "tell_written();\n        __syncwarp();",
+        "__syncwarp();",
+    ),
+    "a square twice": ("square % GROUPS;", "0;"),
+}
+
+
+def built(source, folder, tile=wide24.TILES[0], *, sums=False):
     """The program of a kernel."""
     (folder / "wide24.cu").write_text(source, encoding="utf-8")
-    constants = wide24.macros(torch.bfloat16, True, tile) | {"BAND": BAND}
+    constants = wide24.macros(torch.bfloat16, True, tile, sums=sums) | {"BAND": BAND}
     constants["SHARED_BYTES"] = tile.shared_bytes
     command = ["nvcc", "-x", "c++", "-O2", "-std=c++20", "-w", "-I", folder, "-o", folder / "run"]
     command += [f"-D{key}={value}" for key, value in constants.items()]
@@ -61,21 +93,27 @@ def built(source, folder, tile=wide24.TILES[0]):
     return folder / "run"
 
 
-def problem(program, N, K, B, clusters, late, seed):
-    """None where the product is exact, else what is wrong. All sums of the data are exact."""
+def problem(program, N, K, B, clusters, late, seed, *, gpus=1):
+    """None where the product is exact, or the sum of it on both GPUs, else what is wrong. All sums
+    of the data are exact."""
     torch.manual_seed(seed)
-    dense, x, bias = (torch.randint(-2, 3, size).bfloat16() for size in ((N, K), (B, K), (N,)))
-    mask = masks.make("random", dense, seed=seed)
-    codes, file = masks.encode(mask), program.with_name("data")
-    given = (x, pack.gather_kept(dense, codes), wide24.arrange_places(codes), bias)
-    file.write_bytes(b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in given))
+    given, exact = b"", 0
+    for _ in range(gpus):
+        dense, x, bias = (torch.randint(-2, 3, size).bfloat16() for size in ((N, K), (B, K), (N,)))
+        mask = masks.make("random", dense, seed=seed)
+        codes = masks.encode(mask)
+        own = (x, pack.gather_kept(dense, codes), wide24.arrange_places(codes), bias)
+        given += b"".join(t.contiguous().view(torch.uint8).numpy().tobytes() for t in own)
+        exact += (x.double() @ (dense * mask).double().t() + bias.double()).bfloat16().double()
+    file = program.with_name("data")
+    file.write_bytes(given)
     words = [str(word) for word in (program, file, N, K, B, clusters, late, seed)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=100)
     if done.returncode:
         return done.stdout or f"exit {done.returncode}"
-    y = torch.frombuffer(bytearray(file.read_bytes()[-2 * B * N :]), dtype=torch.bfloat16)
-    exact = (x.double() @ (dense * mask).double().t() + bias.double()).bfloat16()
-    return None if torch.equal(y.view(B, N), exact) else "another product"
+    found = bytearray(file.read_bytes()[len(given) :])
+    y = torch.frombuffer(found, dtype=torch.bfloat16).view(gpus, B, N)
+    return None if (y == exact.bfloat16()).all() else "another product"
 
 
 @pytest.mark.parametrize("tile", wide24.TILES)
@@ -93,3 +131,23 @@ def test_a_fault_is_found(fault, tmp_path):
     assert text in SOURCE
     program = built(SOURCE.replace(text, other), tmp_path)
     assert any(problem(program, *SIZES[1], 1, late, seed) for seed in range(8) for late in (0, 1))
+
+
+@pytest.mark.parametrize("tile", wide24.TILES)
+def test_two_gpus_add_exactly_in_whatever_step_they_are(tile, tmp_path):
+    program = built(SOURCE, tmp_path, tile, sums=True)
+    for seed, (N, K, B) in enumerate(SUM_SIZES):
+        for clusters in (1, 2):
+            for late in (0, 1):
+                assert problem(program, N, K, B, clusters, late, seed, gpus=2) is None
+
+
+@pytest.mark.parametrize("fault", SUM_FAULTS)
+def test_a_fault_of_the_sum_is_found(fault, tmp_path):
+    text, other = SUM_FAULTS[fault]
+    assert text in SOURCE
+    program = built(SOURCE.replace(text, other), tmp_path, sums=True)
+    size = SUM_SIZES[1]
+    assert any(
+        problem(program, *size, 1, late, seed, gpus=2) for seed in range(8) for late in (0, 1)
+    )

@@ -1,10 +1,19 @@
 // Runs `wide24.cu` on the CPU: FILE N K B CLUSTERS LATE SEED.
 //
-// FILE has x, values, places and bias, all but places bf16; y is added. Compiled with the constants
-// of `wide24.cu`, and SHARED_BYTES.
+// FILE has x, values, places and bias, all but places bf16; y is added. With SUM it has those of two
+// GPUs, of which each runs two sums before this one, by other multiples of x, and y of both is added.
+// Compiled with the constants of `wide24.cu`, and SHARED_BYTES.
 
 #include "hopper_simulator.h"
 #include "wide24.cu"
+
+#if SUM
+const int GPUS = 2, CALLS = 3;
+#else
+const int GPUS = 1, CALLS = 1;
+#endif
+
+struct Gpu { Bytes x[CALLS], w, places, bias, y, own; u32 flags[1000], state[2]; Meeting meeting; };
 
 int main(int, char** words) {
     const long N = atol(words[2]), K = atol(words[3]), B = atol(words[4]);
@@ -15,27 +24,55 @@ int main(int, char** words) {
         check(fread(found.data(), 1, bytes, file) == bytes, "the file is too short");
         return found;
     };
-    Bytes x = take(B * K * 2), w = take(N * K), places = take(N * K / 8), bias = take(N * 2);
-    Bytes y(B * N * 2, 0x7f);
+    auto multiple = [](Bytes x, float factor) {
+        for (u16* at = (u16*)x.data(); at < (u16*)(x.data() + x.size()); at++)
+            *at = narrowed(factor * widened(*at));
+        return x;
+    };
+    static Gpu gpus[GPUS];
+    for (Gpu& gpu : gpus) {
+        gpu.x[CALLS - 1] = take(B * K * 2), gpu.w = take(N * K), gpu.places = take(N * K / 8);
+        gpu.bias = take(N * 2), gpu.y = Bytes(B * N * 2, 0x7f), gpu.own = Bytes(B * N * 4, 0x7f);
+        for (int i = 0; i < CALLS - 1; i++) gpu.x[i] = multiple(gpu.x[CALLS - 1], i ? -1 : 2);
+    }
 
     const int rows = (N + CLUSTER * ROWS - 1) / (CLUSTER * ROWS);
     const int columns = (B + COLUMNS - 1) / COLUMNS;
-    clusters.resize(min(atoi(words[5]), rows * columns));
-    threads = THREADS;
+    const int at_once = min(atoi(words[5]), rows * columns);
+    threads = THREADS, blocks_of_gpu = at_once * CLUSTER;
+    clusters.resize(at_once * GPUS);
     std::vector<Thread> all;
-    for (int i = 0; i < clusters.size() * CLUSTER; i++) {
-        grid.push_back({{i, 0}, Bytes(1000 + SHARED_BYTES, 0x7f), {}, threads});
-        grid[i].barriers.resize(grid[i].memory.size() / 8);
+    for (int i = 0; i < blocks_of_gpu * GPUS; i++) {
+        grid.push_back({{i % blocks_of_gpu, 0}, i / blocks_of_gpu});
         for (int j = 0; j < threads; j++) all.push_back({&grid[i], j});
     }
     body = [&] {
-        product({x.data(), 2, 128, {1, B, K}, {1, COLUMNS / CLUSTER, 64}},
-                {w.data(), 2, 64, {1, N, K / 2}, {1, GROUPS * 64, 32}},
-                {places.data(), 4, 0, {N / 64, K / 64, 128}, {GROUPS, 1, 128}},
-                {y.data(), 2, 128, {1, B, N}, {1, 32, 64}},
-                (u16*)bias.data(), B, N / 64, K / 64, rows, columns);
+        Gpu &gpu = gpus[me->block->gpu], &other = gpus[GPUS - 1 - me->block->gpu];
+        for (const Bytes& x : gpu.x) {
+            meet(gpu.meeting, blocks_of_gpu * threads);
+            if (me->index == 0) {
+                Block fresh = {me->block->place, me->block->gpu, Bytes(1000 + SHARED_BYTES, 0x7f)};
+                fresh.barriers.resize(fresh.memory.size() / 8), fresh.running = threads;
+                *me->block = fresh;
+            }
+            meet(gpu.meeting, blocks_of_gpu * threads);
+            product({(unsigned char*)x.data(), 2, 128, {1, B, K}, {1, COLUMNS / CLUSTER, 64}},
+                    {gpu.w.data(), 2, 64, {1, N, K / 2}, {1, GROUPS * 64, 32}},
+                    {gpu.places.data(), 4, 0, {N / 64, K / 64, 128}, {GROUPS, 1, 128}},
+#if SUM
+                    {gpu.own.data(), 2, 128, {2, B, N}, {1, 32, 64}},
+#else
+                    {gpu.y.data(), 2, 128, {1, B, N}, {1, 32, 64}},
+#endif
+                    (u16*)gpu.bias.data(), B, N / 64, K / 64, rows, columns
+#if SUM
+                    , (uint4*)gpu.own.data(), (uint4*)other.own.data(), B * N / 8,
+                    (uint4*)gpu.y.data(), gpu.flags, other.flags, gpu.state
+#endif
+            );
+        }
     };
     go(std::move(all));
-    fwrite(y.data(), 1, y.size(), file);
+    for (Gpu& gpu : gpus) fwrite(gpu.y.data(), 1, gpu.y.size(), file);
     fclose(file);
 }

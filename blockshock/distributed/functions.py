@@ -68,7 +68,7 @@ class Check(Protocol):
 
 class Layer(Protocol):
     """What `apply` asks of a layer; B rows. A layer with kernels takes `kernel=` in the first
-    three.
+    three, and in the two products `partials=`, where one of its kernels adds (`reduce.begin_sum`).
     """
 
     ranks: int

@@ -28,10 +28,18 @@ class Sum:
     group: object = None
 
     def plans(
-        self, batch: int, dtype: torch.dtype, device: torch.device, *, hide: bool = False
+        self,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        hide: bool = False,
+        by_tiles: bool = False,
     ) -> list[Plan]:
-        """What can be done for a batch of rows, the first by rule; hide: behind other work."""
-        return reduce.plans(self.how, batch, self.columns, dtype, device, self.group, hide=hide)
+        """What can be done for a batch of rows, the first by rule; hide: behind other work;
+        by_tiles: the product can add."""
+        asked = {"hide": hide, "by_tiles": by_tiles}
+        return reduce.plans(self.how, batch, self.columns, dtype, device, self.group, **asked)
 
     def begin(self, product: Product, x: Tensor, plan: Plan, *, hide: bool = False) -> Pending:
         """Starts Σ_r product(x)."""
@@ -50,9 +58,7 @@ class Gather:
     place: Callable[[list[Tensor], Tensor], None]
     group: object = None
 
-    def plans(
-        self, batch: int, dtype: torch.dtype, device: torch.device, *, hide: bool = False
-    ) -> list[Plan]:
+    def plans(self, batch: int, dtype: torch.dtype, device: torch.device, **_) -> list[Plan]:
         """What can be done for a batch of rows, the first by rule."""
         sums = reduce.plans(self.how, batch, self.columns, dtype, device, self.group, hide=True)
         if self.how == "two_shot" and sums[0].how == "two_shot":

@@ -6,7 +6,7 @@
     two_shot     PyTorch's symmetric-memory kernel (reduce-scatter, all-gather), after the product
     exchange     through the other ranks' memory, in one kernel for small messages, else hidden: the
                  rows of X are cut in chunks, and each chunk's partial travels by the copy engine
-                 while the next one is multiplied
+                 while the next one is multiplied; or the product adds, tile by tile (`wide24`)
 
 With two ranks the partials of a chunk cross and both add them. With R > 2 each rank sums an R-th of
 a chunk's rows, in the order of the ranks in float32, and sends the sum to all others. `plans` says
@@ -17,6 +17,7 @@ says why.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -36,15 +37,19 @@ class Plan:
     """One way, settled. reason: why not as asked.
 
     chunks: of an exchange, 0 in one kernel; of a collective that is hidden, 0 if it is not.
+    by_tiles: an exchange that the product makes.
     """
 
     how: str
     chunks: int = 0
     reason: str = ""
+    by_tiles: bool = False
 
     def __str__(self) -> str:
         text = self.how
-        if self.how == "exchange" and self.chunks < 2:
+        if self.by_tiles:
+            text += ", tile by tile"
+        elif self.how == "exchange" and self.chunks < 2:
             text += ", in one piece" if self.chunks else ", in one kernel"
         elif self.chunks:
             text += f", {self.chunks} chunks"
@@ -65,12 +70,20 @@ def unsupported(how: str, dtype: torch.dtype, device_type: str) -> str | None:
 
 
 def plans(
-    how: str, rows: int, columns: int, dtype: torch.dtype, device, group=None, *, hide: bool = False
+    how: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+    device,
+    group=None,
+    *,
+    hide: bool = False,
+    by_tiles: bool = False,
 ) -> list[Plan]:
     """What can be done for partials [rows, columns] where `how` is asked for; the first by rule.
 
-    hide: behind other work of the caller, so in one piece. A collective of the group on first use,
-    and alike on all its ranks.
+    hide: behind other work of the caller, so in one piece. by_tiles: whether the product can add.
+    A collective of the group on first use, and alike on all its ranks.
     """
     ranks = collectives.group_size(group)
     if ranks == 1 or how == "collective" or rows == 0:
@@ -88,6 +101,8 @@ def plans(
     row = columns * dtype.itemsize
     if rows * row <= symmetric.PUSH_BYTES and row % 16 == 0:  # what the one kernel moves
         exchanges.insert(0, Plan("exchange"))
+    if by_tiles and ranks == 2 and not hide and rows >= FEWEST_ROWS:
+        exchanges.append(Plan("exchange", by_tiles=True))
     if how == "exchange":
         return exchanges
     found = [Plan("collective")]
@@ -106,30 +121,34 @@ def begin_sum(
     *,
     hide: bool = False,
 ) -> Pending:
-    """Starts Σ_r product(x) over the ranks; product takes some rows of x.
+    """Starts Σ_r product(x) over the ranks; product takes some rows of x, and where it adds by
+    tiles, `partials`: what gives it buffers of so many bytes (`symmetric.partials`).
 
     hide: whether the caller has other work to do before it waits.
     """
+    if chosen.by_tiles:
+        with symmetric.uses(group):
+            return Pending(product(x, partials=partial(symmetric.partials, group=group)))
     if chosen.how == "exchange" and chosen.chunks:
         return exchange.begin(product, x, chosen.chunks, group, hide=hide)
     if chosen.how == "collective" and chosen.chunks:
         return exchange.begin_collective(product, x, chosen.chunks, group)
-    partial = product(x)
+    own = product(x)
     if collectives.group_size(group) == 1:
-        return Pending(partial)
-    partial = collectives.fix_layout(partial)
-    if partial.numel() == 0:
-        return Pending(partial)
+        return Pending(own)
+    own = collectives.fix_layout(own)
+    if own.numel() == 0:
+        return Pending(own)
     if chosen.how == "exchange":
-        total = torch.empty_like(partial)
-        with region("allreduce", bytes=partial.nbytes), symmetric.uses(group):
-            symmetric.push(group).sum(partial, total)
+        total = torch.empty_like(own)
+        with region("allreduce", bytes=own.nbytes), symmetric.uses(group):
+            symmetric.push(group).sum(own, total)
         return Pending(total)
     if chosen.how == "two_shot":
-        with region("allreduce", bytes=partial.nbytes), symmetric.uses(group):
-            room = partial.nbytes + 16 * collectives.group_size(group)  # even for every rank
-            return Pending(symmetric.two_shot(room, group).sum(partial))
+        with region("allreduce", bytes=own.nbytes), symmetric.uses(group):
+            room = own.nbytes + 16 * collectives.group_size(group)  # even for every rank
+            return Pending(symmetric.two_shot(room, group).sum(own))
     if hide:
-        work = dist.all_reduce(partial, group=group, async_op=True)
-        return Pending(partial, work.wait)
-    return Pending(collectives.all_reduce(partial, group))
+        work = dist.all_reduce(own, group=group, async_op=True)
+        return Pending(own, work.wait)
+    return Pending(collectives.all_reduce(own, group))

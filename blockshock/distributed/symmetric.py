@@ -3,6 +3,7 @@
     Push       one kernel: a rank writes its partial into the others' buffers and adds what it got
     Mailbox    messages by the copy engine, which takes no processor from the products: a rank
                copies into the receiver's buffer and signals, the receiver's stream waits
+    Partials   what `wide24` of two ranks adds tile by tile, while it multiplies
     TwoShot    PyTorch's own two-shot all-reduce, on a staged copy
 
 All of it can be captured in CUDA graphs. NVLink multicast is not used. Each use of a group's
@@ -195,6 +196,29 @@ class Mailbox:
         return self.shared.at(self.shared.rank, shape, dtype, offset)
 
 
+class Partials:
+    """Two buffers in turn of partials of both ranks, each read by the other, with flags: `wide24`.
+
+    A partial has at least 128 rows and 64 columns. (Then a buffer has fewer tiles than flags.)
+    """
+
+    def __init__(self, nbytes: int, group=None):
+        flags = nbytes // 2048
+        self.shared, self.nbytes = Shared(2 * nbytes + 4 * flags, group), nbytes
+        (peer,), self._at = self.shared.peers, 2 * nbytes // 4
+        self.flags, self.their_flags = (
+            self.shared.at(rank, (flags,), torch.int32, self._at)
+            for rank in (self.shared.rank, peer)
+        )
+        self.state = torch.zeros(2, dtype=torch.int32, device=self.flags.device)
+
+    def of(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both buffers as [2, rows, columns], of this rank and of the other one."""
+        room, (peer,) = self.nbytes // dtype.itemsize, self.shared.peers
+        both = (self.shared.at(rank, (2, room), dtype) for rank in (self.shared.rank, peer))
+        return tuple(one[:, : rows * columns].view(2, rows, columns) for one in both)
+
+
 class TwoShot:
     """`symm_mem.two_shot_all_reduce_out` on a staged copy; bf16 or float32."""
 
@@ -223,6 +247,11 @@ def push(group=None) -> Push:
 def two_shot(nbytes: int, group=None) -> TwoShot:
     """The group's `TwoShot`, with room for at least nbytes."""
     return _roomy(TwoShot, nbytes, group)
+
+
+def partials(nbytes: int, group=None) -> Partials:
+    """The group's `Partials`, with room for nbytes each; of two ranks."""
+    return _roomy(Partials, nbytes, group)
 
 
 def mailbox(nbytes: int, group=None) -> Mailbox:

@@ -85,11 +85,11 @@ __device__ __forceinline__ void copy_to_all(
 }
 
 __device__ __forceinline__ void copy_out(
-    const TensorMap& target, int column, int row, u32 source) {
+    const TensorMap& target, int column, int row, int turn, u32 source) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];\n"
+        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];\n"
         "cp.async.bulk.commit_group;"
-        ::"l"(&target), "r"(column), "r"(row), "r"(source) : "memory");
+        ::"l"(&target), "r"(column), "r"(row), "r"(turn), "r"(source) : "memory");
 }
 
 // What was written to shared memory is there for copies out.
@@ -104,6 +104,63 @@ __device__ __forceinline__ void wait_read() {  // all copies out but the last LE
 
 __device__ __forceinline__ void wait_written() {  // all copies out
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+// --- between warps, blocks and two GPUs
+
+__device__ __forceinline__ void tell(u32 address, u32 count) {
+    asm volatile("st.release.cta.shared::cta.u32 [%0], %1;" ::"r"(address), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void wait_told(u32 address, u32 count) {
+    for (u32 told = 0;; __nanosleep(200)) {
+        asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
+                     : "=r"(told) : "r"(address) : "memory");
+        if (told >= count) break;
+    }
+}
+
+__device__ __forceinline__ u32 claim(u32 address) {  // the count so far, and one more
+    u32 count;
+    asm volatile("atom.relaxed.cta.shared::cta.add.u32 %0, [%1], 1;"
+                 : "=r"(count) : "r"(address) : "memory");
+    return count;
+}
+
+__device__ __forceinline__ u32 of_first(u32 value) { return __shfl_sync(~0u, value, 0); }
+
+__device__ __forceinline__ void announce(u32* flag, u32 epoch) {  // in the memory of another GPU
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(epoch) : "memory");
+}
+
+// Flags grow, and may be one ahead.
+__device__ __forceinline__ void wait_announced(const u32* flag, u32 epoch) {
+    for (u32 seen = 0;; __nanosleep(500)) {
+        asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+        if ((int)(seen - epoch) >= 0) break;
+    }
+}
+
+__device__ __forceinline__ u32 load_fresh(const u32* from) {
+    u32 value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+    return value;
+}
+
+// What another GPU, or a copy out, has written.
+__device__ __forceinline__ uint4 load_fresh(const uint4* from) {
+    uint4 value;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "l"(from) : "memory");
+    return value;
+}
+
+// The last block of a grid to call this counts the grid.
+__device__ __forceinline__ void count_grid(u32* epoch, u32* ended) {
+    __threadfence();
+    if (atomicAdd(ended, 1) + 1 < gridDim.x) return;
+    *ended = 0, ++*epoch;
 }
 
 // --- products, of a group of four warps together: `multiply` is made in Python
@@ -164,4 +221,8 @@ __device__ __forceinline__ float widened(u16 bits) {
 #else
     return __uint_as_float((u32)bits << 16);
 #endif
+}
+
+__device__ __forceinline__ u32 added(u32 a, u32 b) {  // two values
+    return rounded(widened((u16)a) + widened((u16)b), widened((u16)(a >> 16)) + widened((u16)(b >> 16)));
 }

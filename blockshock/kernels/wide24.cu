@@ -9,9 +9,17 @@
 // The instructions are functions of `hopper.cu`, which stands before this file. The tests run it
 // without a GPU as well, with `hopper_simulator.h` in that place.
 //
-// Compiled with: HALF (0 bf16, 1 fp16), BIAS (1: add it), GROUPS, COLUMNS (rows of X of a tile),
-// STAGES (of 64 columns of W and X), CLUSTER (blocks), BAND (tiles of W that follow each other
+// Compiled with: HALF (0 bf16, 1 fp16), BIAS (1: add it), SUM (1: with another GPU's), GROUPS,
+// COLUMNS (rows of X of a tile), STAGES (of 64 columns of W and X), CLUSTER (blocks), BAND (tiles of W that follow each other
 // before the next rows of X), COPIER and MULTIPLIER (registers of a thread that copies, multiplies).
+//
+// SUM: Y = X Wᵀ + X' W'ᵀ of two GPUs that run this kernel at the same time with the same sizes. What
+// a tile gives is written to `own`, which the other GPU can read, and is said to it once it is there.
+// Three warps beside the one that copies take piece by piece of the tiles of their block, load the
+// other GPU's over the link, and write the sum, while the next tile is multiplied; at the end all
+// warps do. Products wait for nothing, so the two need not run in step. `own` is two buffers in turn:
+// a GPU that has ended a sum has read the other's partials of the one before, so it can be ahead of
+// the other by one sum, and not by two.
 //
 // A block of 64 columns feeds two instructions. Thread 32w + 4g + q of a group gives instruction s
 // rows 16w + g and 16w + g + 8 of A: registers 0 and 1 the kept pairs of the group of four 8s + q,
@@ -60,6 +68,9 @@
 #define PIECES_AT (W_AT + STAGES * W_STAGE)
 #define PLACES_AT (PIECES_AT + GROUPS * 2 * PIECE)
 #define BARRIERS_AT (PLACES_AT + STAGES * PLACES_STAGE)
+#define TOLD_AT (BARRIERS_AT + STAGES * 16)  // how many tiles each group has written
+#define CLAIMED_AT (TOLD_AT + GROUPS * 4)    // how many squares are being added
+#define TELL_AFTER 8                         // blocks: then a tile's copies have long ended
 static_assert(COLUMNS % 64 == 0, "two pieces of Y take turns, from tile to tile as well");
 
 // A core matrix row is 128 bytes, swizzled; eight rows of X are 1024 bytes.
@@ -76,13 +87,71 @@ __device__ __forceinline__ Place place_of(int tile, int rows, int columns) {
     return {(first + within % high) * CLUSTER * ROWS, within / high * COLUMNS};
 }
 
-// x [batch, K], w (values [N, K/2]), places [N/64][K/64][128], bias [N] -> y [batch, N]. lines:
+#if SUM
+#define SQUARES (GROUPS * COLUMNS / 64)  // of 64 rows of Y × 64 columns, of a tile of a block
+
+struct Exchange {  // what a block needs to add its tiles to the other GPU's
+    const uint4 *own, *other;  // partials [batch, N] of this sum
+    uint4* out;
+    u32 *flags, *their_flags, epoch;  // a flag for each tile of each block
+    int batch, lines, rows, columns, first, apart, rank, tiles;
+
+    __device__ __forceinline__ u32 slot(int tile) const { return tile * CLUSTER + rank; }
+};
+
+// A square after the other, until none of the block's is left; by whole warps. DEEP loads of each
+// lane from the other GPU are in flight.
+template <int DEEP>
+__device__ __forceinline__ void add_squares(const Exchange& sum, u32 base) {
+    const int lane = threadIdx.x % 32, pitch = sum.lines * 8;  // vectors of eight values
+    for (;;) {
+        const u32 claimed = of_first(lane == 0 ? claim(base + CLAIMED_AT) : 0);
+        const int nth = claimed / SQUARES, square = claimed % SQUARES;
+        const int tile = sum.first + nth * sum.apart;
+        if (tile >= sum.tiles) return;
+        if (lane == 0) {
+            for (int group = 0; group < GROUPS; group++) wait_told(base + TOLD_AT + group * 4, nth + 1);
+            wait_announced(sum.flags + sum.slot(tile), sum.epoch);
+        }
+        __syncwarp();
+        const Place at = place_of(tile, sum.rows, sum.columns);
+        const int line = (at.row + sum.rank * ROWS) / 64 + square % GROUPS;
+        const int row = at.column + square / GROUPS * 64, end = min(row + 64, sum.batch);
+        if (line >= sum.lines) continue;
+        for (int i = row + lane / 8; i < end; i += DEEP * 4) {
+            const long long start = (long long)i * pitch + line * 8 + lane % 8;
+            uint4 theirs[DEEP];
+#pragma unroll
+            for (int n = 0; n < DEEP; n++)
+                if (i + n * 4 < end) theirs[n] = load_fresh(sum.other + start + n * 4 * pitch);
+#pragma unroll
+            for (int n = 0; n < DEEP; n++) {
+                if (i + n * 4 >= end) break;
+                const uint4 mine = load_fresh(sum.own + start + n * 4 * pitch);
+                sum.out[start + n * 4 * pitch] = {
+                    added(mine.x, theirs[n].x), added(mine.y, theirs[n].y),
+                    added(mine.z, theirs[n].z), added(mine.w, theirs[n].w)};
+            }
+        }
+    }
+}
+#endif
+
+// x [batch, K], w (values [N, K/2]), places [N/64][K/64][128], bias [N] -> y [1, batch, N]. lines:
 // N/64, blocks: K/64; rows, columns: of tiles. The grid is a multiple of CLUSTER, of any size; it is
 // fastest as large as runs at once.
+// With SUM, y are this GPU's two buffers, `between` vectors apart, own and other are this and
+// the other GPU's, and out is the sum. flags, their_flags: of tiles of blocks, in this and the other
+// GPU. state: how many sums there were, and 0.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) product(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
     const __grid_constant__ TensorMap places, const __grid_constant__ TensorMap y,
-    const u16* bias, int batch, int lines, int blocks, int rows, int columns) {
+    const u16* bias, int batch, int lines, int blocks, int rows, int columns
+#if SUM
+    , const uint4* own, const uint4* other, int between, uint4* out, u32* flags,
+    u32* their_flags, u32* state
+#endif
+    ) {
     extern __shared__ unsigned char shared[];
     const u32 base = ((u32)__cvta_generic_to_shared(shared) + 1023) & ~1023u;
     const u32 full = base + BARRIERS_AT, empty = full + STAGES * 8;
@@ -97,8 +166,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             init(empty + i * 8, CLUSTER * GROUPS * 4);  // one arrival of each warp that reads
         }
         fence_init();
+#if SUM
+        for (int i = 0; i < GROUPS; i++) tell(base + TOLD_AT + i * 4, 0);
+        tell(base + CLAIMED_AT, 0);
+#endif
     }
     cluster_wait();
+#if SUM
+    const u32 epoch = load_fresh(state) + 1;
+    const int buffer = epoch % 2;
+    const Exchange sum = {own + buffer * between, other + buffer * between, out, flags, their_flags, epoch,
+                          batch, lines, rows, columns, first, apart, rank, tiles};
+#else
+    const int buffer = 0;
+#endif
 
     if (group == GROUPS) {
         give_registers<COPIER>();
@@ -122,6 +203,18 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 if (++stage == STAGES) stage = 0, turn ^= 1;
             }
         }
+#if SUM
+        if (thread == 32) {
+            for (int tile = first, nth = 1; tile < tiles; tile += apart, nth++) {
+                for (int i = 0; i < GROUPS; i++) wait_told(base + TOLD_AT + i * 4, nth);
+                announce(their_flags + sum.slot(tile), epoch);
+            }
+        }
+        if (warp > 0) {
+            __syncwarp();
+            add_squares<ADDED_BESIDE>(sum, base);
+        }
+#endif
     } else {
         take_registers<MULTIPLIER>();
         int stage = 0;
@@ -158,13 +251,29 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             if (++stage == STAGES) stage = 0, turn ^= 1;
         };
 
+#if SUM
+        u32 written = 0;
+        auto tell_written = [&]() {  // of the tile before
+            if (thread == 0 && written > 0) {
+                wait_written();
+                tell(base + TOLD_AT + group * 4, written);
+            }
+        };
+#endif
         for (int tile = first; tile < tiles; tile += apart) {
 #pragma unroll 1
             for (int block = 0; block + 1 < blocks; block += 2) {
                 step(a[0], block);
                 step(a[1], block + 1);
+#if SUM
+                if (block == TELL_AFTER) tell_written();
+#endif
             }
             if (blocks % 2) step(a[0], blocks - 1);
+#if SUM
+            if (blocks < TELL_AFTER + 2) tell_written();
+            written++;
+#endif
             const Place at = place_of(tile, rows, columns);
             const int row = at.row + rank * ROWS + group * 64;
             const int own = row + warp * 16 + lane / 4;
@@ -190,12 +299,21 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 }
                 fence_copies();
                 group_wait(group);
-                if (thread == 0) copy_out(y, row, at.column + piece * 32, target);
+                if (thread == 0) copy_out(y, row, at.column + piece * 32, buffer, target);
             }
         }
+#if SUM
+        tell_written();
+        __syncwarp();
+        add_squares<8>(sum, base);
+#else
         if (thread == 0) wait_written();
+#endif
     }
     // A block that ends takes its shared memory from copies and arrivals of the others.
     __syncwarp();
     cluster_wait();
+#if SUM
+    if (threadIdx.x == 0) count_grid(state, state + 1);
+#endif
 }

@@ -9,6 +9,7 @@ N and K multiples of 64, bf16 or fp16, any number of rows of X. The plain-PyTorc
 Source: PTX ISA, "wgmma.mma_async.sp", m64nNk32 for 16-bit types.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from blockshock.kernels import nvrtc, tensor_maps
 
+# Gives, for the bytes of a partial, the buffers in which two ranks add (`symmetric.Partials`).
+Buffers = Callable[[int], object]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # The constants of `wide24.cu`; its header explains them, and has the rates of others.
 GROUPS, CLUSTER, BAND, COPIER, MULTIPLIER = 2, 2, 8, 40, 232
+SUM_COPIER, SUM_MULTIPLIER, ADDED_BESIDE = 72, 216, 6
 THREADS = (GROUPS + 1) * 128
 ROWS = CLUSTER * GROUPS * 64  # of W, of a cluster's tile
 
@@ -35,11 +39,12 @@ class Tile:
     def shared_bytes(self) -> int:
         """Stages with their barriers, two pieces of Y for each group, and room to align them."""
         stage = self.columns * 128 + GROUPS * (4096 + 512) + 16
-        return self.stages * stage + GROUPS * 8192 + 1024
+        return self.stages * stage + GROUPS * 8192 + 1024 + 16
 
 
 # By times of an H200. Half a tile takes more than half the time: W is read as often.
 TILES = Tile(256, 5, 1.0), Tile(128, 8, 0.61)
+H200_CLUSTERS = 66  # that run at once
 # What a last tile costs more where one of the cluster's two copies lies wholly beyond X.
 EMPTY_COPY = 0.7
 
@@ -76,11 +81,20 @@ def arrange_places(codes: Tensor) -> Tensor:
     return places
 
 
-def product(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(
+    x: Tensor,
+    values: Tensor,
+    places: Tensor,
+    bias: Tensor | None = None,
+    partials: Buffers | None = None,
+) -> Tensor:
     """X Wᵀ + b: x [B, K], values [N, K/2], places of `arrange_places`, bias [N] -> [B, N].
 
     values are contiguous, and so is the result. The sums are float32, in the order of K. Raises
     ValueError for x that is not on the current CUDA device.
+
+    partials: of two ranks that call this together, with at least 128 rows. Each rank's product is
+    rounded, and the sum of both, the same bits on both, is the result.
     """
     (batch, K), N = x.shape, len(values)
     if batch == 0:
@@ -89,19 +103,27 @@ def product(x: Tensor, values: Tensor, places: Tensor, bias: Tensor | None = Non
     if not tensor_maps.aligned(x):
         x = x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty(batch, N)
-    kinds = {tile: _clusters(x.dtype, bias is not None, tile) for tile in TILES}
+    sums, biased = partials is not None, bias is not None
+    # Two ranks take the same tile, whatever GPU each has.
+    kinds = {t: H200_CLUSTERS if sums else _clusters(x.dtype, biased, t) for t in TILES}
     tile = best(N, batch, kinds)
+    target, more = y.unsqueeze(0), []
+    if sums:
+        buffers = partials(y.nbytes)
+        target, other = buffers.of(batch, N, x.dtype)
+        flags = buffers.flags, buffers.their_flags
+        more = [target, other, buffers.nbytes // 16, y, *flags, buffers.state]
     maps = [
         tensor_maps.tensor_map(x, (tile.columns // CLUSTER, 64), 128),
         tensor_maps.tensor_map(values, (GROUPS * 64, 32), 64),
         tensor_maps.tensor_map(places, (GROUPS, 1, 128)),
-        tensor_maps.tensor_map(y, (32, 64), 128),
+        tensor_maps.tensor_map(target, (1, 32, 64), 128),
     ]
     rows, columns = -(-N // ROWS), -(-batch // tile.columns)
-    blocks = min(rows * columns, kinds[tile]) * CLUSTER
+    blocks = min(rows * columns, _clusters(x.dtype, biased, tile, sums)) * CLUSTER
     added = y if bias is None else bias.contiguous()  # y: not read
-    arguments = [*maps, added, batch, N // 64, K // 64, rows, columns]
-    kernel = _kernel(x.dtype, bias is not None, tile)
+    arguments = [*maps, added, batch, N // 64, K // 64, rows, columns, *more]
+    kernel = _kernel(x.dtype, biased, tile, sums)
     tensor_maps.launch(kernel, blocks, THREADS, arguments, tile.shared_bytes)
     return y
 
@@ -118,30 +140,32 @@ def best(N: int, batch: int, clusters: dict[Tile, int]) -> Tile:
 
 
 @nvrtc.once_per_device
-def _clusters(dtype: torch.dtype, bias: bool, tile: Tile) -> int:
+def _clusters(dtype: torch.dtype, bias: bool, tile: Tile, sums: bool = False) -> int:
     """Clusters that run at once: the kernel stays and takes tile after tile."""
-    kernel = _kernel(dtype, bias, tile)
+    kernel = _kernel(dtype, bias, tile, sums)
     return tensor_maps.most_clusters(kernel, CLUSTER, THREADS, tile.shared_bytes)
 
 
 @nvrtc.once_per_device
-def _kernel(dtype: torch.dtype, bias: bool, tile: Tile):
-    prelude, constants = prelude_of(dtype, tile), macros(dtype, bias, tile)
+def _kernel(dtype: torch.dtype, bias: bool, tile: Tile, sums: bool):
+    prelude, constants = prelude_of(dtype, tile), macros(dtype, bias, tile, sums=sums)
     return nvrtc.kernel("wide24.cu", "product", tile.shared_bytes, prelude, **constants)
 
 
-def macros(dtype: torch.dtype, bias: bool, tile: Tile) -> dict[str, int]:
+def macros(dtype: torch.dtype, bias: bool, tile: Tile, *, sums: bool = False) -> dict[str, int]:
     """The compile-time constants of `wide24.cu`."""
     return {
         "HALF": int(dtype == torch.float16),
         "BIAS": int(bias),
+        "SUM": int(sums),
         "GROUPS": GROUPS,
         "COLUMNS": tile.columns,
         "STAGES": tile.stages,
         "CLUSTER": CLUSTER,
         "BAND": BAND,
-        "COPIER": COPIER,
-        "MULTIPLIER": MULTIPLIER,
+        "COPIER": SUM_COPIER if sums else COPIER,
+        "MULTIPLIER": SUM_MULTIPLIER if sums else MULTIPLIER,
+        "ADDED_BESIDE": ADDED_BESIDE,
     }
 
 

@@ -147,16 +147,16 @@ class BlockShock(PackedSplit):
         own = x[:, self.term.columns]
         return self.packed.kept_input(own) if kernel == "folded" else own
 
-    def product(self, x: Tensor, kernel: str) -> Tensor:
-        """X W(g)ᵀ of rows of the local input -> [rows, N]."""
-        return self.packed.product(x, functions.bias_of_first(self), kernel)
+    def product(self, x: Tensor, kernel: str, partials=None) -> Tensor:
+        """X W(g)ᵀ of rows of the local input -> [rows, N]; partials: as in `Packed24.product`."""
+        return self.packed.product(x, functions.bias_of_first(self), kernel, partials)
 
-    def input_gradient(self, dy: Tensor, kernel: str | None = None) -> Tensor:
+    def input_gradient(self, dy: Tensor, kernel: str | None = None, partials=None) -> Tensor:
         """dY W(g): dy [B, N] -> [B, K/S], or only the kept columns, where the layer folds."""
         if self.folds:
             return dy @ self.packed.values
         if self.packed.has_transpose:
-            return self.packed.transposed.product(dy, None, kernel)
+            return self.packed.transposed.product(dy, None, kernel, partials)
         return dy @ MASTERS[self.master].term(self.part, self.packed)
 
     def weight_gradient(self, dy: Tensor, x: Tensor) -> Tensor:

@@ -66,9 +66,12 @@ def candidates(layer, side: str, like: Tensor) -> list[Way]:
     """All ways for `like`, the input of that side; the first by rule."""
     hide, rows = side == HIDDEN, (len(like), like.dtype, like.device)
     join = layer.output if side == FORWARD else layer.input
-    plans = join.plans(*rows, hide=hide)
     kernels = _kernels(layer, side, len(like))[: None if len(like) else 1]  # nothing to multiply
-    return [Way(kernel, plan) for kernel in kernels for plan in plans]
+    return [
+        Way(kernel, plan)
+        for kernel in kernels
+        for plan in join.plans(*rows, hide=hide, by_tiles=kernel == "wide")
+    ]
 
 
 def paths(layer, batch: int) -> dict[str, str]:
