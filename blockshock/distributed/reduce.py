@@ -108,6 +108,8 @@ def begin_sum(
 ) -> Pending:
     """Starts Σ_r product(x) over the ranks; product takes some rows of x.
 
+    x is on the current device, and the result is waited for there: streams and buffers are its own.
+
     hide: whether the caller has other work to do before it waits.
     """
     if chosen.how == "exchange" and chosen.chunks:
