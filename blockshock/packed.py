@@ -144,12 +144,16 @@ class Packed24:
             return F.linear(self.kept_input(x), self.values, bias)
         if kernel in ("thin", "wide"):
             self._check_operands(x, bias)
+        # Both run on the current device.
         if kernel == "thin":
             places, most = self._thin_layout(), thin24.MAX_BATCH
-            done = [thin24.product(some, self.values, places, bias) for some in x.split(most)]
+            with torch.cuda.device_of(x):
+                done = [thin24.product(some, self.values, places, bias) for some in x.split(most)]
             return done[0] if len(done) == 1 else torch.cat(done)
         if kernel == "wide":
-            return wide24.product(x, self.values, self._wide_places(), bias, partials)
+            places = self._wide_places()
+            with torch.cuda.device_of(x):
+                return wide24.product(x, self.values, places, bias, partials)
         if kernel not in ("cusparselt", "plain"):
             raise ValueError(f"unknown kernel {kernel!r}; use cusparselt, thin, wide or folded")
         return sparse24.product(x, self.compressed, self.values, self.codes, bias)

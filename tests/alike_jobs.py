@@ -74,6 +74,7 @@ OTHER_MODELS = {
 OTHER_CALLS = {
     "where": {"where": "0"},
     "failing where": {"where": lambda name, layer: 1 / 0},
+    "wrong where": {"where": 3},
     "mask": {"mask": "1010"},
     "unknown mask": {"mask": "0110"},
     "unknown option": {"colour": "red"},
@@ -84,6 +85,7 @@ OTHER_CALLS = {
 SAID = {
     "where": "asked for",
     "failing where": "division",
+    "wrong where": "where = 3",
     "unknown mask": "0110",
     "unknown option": "colour",
 }

@@ -69,6 +69,12 @@ def errors(method, N, K, B, dtype, bias=True, lead=(), strided=False, break_it=N
     return {"ratios": ratios, "same_bits": all(same), "exact_weight": exact}
 
 
+def elsewhere(*args, **options):
+    """`errors` of a layer on this rank's GPU, while another GPU is the current one."""
+    with torch.cuda.device((device().index + 1) % torch.cuda.device_count()):
+        return errors(*args, **options)
+
+
 def check(answers):
     """Fails unless the `errors` of all ranks are small, and their results alike. For the parent."""
     for answer in answers:

@@ -450,6 +450,12 @@ def summed(reduce):
     return {plan: against_truth(c, plan, reduce=reduce) for plan in plans}
 
 
+def summed_elsewhere(reduce):
+    """`summed` on this rank's GPU, while another one is current."""
+    with torch.cuda.device((device().index + 1) % torch.cuda.device_count()):
+        return summed(reduce)
+
+
 def captured(reduce):
     """The error of steps that a CUDA graph holds against the same ones, run one by one."""
     c = config(attention=None, width=256, hidden=64)

@@ -100,6 +100,27 @@ def test_what_a_method_cannot_hold_is_refused_with_the_value_and_the_fix(name):
         assert build(ragged, block=32)(problem()[2][:, :90]).shape == (40, 100)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_deep_copy_computes_the_same_in_memory_of_its_own(name):
+    weight, bias, x, _ = problem()
+    layer = METHODS[name].from_dense(weight, bias, block=32, sparsity=0.5)
+    model = torch.nn.ModuleList([layer, layer])
+    expected, held = layer(x), layer.to_dense()
+    twin, again = copy.deepcopy(model)
+    assert again is twin
+    assert type(twin) is type(layer)
+    assert torch.equal(twin(x), expected)
+    own = list(twin.parameters())
+    if name == "torch_bsr":
+        own += [twin.weight.values(), twin.weight_t.values()]
+    with torch.no_grad():
+        for values in own:
+            values.zero_()
+    assert not twin(x).any()
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.to_dense(), held)
+
+
 @pytest.mark.parametrize("name", ["bsr", "semi_structured"])
 def test_a_layer_on_the_meta_device_knows_its_tiles_and_is_given_memory_or_tensors(name):
     weight, bias, x, _ = problem()

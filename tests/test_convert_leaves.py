@@ -190,6 +190,14 @@ def test_a_where_that_asks_for_nothing_is_a_warning_and_changes_nothing():
     assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
 
 
+@pytest.mark.parametrize("where", [3, None, ["0"]])
+def test_a_where_of_another_kind_is_refused_and_changes_nothing(where):
+    model = net()
+    with pytest.raises(ValueError, match=r"where = .* is neither.*'\*\.mlp\.\*'.*function of"):
+        blockshock.convert(model, "dense_single", where=where)
+    assert [type(layer) for layer in model] == [nn.Linear, nn.Linear]
+
+
 def test_converting_twice_and_reverting_twice_change_nothing_more():
     model = net()
     convert(model, "0")

@@ -124,6 +124,18 @@ def test_every_method_with_every_sum_matches_dense(ranks, method, how, B):
 
 
 @pytest.mark.gpus(2)
+@pytest.mark.parametrize("how", REDUCES)
+@pytest.mark.parametrize(
+    ("kernel", "mask"),
+    [("cusparselt", "tile"), ("thin", "random"), ("wide", "tile"), ("folded", "1100")],
+)
+def test_a_layer_on_another_gpu_than_the_current_one_matches_dense(ranks, kernel, mask, how):
+    needs(ranks, "cuda", kernel)
+    options = {"kernel": kernel, "mask": mask, "reduce": how}
+    jobs.check(ranks.run(jobs.elsewhere, "block_shock", 4096, 4096, 1536, "bf16", **options))
+
+
+@pytest.mark.gpus(2)
 @pytest.mark.parametrize(
     ("kernel", "mask", "dtype"),
     [("thin", "tile", "fp16"), ("wide", "tile", "fp16"), ("folded", "1010", "fp16")],

@@ -189,6 +189,7 @@ def test_what_cannot_be_is_refused_and_changes_nothing():
     before = model.state_dict()
     for match, options in {
         "unknown storage 'csr'; use one of bsr, semi_structured": {"storage": "csr"},
+        "where = 3 is neither a text nor a function": {"where": 3},
         "kernel = 'cuda'": {"kernel": "cuda"},
         "kernel = 'torch'": {"kernel": "torch", "storage": "semi_structured"},
         "block = 8": {"block": 8},

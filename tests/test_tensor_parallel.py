@@ -250,9 +250,10 @@ def test_bf16_costs_what_rounding_costs(ranks, plan):
 
 
 @pytest.mark.gpus(2)
+@pytest.mark.parametrize("job", [jobs.summed, jobs.summed_elsewhere], ids=["here", "elsewhere"])
 @pytest.mark.parametrize("reduce", ["auto", "exchange", "two_shot"])
-def test_sums_by_other_ways_give_the_same(ranks, reduce):
-    for answer in ranks.run(jobs.summed, reduce):
+def test_sums_by_other_ways_give_the_same(ranks, reduce, job):
+    for answer in ranks.run(job, reduce):
         for plan, found in answer.items():
             right(found, plan)
 

@@ -11,7 +11,6 @@ The model computes what it did: in "bsr" the same weights, up to the rounding of
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from itertools import pairwise
 
 import torch
@@ -54,8 +53,8 @@ def sparsify(
     are left, that is a warning, and so is an optimizer or a DDP wrapper that holds a replaced
     parameter.
 
-    Raises ValueError, and changes nothing, for an unknown storage or kernel, a block or a sparsity
-    that no layer can have, and a weight that is not finite.
+    Raises ValueError, and changes nothing, for an unknown storage or kernel, a `where` of another
+    kind, a block or a sparsity that no layer can have, and a weight that is not finite.
     """
     cls, report = STORAGES.get(storage), Conversion(storage)
     if cls is None:
@@ -71,8 +70,7 @@ def sparsify(
     options = {"block": block, "sparsity": sparsity}
     if cls is BlockSparseLinear:
         options["kernel"] = kernel
-    asked = where if callable(where) else lambda name, layer: fnmatchcase(name, where)
-    users, built, old, new = replacing.users(model), {}, [], []
+    asked, users, built, old, new = replacing.asked_by(where), replacing.users(model), {}, [], []
     follows = _activations(model, users) if fuse else {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, BlockSparseLinear | SemiStructured):

@@ -5,6 +5,7 @@ torch_bsr    the same with W as `torch.sparse_bsr_tensor`, which `F.linear` mult
              Triton kernel on a GPU, by MKL on the CPU; dX = dY W by the BSR form of Wᵀ
 """
 
+import copy
 from typing import ClassVar
 
 import torch
@@ -76,6 +77,14 @@ class TorchBSR(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_t", weight_t)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    def __deepcopy__(self, memo: dict) -> "TorchBSR":
+        """With clones of the BSR tensors, of which PyTorch makes no deep copies."""
+        for held in (self.weight, self.weight_t):
+            memo.setdefault(id(held), held.clone())
+        twin = memo[id(self)] = self.__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
 
     @staticmethod
     def unsupported(

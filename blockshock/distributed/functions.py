@@ -118,7 +118,8 @@ def apply(layer: Layer, x: Tensor, ways: Ways) -> Tensor:
         )
     if layer.check is not None:
         layer.check.look("x", x, layer)
-    with torch.autocast(x.device.type, enabled=False):  # it computes in x's dtype
+    # Sums use streams and buffers of the current device; in a backward autograd has set it to x's.
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):  # in x's dtype
         return _Apply.apply(x, layer.weight, layer.bias, layer, ways)
 
 

@@ -124,6 +124,8 @@ def begin_sum(
     """Starts Σ_r product(x) over the ranks; product takes some rows of x, and where it adds by
     tiles, `partials`: what gives it buffers of so many bytes (`symmetric.partials`).
 
+    x is on the current device, and the result is waited for there: streams and buffers are its own.
+
     hide: whether the caller has other work to do before it waits.
     """
     if chosen.by_tiles:

@@ -1,5 +1,6 @@
 """The Triton kernel behind `blockshock.kernels.add`."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,4 +38,5 @@ def add_in_order(parts: list[Tensor], out: Tensor) -> None:
         raise ValueError(f"{len(parts)} parts: the kernel adds at most {MOST}")
     pointers = parts + parts[:1] * (MOST - len(parts))
     grid = (triton.cdiv(out.numel(), 2048),)
-    _add_in_order[grid](*pointers, out, out.numel(), PARTS=len(parts), BLOCK=2048)
+    with torch.cuda.device_of(out):
+        _add_in_order[grid](*pointers, out, out.numel(), PARTS=len(parts), BLOCK=2048)

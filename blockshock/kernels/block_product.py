@@ -9,7 +9,6 @@ The plain-PyTorch version of each is beside it: it expands W, and multiplies den
 """
 
 import os
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +106,7 @@ def product(
             programs = min(programs, plan.each * _processors(x.device))
         items, written = -(-lines * parts // programs), halves(plan, block)
         values = _readable(values.reshape(-1, block))
-        with _device_of(x):
+        with torch.cuda.device_of(x):
             block_product_triton.product[(programs,)](
                 _tiled(_readable(x), plan.rows, plan.step),
                 _tiled(values, *((plan.step, block) if transposed else (block, plan.step))),
@@ -155,7 +154,7 @@ def gradient(
     piece = -(-B // (count * plan.step)) * plan.step
     count = -(-B // piece)
     out = made if count == 1 else made.new_empty(count, *made.shape, dtype=torch.float32)
-    with _device_of(x):
+    with torch.cuda.device_of(x):
         block_product_triton.gradient[(count * programs,)](
             _tiled(_readable(dz), plan.step, plan.rows),
             _tiled(_readable(x), plan.step, block),
@@ -200,8 +199,3 @@ def _processors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2  # under Triton's interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _device_of(x: Tensor):
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()

@@ -63,7 +63,8 @@ def take(x: Tensor, places: tuple[int, int], out: Tensor) -> None:
     """x [B, K] 16-bit, out [B, K/2] contiguous."""
     words, groups, pitch = _words(x)
     grid = (x.shape[0], triton.cdiv(groups, BLOCK))
-    _take[grid](words, out.view(torch.int32), groups, pitch, *places, BLOCK=BLOCK)
+    with torch.cuda.device_of(out):
+        _take[grid](words, out.view(torch.int32), groups, pitch, *places, BLOCK=BLOCK)
 
 
 def join(a: Tensor, b: Tensor, places: tuple[int, int], out: Tensor) -> None:
@@ -71,11 +72,14 @@ def join(a: Tensor, b: Tensor, places: tuple[int, int], out: Tensor) -> None:
     words, groups, pitch = _words(out)
     grid = (out.shape[0], triton.cdiv(groups, BLOCK))
     kept = (*places, *(place for place in range(4) if place not in places))
-    _join[grid](a.view(torch.int32), b.view(torch.int32), words, groups, pitch, *kept, BLOCK=BLOCK)
+    parts = a.view(torch.int32), b.view(torch.int32)
+    with torch.cuda.device_of(out):
+        _join[grid](*parts, words, groups, pitch, *kept, BLOCK=BLOCK)
 
 
 def quads(y: Tensor, out: Tensor) -> None:
     """y [B, N] 16-bit, out [4, B, N/4] contiguous."""
     words, groups, pitch = _words(y)
     grid = (y.shape[0], triton.cdiv(groups, BLOCK))
-    _quads[grid](words, out.view(torch.int16), groups, pitch, out.stride(0), BLOCK=BLOCK)
+    with torch.cuda.device_of(out):
+        _quads[grid](words, out.view(torch.int16), groups, pitch, out.stride(0), BLOCK=BLOCK)

@@ -6,7 +6,6 @@ tensor memory accelerator (in interpreter mode by Triton's imitation of it).
 """
 
 import os
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -74,7 +73,7 @@ def forward(
     if slots:
         parts = lse.new_empty(B * H * slots, plan.M, padded(q.shape[3]))
         levels = lse.new_empty(B * H * slots, plan.M)
-    with _device_of(q):
+    with torch.cuda.device_of(q):
         flash_forward.forward[(B * H * count * pieces,)](
             *(_tiled(x, n) for x, n in ((q, plan.M), (k, plan.N), (v, plan.N), (out, plan.M))),
             lse,
@@ -147,7 +146,7 @@ def backward(
         return dq, dk, dv
     q, k, v, out, d_out = (_readable(x) for x in (q, k, v, out, d_out))
     options = {"scale": scale, "shift": shift, "table": table, "dropout": dropout}
-    with _device_of(q):
+    with torch.cuda.device_of(q):
         level, delta = _prepared(out, lse, d_out)
         if wanted[1]:
             seen = _seen(dk, Tq, shift), _seen(dv, Tq, shift)
@@ -232,11 +231,6 @@ def _programs(table, tiles: int, *, transposed=False, pieces: int = 1) -> tuple[
         return tiles, tiles * pieces if pieces > 1 else 0
     turns, slots = (table.turns_t, table.slots_t) if transposed else (table.turns, table.slots)
     return turns.shape[1], slots
-
-
-def _device_of(x: Tensor):
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def _check_tile(table, plan: Plan) -> None:

@@ -61,22 +61,23 @@ def kept_product(dy: Tensor, x: Tensor, codes: Tensor) -> Tensor:
     out = torch.empty(N, K // 2, dtype=dy.dtype, device=dy.device)
     tiles = triton.cdiv(N, TILE_N) * triton.cdiv(K, TILE_K)
     programs = min(tiles, _processors(dy.device))
-    _kept_product[(programs,)](
-        TensorDescriptor.from_tensor(_aligned(dy), [TILE_B, TILE_N]),
-        TensorDescriptor.from_tensor(_aligned(x), [TILE_B, TILE_K]),
-        codes.contiguous(),
-        TensorDescriptor.from_tensor(out, [TILE_N, TILE_K // 2]),
-        N,
-        K,
-        B,
-        PROGRAMS=programs,
-        TILE_N=TILE_N,
-        TILE_K=TILE_K,
-        TILE_B=TILE_B,
-        GROUP=GROUP,
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )
+    with torch.cuda.device_of(out):
+        _kept_product[(programs,)](
+            TensorDescriptor.from_tensor(_aligned(dy), [TILE_B, TILE_N]),
+            TensorDescriptor.from_tensor(_aligned(x), [TILE_B, TILE_K]),
+            codes.contiguous(),
+            TensorDescriptor.from_tensor(out, [TILE_N, TILE_K // 2]),
+            N,
+            K,
+            B,
+            PROGRAMS=programs,
+            TILE_N=TILE_N,
+            TILE_K=TILE_K,
+            TILE_B=TILE_B,
+            GROUP=GROUP,
+            num_warps=WARPS,
+            num_stages=STAGES,
+        )
     return out
 
 

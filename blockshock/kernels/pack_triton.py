@@ -3,6 +3,7 @@
 Shapes: values [n, k/2], codes [n, k/4], dense [n, k]; a program owns a block of rows × groups.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -98,13 +99,17 @@ def _grid(n: int, groups: int, rows: int, columns: int) -> tuple[int, int]:
 def gather_kept(dense: Tensor, codes: Tensor, out: Tensor) -> None:
     """dense [n, k], codes [n, k/4], out [n, k/2]; all contiguous."""
     n, groups = codes.shape
-    _gather_kept[_grid(n, groups, 4, 256)](dense, codes, out, n, groups, ROWS=4, GROUPS=256)
+    grid = _grid(n, groups, 4, 256)
+    with torch.cuda.device_of(out):
+        _gather_kept[grid](dense, codes, out, n, groups, ROWS=4, GROUPS=256)
 
 
 def expand(values: Tensor, codes: Tensor, out: Tensor) -> None:
     """values [n, k/2], codes [n, k/4], out [n, k]; all contiguous."""
     n, groups = codes.shape
-    _expand[_grid(n, groups, 4, 256)](values, codes, out, n, groups, ROWS=4, GROUPS=256)
+    grid = _grid(n, groups, 4, 256)
+    with torch.cuda.device_of(out):
+        _expand[grid](values, codes, out, n, groups, ROWS=4, GROUPS=256)
 
 
 def transpose_kept(values: Tensor, codes: Tensor, out: Tensor) -> None:
@@ -113,6 +118,6 @@ def transpose_kept(values: Tensor, codes: Tensor, out: Tensor) -> None:
     tiles = n // 4
     # The best of TI 16 to 128, TJ 16 to 64 and 4 or 8 warps: 0.70 of copy bandwidth at N = 8192 and
     # 0.71 at 16384 (H200).
-    _transpose_kept[_grid(tiles, groups, 16, 16)](
-        values, codes, out, tiles, groups, TI=16, TJ=16, num_warps=8
-    )
+    grid = _grid(tiles, groups, 16, 16)
+    with torch.cuda.device_of(out):
+        _transpose_kept[grid](values, codes, out, tiles, groups, TI=16, TJ=16, num_warps=8)

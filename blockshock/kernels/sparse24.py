@@ -3,6 +3,7 @@
 Which of the library's algorithms runs is chosen in `algorithms`.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,5 +37,7 @@ def product(
         return x.new_empty(0, compressed.shape[0])
     padding = -batch % cusparselt.BATCH_MULTIPLE
     x = F.pad(x, (0, 0, 0, padding)) if padding else x.contiguous()
-    y = cusparselt.run(x, compressed, bias, algorithms.choose(len(x), codes, x.dtype))
+    with torch.cuda.device_of(x):  # which a search is of
+        algorithm = algorithms.choose(len(x), codes, x.dtype)
+    y = cusparselt.run(x, compressed, bias, algorithm)
     return y[:batch].clone() if padding else y  # not a view: callers add to it in place

@@ -15,7 +15,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 
 import torch
 from torch import nn
@@ -70,9 +69,9 @@ def convert(
     its own, buffers, objects as attributes). Plain attributes are carried over. When all are left,
     that is a warning, and so is an optimizer or a DDP wrapper that holds a replaced parameter.
 
-    Raises ValueError, on all ranks, and changes nothing, for an unknown method or option, a weight
-    that is not finite, and where the ranks disagree: about a layer, its flags, an option, or the
-    bits of a weight. RuntimeError where a rank does not call it.
+    Raises ValueError, on all ranks, and changes nothing, for an unknown method or option, a `where`
+    of another kind, a weight that is not finite, and where the ranks disagree: about a layer, its
+    flags, an option, or the bits of a weight. RuntimeError where a rank does not call it.
 
     At the first calls of a layer its ranks compare x and dY; see `check_inputs`. Where all ranks
     hold the layers, it calls `ignore_in_ddp(model)`.
@@ -155,8 +154,7 @@ def _check(model: nn.Module, method: str, options: dict) -> None:
 
 def _wanted(model: nn.Module, cls, where, group, options, report) -> dict[str, nn.Linear]:
     """The layers to replace; the report gets the others, with the reason."""
-    asked = where if callable(where) else lambda name, layer: fnmatch(name, where)
-    users, wanted = replacing.users(model), {}
+    asked, users, wanted = replacing.asked_by(where), replacing.users(model), {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, _CLASSES):
             report.left[name] = f"it is {layer.method} already; revert it first"

@@ -3,7 +3,8 @@
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
@@ -13,6 +14,18 @@ from blockshock.data_parallel.wrapper import Wrapper
 from blockshock.linear import extras
 
 OR_PUT = ", or, in an optimizer, put report.parameters[old] for old"  # what else can be done
+
+
+def asked_by(where: str | Callable[[str, nn.Linear], bool]) -> Callable[[str, nn.Linear], bool]:
+    """Whether a layer is asked for. Raises ValueError for neither a glob nor a function."""
+    if callable(where):
+        return where
+    if not isinstance(where, str):
+        raise ValueError(
+            f"where = {where!r} is neither a text nor a function; give a glob over the names of "
+            "layers ('*.mlp.*') or a function of (name, layer)"
+        )
+    return lambda name, layer: fnmatchcase(name, where)
 
 
 def users(model: nn.Module) -> Counter:

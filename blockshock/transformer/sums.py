@@ -49,7 +49,9 @@ class Sums:
         """Σ_r partial, the same bits on all ranks. It takes the place of `partial` in memory."""
         if self.ranks == 1:
             return partial
-        return _Leave.apply(collectives.fix_layout(partial), self)
+        # Sums use streams and buffers of the current device; autograd sets it in a backward.
+        with torch.cuda.device_of(partial):
+            return _Leave.apply(collectives.fix_layout(partial), self)
 
     def once(self, x: Tensor) -> Tensor:
         """x, of which all ranks compute the same; its gradient is the first rank's, then zero."""
