@@ -1,10 +1,10 @@
 // The functions of `hopper.cu` on the CPU, and `go`, which runs a grid that calls them.
 //
 // Every thread of the grid is a coroutine; which one goes on is random, and at times a whole block
-// stands still. What the hardware may do later is done late: a copy lands after a random while, a
-// copy out reads at once or at the wait for it, and has written at the wait for that, and with `late` a product reads its operands a random
-// while after its commit. So what is overwritten too early, or read before it is there, gives a
-// wrong result. A wait that never ends, a barrier with too many arrivals, an address outside of
+// stands still. What the hardware may do later is done late: a copy lands after a random while, what
+// is stored in Y at the next barrier at the latest, what comes to one of two GPUs takes its time, and
+// with `late` a product reads its operands a random while after its commit. So what is overwritten
+// too early, or read before it is there, gives a wrong result. A wait that never ends, a barrier with too many arrivals, an address outside of
 // memory and one of a block that has ended end the program. Fences and times are not modelled.
 
 #include <ucontext.h>
@@ -71,8 +71,7 @@ struct Thread {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     std::function<bool()> ready;
-    std::deque<Action> copies;  // out, not read yet
-    std::vector<Action> writes;  // of copies that were read
+    std::vector<std::pair<void*, u64>> stores;  // that no other thread need see yet
     bool ended = false;
 };
 struct Copy { int rounds; Action land; };
@@ -120,8 +119,14 @@ Group& group() { return me->block->groups[me->index / 128]; }
 int cluster() { return (me->block->gpu * blocks_of_gpu + me->block->place.x) / CLUSTER; }
 Block& of_cluster(u32 rank) { return grid[cluster() * CLUSTER + rank]; }
 void __syncwarp() { meet(warp(), 32); }
-void group_wait(int) { meet(group().meeting, 128); }
-void cluster_wait() { meet(clusters[cluster()], CLUSTER * threads); }
+bool elected() { return lane() == 0; }
+void land() {
+    for (auto& [to, value] : me->stores) memcpy(to, &value, 8);
+    me->stores.clear();
+}
+
+void group_wait(int) { land(), meet(group().meeting, 128); }
+void cluster_wait() { land(), meet(clusters[cluster()], CLUSTER * threads); }
 
 // --- barriers
 
@@ -185,31 +190,7 @@ void copy_to_all(u32 target, const TensorMap& from, int column, int row, u32 bar
     for (int i = 0; i < many; i++) copy(of_cluster(i), target, from, 0, row, column, barrier);
 }
 
-void copy_out(const TensorMap& target, int column, int row, int buffer, u32 source) {
-    const Action copy = [=, map = target, &block = *me->block, by = me] {
-        each(map, source, buffer, row, column, [&](u32 address, unsigned char* to) {
-            if (!to) return;
-            const u16 value = read<u16>(at(block, address, 2));
-            by->writes.push_back([=] { memcpy(to, &value, 2); });
-        });
-    };
-    const bool at_once = rand() % 2;
-    if (at_once) copy();
-    me->copies.push_back(at_once ? [] {} : copy);
-}
-
-template <int LEFT> void wait_read() {
-    for (; me->copies.size() > LEFT; me->copies.pop_front()) me->copies.front()();
-}
-
-void wait_written() {
-    wait_read<0>();
-    for (Action& write : me->writes) write();
-    me->writes.clear();
-}
-
 void fence_init() {}
-void fence_copies() {}
 
 // --- between warps, blocks and two GPUs
 
@@ -239,8 +220,9 @@ void wait_announced(const u32* flag, u32 epoch) { until([=] { return (int)(*flag
 u32 load_fresh(const u32* from) { return *from; }
 
 uint4 load_fresh(const uint4* from) {
-    if (rand() % 8 == 0) {
-        const long due = now + rand() % 100;
+    static const int slow = rand() % 2;  // one of them
+    if (me->block->gpu == slow && rand() % 8 == 0) {
+        const long due = now + rand() % 1000;
         last_due = std::max(last_due, due);
         until([due] { return now >= due; });
     }
@@ -279,17 +261,22 @@ void load_matrices(u32* a, u32 address) {
     __syncwarp();
 }
 
-void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {  // transposed
+u32 turned(u32 pair) {
     Meeting& all = warp();
-    const u32 words[] = {a, b, c, d};
-    all.address[lane()] = address;
+    all.address[lane()] = pair;
     __syncwarp();
-    for (int i = 0; i < 8; i++) {
-        const u16 value = words[i / 2] >> 16 * (i % 2);
-        const u32 row = all.address[i / 2 * 8 + lane() % 4 * 2 + i % 2];
-        memcpy(at(*me->block, row + lane() / 4 * 2, 2), &value, 2);
+    u32 found = 0;
+    for (int i = 0; i < 2; i++) {
+        const u32 word = all.address[(lane() % 4 * 2 + i) * 4 + lane() / 8];
+        found |= (word >> lane() / 4 % 2 * 16 & 0xffff) << 16 * i;
     }
     __syncwarp();
+    return found;
+}
+
+void store_if(bool inside, u16* to, u32 low, u32 high) {
+    if (inside) me->stores.push_back({to, low | (u64)high << 32});
+    if (rand() % 2) land();
 }
 
 // --- products: PTX ISA, "wgmma.mma_async.sp", m64nNk32, fragments of A and D, sparsity selector

@@ -31,7 +31,10 @@ def codes_of(places):
     shifts = torch.arange(0, 32, 4).view(2, 4)  # half, j
     words = places.view(tiles, blocks, 4, 8, 2, 2, 1, 1)  # t, b, w, g, s, u
     codes = (words >> shifts & 15).permute(0, 2, 6, 3, 1, 4, 5, 7)
-    return codes.reshape(tiles * 64, blocks * 16).to(torch.uint8)
+    of_a = codes.reshape(tiles * 4, 16, blocks * 16).to(torch.uint8)
+    found = torch.empty_like(of_a)
+    found[:, wide24.ROWS_OF_W] = of_a
+    return found.view(tiles * 64, blocks * 16)
 
 
 @contextlib.contextmanager

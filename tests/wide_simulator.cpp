@@ -1,7 +1,7 @@
 // Runs `wide24.cu` on the CPU: FILE N K B CLUSTERS LATE SEED.
 //
 // FILE has x, values, places and bias, all but places bf16; y is added. With SUM it has those of two
-// GPUs, of which each runs two sums before this one, by other multiples of x, and y of both is added.
+// GPUs, which make three sums, of x times 2, -1 and 1, and y of all sums of both are added.
 // Compiled with the constants of `wide24.cu`, and SHARED_BYTES.
 
 #include "hopper_simulator.h"
@@ -13,7 +13,7 @@ const int GPUS = 2, CALLS = 3;
 const int GPUS = 1, CALLS = 1;
 #endif
 
-struct Gpu { Bytes x[CALLS], w, places, bias, y, own; u32 flags[1000], state[2]; Meeting meeting; };
+struct Gpu { Bytes x[CALLS], y[CALLS], w, places, bias, own; u32 flags[1000], state[2]; Meeting meeting; };
 
 int main(int, char** words) {
     const long N = atol(words[2]), K = atol(words[3]), B = atol(words[4]);
@@ -32,7 +32,8 @@ int main(int, char** words) {
     static Gpu gpus[GPUS];
     for (Gpu& gpu : gpus) {
         gpu.x[CALLS - 1] = take(B * K * 2), gpu.w = take(N * K), gpu.places = take(N * K / 8);
-        gpu.bias = take(N * 2), gpu.y = Bytes(B * N * 2, 0x7f), gpu.own = Bytes(B * N * 4, 0x7f);
+        gpu.bias = take(N * 2), gpu.own = Bytes(B * N * 4, 0x7f);
+        for (Bytes& y : gpu.y) y = Bytes(B * N * 2, 0x7f);
         for (int i = 0; i < CALLS - 1; i++) gpu.x[i] = multiple(gpu.x[CALLS - 1], i ? -1 : 2);
     }
 
@@ -48,7 +49,8 @@ int main(int, char** words) {
     }
     body = [&] {
         Gpu &gpu = gpus[me->block->gpu], &other = gpus[GPUS - 1 - me->block->gpu];
-        for (const Bytes& x : gpu.x) {
+        for (int call = 0; call < CALLS; call++) {
+            const Bytes &x = gpu.x[call], &y = gpu.y[call];
             meet(gpu.meeting, blocks_of_gpu * threads);
             if (me->index == 0) {
                 Block fresh = {me->block->place, me->block->gpu, Bytes(1000 + SHARED_BYTES, 0x7f)};
@@ -59,20 +61,16 @@ int main(int, char** words) {
             product({(unsigned char*)x.data(), 2, 128, {1, B, K}, {1, COLUMNS / CLUSTER, 64}},
                     {gpu.w.data(), 2, 64, {1, N, K / 2}, {1, GROUPS * 64, 32}},
                     {gpu.places.data(), 4, 0, {N / 64, K / 64, 128}, {GROUPS, 1, 128}},
+                    (u16*)(SUM ? gpu.own : y).data(), (u16*)gpu.bias.data(), B, N / 64, K / 64, rows, columns
 #if SUM
-                    {gpu.own.data(), 2, 128, {2, B, N}, {1, 32, 64}},
-#else
-                    {gpu.y.data(), 2, 128, {1, B, N}, {1, 32, 64}},
-#endif
-                    (u16*)gpu.bias.data(), B, N / 64, K / 64, rows, columns
-#if SUM
-                    , (uint4*)gpu.own.data(), (uint4*)other.own.data(), B * N / 8,
-                    (uint4*)gpu.y.data(), gpu.flags, other.flags, gpu.state
+                    , (uint4*)other.own.data(), B * N / 8,
+                    (uint4*)y.data(), gpu.flags, other.flags, gpu.state
 #endif
             );
         }
     };
     go(std::move(all));
-    for (Gpu& gpu : gpus) fwrite(gpu.y.data(), 1, gpu.y.size(), file);
+    for (Gpu& gpu : gpus)
+        for (Bytes& y : gpu.y) fwrite(y.data(), 1, y.size(), file);
     fclose(file);
 }

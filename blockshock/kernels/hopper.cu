@@ -51,6 +51,13 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+__device__ __forceinline__ bool elected() {  // of a warp's threads
+    u32 chosen;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(chosen));
+    return chosen;
+}
+
 // Of one of the block's groups of four warps.
 __device__ __forceinline__ void group_wait(int group) {
     asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
@@ -82,28 +89,6 @@ __device__ __forceinline__ void copy_to_all(
         ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
         ::"r"(target), "l"(&source), "r"(column), "r"(row), "r"(barrier),
           "h"((u16)((1 << blocks) - 1)) : "memory");
-}
-
-__device__ __forceinline__ void copy_out(
-    const TensorMap& target, int column, int row, int turn, u32 source) {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];\n"
-        "cp.async.bulk.commit_group;"
-        ::"l"(&target), "r"(column), "r"(row), "r"(turn), "r"(source) : "memory");
-}
-
-// What was written to shared memory is there for copies out.
-__device__ __forceinline__ void fence_copies() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-template <int LEFT>
-__device__ __forceinline__ void wait_read() {  // all copies out but the last LEFT
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(LEFT) : "memory");
-}
-
-__device__ __forceinline__ void wait_written() {  // all copies out
-    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
 // --- between warps, blocks and two GPUs
@@ -196,9 +181,18 @@ __device__ __forceinline__ void load_matrices(u32* a, u32 address) {
                  : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3]) : "r"(address) : "memory");
 }
 
-__device__ __forceinline__ void store_matrices(u32 address, u32 a, u32 b, u32 c, u32 d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
-                 ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+// An 8 × 8 matrix of a warp, of which lane 4r + q has entries 2q, 2q + 1 of row r, transposed.
+__device__ __forceinline__ u32 turned(u32 pair) {
+    u32 found;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(found) : "r"(pair));
+    return found;
+}
+
+__device__ __forceinline__ void store_if(bool inside, u16* to, u32 low, u32 high) {
+    asm volatile(
+        "{\n.reg .pred inside;\nsetp.ne.b32 inside, %3, 0;\n"
+        "@inside st.global.v2.u32 [%0], {%1, %2};\n}"
+        ::"l"(to), "r"(low), "r"(high), "r"((int)inside) : "memory");
 }
 
 __device__ __forceinline__ u32 load_shared(u32 address) {

@@ -63,19 +63,22 @@
 #define X_STAGE (COLUMNS * 128)  // bytes
 #define W_STAGE (GROUPS * 4096)
 #define PLACES_STAGE (GROUPS * 512)
-#define PIECE 4096  // 32 rows of Y × 64 columns, of which a group has two
 #define W_AT (STAGES * X_STAGE)
-#define PIECES_AT (W_AT + STAGES * W_STAGE)
-#define PLACES_AT (PIECES_AT + GROUPS * 2 * PIECE)
+#define PLACES_AT (W_AT + STAGES * W_STAGE)
 #define BARRIERS_AT (PLACES_AT + STAGES * PLACES_STAGE)
 #define TOLD_AT (BARRIERS_AT + STAGES * 16)  // how many tiles each group has written
 #define CLAIMED_AT (TOLD_AT + GROUPS * 4)    // how many squares are being added
-#define TELL_AFTER 8                         // blocks: then a tile's copies have long ended
-static_assert(COLUMNS % 64 == 0, "two pieces of Y take turns, from tile to tile as well");
 
 // A core matrix row is 128 bytes, swizzled; eight rows of X are 1024 bytes.
 __device__ __forceinline__ u64 descriptor(u32 address) {
     return (u64)(address >> 4 & 0x3FFF) | (u64)1 << 16 | (u64)64 << 32 | (u64)1 << 62;
+}
+
+// Of 16: which row of W is row i of A. So after a turn a lane has four rows that follow each other,
+// and eight rows that are loaded together lie in all banks.
+__device__ __forceinline__ int row_of_w(int i) {
+    const int pair = i % 8 / 2;
+    return pair * 4 + (pair / 2 ^ i / 8) * 2 + i % 2;
 }
 
 struct Place { int row, column; };  // of a tile: first row of W of the cluster, first row of X
@@ -145,11 +148,10 @@ __device__ __forceinline__ void add_squares(const Exchange& sum, u32 base) {
 // GPU. state: how many sums there were, and 0.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) product(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
-    const __grid_constant__ TensorMap places, const __grid_constant__ TensorMap y,
-    const u16* bias, int batch, int lines, int blocks, int rows, int columns
+    const __grid_constant__ TensorMap places, u16* y, const u16* bias, int batch, int lines, int blocks,
+    int rows, int columns
 #if SUM
-    , const uint4* own, const uint4* other, int between, uint4* out, u32* flags,
-    u32* their_flags, u32* state
+    , const uint4* other, int between, uint4* out, u32* flags, u32* their_flags, u32* state
 #endif
     ) {
     extern __shared__ unsigned char shared[];
@@ -174,11 +176,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     cluster_wait();
 #if SUM
     const u32 epoch = load_fresh(state) + 1;
-    const int buffer = epoch % 2;
-    const Exchange sum = {own + buffer * between, other + buffer * between, out, flags, their_flags, epoch,
-                          batch, lines, rows, columns, first, apart, rank, tiles};
-#else
-    const int buffer = 0;
+    const long long buffer = epoch % 2 * (long long)between;
+    y += buffer * 8, other += buffer;
+    const Exchange sum = {(uint4*)y, other, out, flags, their_flags, epoch, batch, lines, rows, columns,
+                          first, apart, rank, tiles};
 #endif
 
     if (group == GROUPS) {
@@ -186,25 +187,28 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         const int share = COLUMNS / CLUSTER;
         int stage = 0;
         u32 turn = 0;  // parity of the round through the stages
-        for (int tile = first; thread == 0 && tile < tiles; tile += apart) {
-            const Place at = place_of(tile, rows, columns);
-            const int row = at.row + rank * ROWS, column = at.column + rank * share;
-            // Copies that lie wholly beyond X are slow, and nobody reads what they would bring.
-            const int shares = min(CLUSTER, (batch - at.column + share - 1) / share);
-            const u32 bytes = shares * (share * 128) + W_STAGE + PLACES_STAGE;
-            for (int block = 0; block < blocks; block++) {
-                const u32 ready = full + stage * 8;
-                const u32 target = base + stage * X_STAGE + rank * (share * 128);
-                wait(empty + stage * 8, turn ^ 1);
-                expect(ready, bytes);
-                if (rank < shares) copy_to_all(target, x, block * 64, column, ready, CLUSTER);
-                copy_in(base + W_AT + stage * W_STAGE, w, block * 32, row, ready);
-                copy_in(base + PLACES_AT + stage * PLACES_STAGE, places, 0, block, row / 64, ready);
-                if (++stage == STAGES) stage = 0, turn ^= 1;
+        if (warp == 0 && elected()) {  // so the compiler makes no loop over threads around a copy
+            for (int tile = first; tile < tiles; tile += apart) {
+                const Place at = place_of(tile, rows, columns);
+                const int row = at.row + rank * ROWS, column = at.column + rank * share;
+                // Copies that lie wholly beyond X are slow, and nobody reads what they would bring.
+                const int shares = min(CLUSTER, (batch - at.column + share - 1) / share);
+                const u32 bytes = shares * (share * 128) + W_STAGE + PLACES_STAGE;
+                for (int block = 0; block < blocks; block++) {
+                    const u32 ready = full + stage * 8;
+                    const u32 target = base + stage * X_STAGE + rank * (share * 128);
+                    wait(empty + stage * 8, turn ^ 1);
+                    expect(ready, bytes);
+                    if (rank < shares) copy_to_all(target, x, block * 64, column, ready, CLUSTER);
+                    copy_in(base + W_AT + stage * W_STAGE, w, block * 32, row, ready);
+                    copy_in(base + PLACES_AT + stage * PLACES_STAGE, places, 0, block, row / 64,
+                            ready);
+                    if (++stage == STAGES) stage = 0, turn ^= 1;
+                }
             }
         }
 #if SUM
-        if (thread == 32) {
+        if (warp == 1 && elected()) {
             for (int tile = first, nth = 1; tile < tiles; tile += apart, nth++) {
                 for (int i = 0; i < GROUPS; i++) wait_told(base + TOLD_AT + i * 4, nth);
                 announce(their_flags + sum.slot(tile), epoch);
@@ -219,16 +223,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         take_registers<MULTIPLIER>();
         int stage = 0;
         u32 turn = 0;
-        // The lane's row of the four 8 × 8 matrices, which are rows 0-7 and 8-15, then again the
+        // The lane's row of the four 8 × 8 matrices, which are rows 0-7 and 8-15 of A, then again the
         // next 16 bytes; a row is 64 bytes, swizzled.
-        const int matrix_row = warp * 16 + lane % 16, half = lane / 16;
+        const int matrix_row = warp * 16 + row_of_w(lane % 16), half = lane / 16;
         const u32 values_at = base + W_AT + group * 4096 + matrix_row * 64 +
                               ((half ^ (matrix_row >> 1 & 3)) << 4);
         const u32 places_at = base + PLACES_AT + group * 512 + thread * 4;
-        const u32 pieces_at = base + PIECES_AT + group * (2 * PIECE);
-        // The lane's row of the four 8 × 8 matrices of Y; a row is 128 bytes, swizzled.
-        const u32 sums_at = pieces_at + (lane / 16 * 8 + lane % 8) * 128 +
-                            ((warp * 2 + lane / 8 % 2 ^ lane % 8) << 4);
+        const int own = warp * 16 + row_of_w(lane / 4);  // row of W of the sums 0, 1 of every four
         float sums[COLUMNS / 2];
         u32 a[2][8];  // of this step and of the last one
 
@@ -253,61 +254,42 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
 #if SUM
         u32 written = 0;
-        auto tell_written = [&]() {  // of the tile before
-            if (thread == 0 && written > 0) {
-                wait_written();
-                tell(base + TOLD_AT + group * 4, written);
-            }
-        };
 #endif
         for (int tile = first; tile < tiles; tile += apart) {
 #pragma unroll 1
             for (int block = 0; block + 1 < blocks; block += 2) {
                 step(a[0], block);
                 step(a[1], block + 1);
-#if SUM
-                if (block == TELL_AFTER) tell_written();
-#endif
             }
             if (blocks % 2) step(a[0], blocks - 1);
-#if SUM
-            if (blocks < TELL_AFTER + 2) tell_written();
-            written++;
-#endif
             const Place at = place_of(tile, rows, columns);
             const int row = at.row + rank * ROWS + group * 64;
-            const int own = row + warp * 16 + lane / 4;
-            const float low = BIAS && own < lines * 64 ? widened(bias[own]) : 0.0f;
-            const float high = BIAS && own + 8 < lines * 64 ? widened(bias[own + 8]) : 0.0f;
+            const bool biased = BIAS && row < lines * 64;
+            const float low = biased ? widened(bias[row + own]) : 0.0f;
+            const float high = biased ? widened(bias[row + (own ^ 2)]) : 0.0f;
             wait_products<0>();
             release_last();
 
+            // The warp's sums of eight rows of X, turned: lane 4b + q gets of row b what rows 4q to
+            // 4q + 3 of W give, a sector of Y with the three lanes beside it.
+            const long long pitch = lines * 64, eight = pitch * 8;
+            u16* to = y + (at.column + lane / 4) * pitch + row + warp * 16 + lane % 4 * 4;
+            const int left = row < lines * 64 ? batch - at.column - lane / 4 : 0;
 #pragma unroll
-            for (int piece = 0; piece < COLUMNS / 32; piece++) {
-                const u32 target = pieces_at + piece % 2 * PIECE;
-                // The copy from this half, two pieces ago, has been read.
-                if (thread == 0) wait_read<1>();
-                group_wait(group);
-#pragma unroll
-                for (int pair = 0; pair < 2; pair++) {
-                    const float* d = sums + (piece * 4 + pair * 2) * 4;
-                    store_matrices(sums_at + piece % 2 * PIECE + pair * 16 * 128,
-                                   rounded(d[0] + low, d[1] + low),
-                                   rounded(d[2] + high, d[3] + high),
-                                   rounded(d[4] + low, d[5] + low),
-                                   rounded(d[6] + high, d[7] + high));
-                }
-                fence_copies();
-                group_wait(group);
-                if (thread == 0) copy_out(y, row, at.column + piece * 32, buffer, target);
+            for (int i = 0; i < COLUMNS / 8; i++, to += eight) {
+                const float* d = sums + i * 4;
+                const u32 pair = turned(rounded(d[0] + low, d[1] + low));
+                const u32 other = turned(rounded(d[2] + high, d[3] + high));
+                const bool swap = lane % 4 / 2;
+                store_if(i * 8 < left, to, swap ? other : pair, swap ? pair : other);
             }
+#if SUM
+            group_wait(group);
+            if (thread == 0) tell(base + TOLD_AT + group * 4, ++written);
+#endif
         }
 #if SUM
-        tell_written();
-        __syncwarp();
         add_squares<8>(sum, base);
-#else
-        if (thread == 0) wait_written();
 #endif
     }
     // A block that ends takes its shared memory from copies and arrivals of the others.

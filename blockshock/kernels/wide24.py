@@ -37,13 +37,15 @@ class Tile:
 
     @property
     def shared_bytes(self) -> int:
-        """Stages with their barriers, two pieces of Y for each group, and room to align them."""
+        """Stages with their barriers, counts, and room to align them."""
         stage = self.columns * 128 + GROUPS * (4096 + 512) + 16
-        return self.stages * stage + GROUPS * 8192 + 1024 + 16
+        return self.stages * stage + 16 + 1024
 
 
 # By times of an H200. Half a tile takes more than half the time: W is read as often.
-TILES = Tile(256, 5, 1.0), Tile(128, 8, 0.61)
+# Of 16 rows of W: which is row i of an instruction's A (`row_of_w`).
+ROWS_OF_W = [4 * (i % 8 // 2) + 2 * (i % 8 // 4 ^ i // 8) + i % 2 for i in range(16)]
+TILES = Tile(256, 5, 1.0), Tile(128, 9, 0.61)
 H200_CLUSTERS = 66  # that run at once
 # What a last tile costs more where one of the cluster's two copies lies wholly beyond X.
 EMPTY_COPY = 0.7
@@ -66,7 +68,7 @@ def arrange_places(codes: Tensor) -> Tensor:
     """codes uint8 [N, K/4] -> places int32 [N/64, K/64, 128].
 
     Word 32w + 4g + 2s + u of a tile of 64 rows × 64 columns holds, four bits each, the codes of
-    groups 8s + 4u + 0..3 of row 16w + g, and above them those of row 16w + g + 8.
+    groups 8s + 4u + 0..3 of row g of the warp's A, and above them those of row g + 8.
     """
     N, groups = codes.shape
     places = torch.empty(N // 64, groups // 16, 128, dtype=torch.int32, device=codes.device)
@@ -74,7 +76,8 @@ def arrange_places(codes: Tensor) -> Tensor:
     step = max(1, (1 << 20) // groups)  # tiles at once: the words are wide on the way
     for at in range(0, N // 64, step):
         some = codes[at * 64 : (at + step) * 64]
-        code = some.view(-1, 4, 2, 8, groups // 16, 2, 2, 4).long()  # t, w, half, g, b, s, u, j
+        of_a = some.view(-1, 4, 16, groups)[:, :, ROWS_OF_W]
+        code = of_a.view(-1, 4, 2, 8, groups // 16, 2, 2, 4).long()  # t, w, half, g, b, s, u, j
         words = (code << shifts).sum((2, 7)).permute(0, 3, 1, 2, 4, 5)  # t, b, w, g, s, u
         words = words.reshape(-1, groups // 16, 128)
         places[at : at + step] = torch.where(words >= 1 << 31, words - (1 << 32), words)
@@ -107,22 +110,21 @@ def product(
     # Two ranks take the same tile, whatever GPU each has.
     kinds = {t: H200_CLUSTERS if sums else _clusters(x.dtype, biased, t) for t in TILES}
     tile = best(N, batch, kinds)
-    target, more = y.unsqueeze(0), []
+    target, more = y, []
     if sums:
         buffers = partials(y.nbytes)
         target, other = buffers.of(batch, N, x.dtype)
         flags = buffers.flags, buffers.their_flags
-        more = [target, other, buffers.nbytes // 16, y, *flags, buffers.state]
+        more = [other, buffers.nbytes // 16, y, *flags, buffers.state]
     maps = [
         tensor_maps.tensor_map(x, (tile.columns // CLUSTER, 64), 128),
         tensor_maps.tensor_map(values, (GROUPS * 64, 32), 64),
         tensor_maps.tensor_map(places, (GROUPS, 1, 128)),
-        tensor_maps.tensor_map(target, (1, 32, 64), 128),
     ]
     rows, columns = -(-N // ROWS), -(-batch // tile.columns)
     blocks = min(rows * columns, _clusters(x.dtype, biased, tile, sums)) * CLUSTER
     added = y if bias is None else bias.contiguous()  # y: not read
-    arguments = [*maps, added, batch, N // 64, K // 64, rows, columns, *more]
+    arguments = [*maps, target, added, batch, N // 64, K // 64, rows, columns, *more]
     kernel = _kernel(x.dtype, biased, tile, sums)
     tensor_maps.launch(kernel, blocks, THREADS, arguments, tile.shared_bytes)
     return y
