@@ -249,6 +249,10 @@ u32 added(u32 a, u32 b) {
     return rounded(widened(a) + widened(b), widened(a >> 16) + widened(b >> 16));
 }
 
+uint4 added(const uint4& a, const uint4& b) {
+    return {added(a.x, b.x), added(a.y, b.y), added(a.z, b.z), added(a.w, b.w)};
+}
+
 u32 load_shared(u32 address) { return read<u32>(at(*me->block, address, 4)); }
 
 // Lanes 8i to 8i + 7 give the addresses of the rows of matrix i.

@@ -53,8 +53,8 @@ FAULTS = {
 
 SUM_FAULTS = {
     "a tile is added before it was written here": (
-        "wait_told(base + TOLD_AT + group * 4, nth + 1);",
-        "",
+        "wait_told(base + TOLD_AT + i * 4, nth + 1);",
+        ";",
     ),
     "a tile is added before it was written there": (
         "wait_announced(sum.flags + sum.slot(tile), sum.epoch);",
@@ -65,12 +65,12 @@ SUM_FAULTS = {
         "",
     ),
     "a group alone is waited for": (
-        "for (int i = 0; i < GROUPS; i++) wait_told",
-        "for (int i = 0; i < 1; i++) wait_told",
+        "for (int i = 0; i < GROUPS; i++) wait_told(base + TOLD_AT + i * 4, nth);",
+        "wait_told(base + TOLD_AT, nth);",
     ),
     "a tile is told before all warps have written it": ("group_wait(group);", ""),
     "one buffer alone": ("epoch % 2 * ", "0 * "),
-    "a square twice": ("square % GROUPS;", "0;"),
+    "a piece twice": ("piece % GROUPS;", "0;"),
 }
 
 

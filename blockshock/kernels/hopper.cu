@@ -98,7 +98,7 @@ __device__ __forceinline__ void tell(u32 address, u32 count) {
 }
 
 __device__ __forceinline__ void wait_told(u32 address, u32 count) {
-    for (u32 told = 0;; __nanosleep(200)) {
+    for (u32 told = 0;; __nanosleep(100)) {
         asm volatile("ld.acquire.cta.shared::cta.u32 %0, [%1];"
                      : "=r"(told) : "r"(address) : "memory");
         if (told >= count) break;
@@ -120,7 +120,7 @@ __device__ __forceinline__ void announce(u32* flag, u32 epoch) {  // in the memo
 
 // Flags grow, and may be one ahead.
 __device__ __forceinline__ void wait_announced(const u32* flag, u32 epoch) {
-    for (u32 seen = 0;; __nanosleep(500)) {
+    for (u32 seen = 0;; __nanosleep(100)) {
         asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
         if ((int)(seen - epoch) >= 0) break;
     }
@@ -218,5 +218,9 @@ __device__ __forceinline__ float widened(u16 bits) {
 }
 
 __device__ __forceinline__ u32 added(u32 a, u32 b) {  // two values
-    return rounded(widened((u16)a) + widened((u16)b), widened((u16)(a >> 16)) + widened((u16)(b >> 16)));
+    return rounded(widened((u16)a) + widened((u16)b), widened(a >> 16) + widened(b >> 16));
+}
+
+__device__ __forceinline__ uint4 added(const uint4& a, const uint4& b) {  // eight values
+    return {added(a.x, b.x), added(a.y, b.y), added(a.z, b.z), added(a.w, b.w)};
 }

@@ -67,7 +67,7 @@
 #define PLACES_AT (W_AT + STAGES * W_STAGE)
 #define BARRIERS_AT (PLACES_AT + STAGES * PLACES_STAGE)
 #define TOLD_AT (BARRIERS_AT + STAGES * 16)  // how many tiles each group has written
-#define CLAIMED_AT (TOLD_AT + GROUPS * 4)    // how many squares are being added
+#define CLAIMED_AT (TOLD_AT + GROUPS * 4)    // how many pieces are being added
 
 // A core matrix row is 128 bytes, swizzled; eight rows of X are 1024 bytes.
 __device__ __forceinline__ u64 descriptor(u32 address) {
@@ -91,7 +91,8 @@ __device__ __forceinline__ Place place_of(int tile, int rows, int columns) {
 }
 
 #if SUM
-#define SQUARES (GROUPS * COLUMNS / 64)  // of 64 rows of Y × 64 columns, of a tile of a block
+#define PIECE 32  // rows of Y, of 64 columns: eight loads of each lane of a warp
+#define PIECES (GROUPS * COLUMNS / PIECE)  // of a tile of a block
 
 struct Exchange {  // what a block needs to add its tiles to the other GPU's
     const uint4 *own, *other;  // partials [batch, N] of this sum
@@ -102,40 +103,33 @@ struct Exchange {  // what a block needs to add its tiles to the other GPU's
     __device__ __forceinline__ u32 slot(int tile) const { return tile * CLUSTER + rank; }
 };
 
-// A square after the other, until none of the block's is left; by whole warps. DEEP loads of each
-// lane from the other GPU are in flight.
-template <int DEEP>
-__device__ __forceinline__ void add_squares(const Exchange& sum, u32 base) {
+// A piece after the other, until none of the block's is left; by whole warps.
+__device__ __forceinline__ void add_pieces(const Exchange& sum, u32 base) {
     const int lane = threadIdx.x % 32, pitch = sum.lines * 8;  // vectors of eight values
-    for (;;) {
+    for (int ready = -1;;) {
         const u32 claimed = of_first(lane == 0 ? claim(base + CLAIMED_AT) : 0);
-        const int nth = claimed / SQUARES, square = claimed % SQUARES;
+        const int nth = claimed / PIECES, piece = claimed % PIECES;
         const int tile = sum.first + nth * sum.apart;
         if (tile >= sum.tiles) return;
-        if (lane == 0) {
-            for (int group = 0; group < GROUPS; group++) wait_told(base + TOLD_AT + group * 4, nth + 1);
+        if (nth > ready) {
+            for (int i = 0; i < GROUPS; i++) wait_told(base + TOLD_AT + i * 4, nth + 1);
             wait_announced(sum.flags + sum.slot(tile), sum.epoch);
+            ready = nth;
         }
-        __syncwarp();
         const Place at = place_of(tile, sum.rows, sum.columns);
-        const int line = (at.row + sum.rank * ROWS) / 64 + square % GROUPS;
-        const int row = at.column + square / GROUPS * 64, end = min(row + 64, sum.batch);
-        if (line >= sum.lines) continue;
-        for (int i = row + lane / 8; i < end; i += DEEP * 4) {
-            const long long start = (long long)i * pitch + line * 8 + lane % 8;
-            uint4 theirs[DEEP];
+        const int line = (at.row + sum.rank * ROWS) / 64 + piece % GROUPS;
+        const int row = at.column + piece / GROUPS * PIECE + lane / 8;
+        const int left = line < sum.lines ? sum.batch - row : 0;
+        const long long start = (long long)row * pitch + line * 8 + lane % 8;
+        uint4 theirs[PIECE / 4], mine[PIECE / 4];
 #pragma unroll
-            for (int n = 0; n < DEEP; n++)
-                if (i + n * 4 < end) theirs[n] = load_fresh(sum.other + start + n * 4 * pitch);
-#pragma unroll
-            for (int n = 0; n < DEEP; n++) {
-                if (i + n * 4 >= end) break;
-                const uint4 mine = load_fresh(sum.own + start + n * 4 * pitch);
-                sum.out[start + n * 4 * pitch] = {
-                    added(mine.x, theirs[n].x), added(mine.y, theirs[n].y),
-                    added(mine.z, theirs[n].z), added(mine.w, theirs[n].w)};
-            }
+        for (int i = 0; i < PIECE / 4; i++) {
+            if (i * 4 < left) theirs[i] = load_fresh(sum.other + start + i * 4 * pitch);
+            if (i * 4 < left) mine[i] = load_fresh(sum.own + start + i * 4 * pitch);
         }
+#pragma unroll
+        for (int i = 0; i < PIECE / 4; i++)
+            if (i * 4 < left) sum.out[start + i * 4 * pitch] = added(mine[i], theirs[i]);
     }
 }
 #endif
@@ -216,7 +210,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
         if (warp > 0) {
             __syncwarp();
-            add_squares<ADDED_BESIDE>(sum, base);
+            add_pieces(sum, base);
         }
 #endif
     } else {
@@ -289,7 +283,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #endif
         }
 #if SUM
-        add_squares<8>(sum, base);
+        add_pieces(sum, base);
 #endif
     }
     // A block that ends takes its shared memory from copies and arrivals of the others.

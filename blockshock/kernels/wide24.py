@@ -22,7 +22,7 @@ Buffers = Callable[[int], object]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # The constants of `wide24.cu`; its header explains them, and has the rates of others.
 GROUPS, CLUSTER, BAND, COPIER, MULTIPLIER = 2, 2, 8, 40, 232
-SUM_COPIER, SUM_MULTIPLIER, ADDED_BESIDE = 72, 216, 6
+SUM_COPIER, SUM_MULTIPLIER = 120, 192
 THREADS = (GROUPS + 1) * 128
 ROWS = CLUSTER * GROUPS * 64  # of W, of a cluster's tile
 
@@ -167,7 +167,6 @@ def macros(dtype: torch.dtype, bias: bool, tile: Tile, *, sums: bool = False) ->
         "BAND": BAND,
         "COPIER": SUM_COPIER if sums else COPIER,
         "MULTIPLIER": SUM_MULTIPLIER if sums else MULTIPLIER,
-        "ADDED_BESIDE": ADDED_BESIDE,
     }
 
 
