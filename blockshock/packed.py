@@ -140,6 +140,8 @@ class Packed24:
                 f"kernel {kernel!r} reads values by their codes, and the library compressed this "
                 "matrix again with places of its own; use `rewrite` in place of `recompress`"
             )
+        if partials is not None and kernel != "wide":
+            raise ValueError(f"kernel {kernel!r} adds nothing; give `partials` with 'wide' alone")
         if kernel == "folded":
             return F.linear(self.kept_input(x), self.values, bias)
         if kernel in ("thin", "wide"):

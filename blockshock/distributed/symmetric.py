@@ -199,21 +199,23 @@ class Mailbox:
 class Partials:
     """Two buffers in turn of partials of both ranks, each read by the other, with flags: `wide24`.
 
-    A partial has at least 128 rows and 64 columns. (Then a buffer has fewer tiles than flags.)
+    A partial has at least 128 rows and 64 columns: then a buffer has fewer tiles than flags.
     """
 
     def __init__(self, nbytes: int, group=None):
         flags = nbytes // 2048
         self.shared, self.nbytes = Shared(2 * nbytes + 4 * flags, group), nbytes
-        (peer,), self._at = self.shared.peers, 2 * nbytes // 4
+        (peer,) = self.shared.peers
         self.flags, self.their_flags = (
-            self.shared.at(rank, (flags,), torch.int32, self._at)
+            self.shared.at(rank, (flags,), torch.int32, 2 * nbytes // 4)
             for rank in (self.shared.rank, peer)
         )
         self.state = torch.zeros(2, dtype=torch.int32, device=self.flags.device)
 
     def of(self, rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Both buffers as [2, rows, columns], of this rank and of the other one."""
+        if rows < 128 or columns < 64:
+            raise ValueError(f"partials of {rows} x {columns}: at least 128 x 64 are needed")
         room, (peer,) = self.nbytes // dtype.itemsize, self.shared.peers
         both = (self.shared.at(rank, (2, room), dtype) for rank in (self.shared.rank, peer))
         return tuple(one[:, : rows * columns].view(2, rows, columns) for one in both)

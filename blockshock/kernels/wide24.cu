@@ -10,16 +10,17 @@
 // without a GPU as well, with `hopper_simulator.h` in that place.
 //
 // Compiled with: HALF (0 bf16, 1 fp16), BIAS (1: add it), SUM (1: with another GPU's), GROUPS,
-// COLUMNS (rows of X of a tile), STAGES (of 64 columns of W and X), CLUSTER (blocks), BAND (tiles of W that follow each other
-// before the next rows of X), COPIER and MULTIPLIER (registers of a thread that copies, multiplies).
+// COLUMNS (rows of X of a tile), STAGES (of 64 columns of W and X), CLUSTER (blocks), BAND (tiles of
+// W that follow each other before the next rows of X), COPIER and MULTIPLIER (registers of a thread
+// that copies, multiplies).
 //
-// SUM: Y = X Wᵀ + X' W'ᵀ of two GPUs that run this kernel at the same time with the same sizes. What
-// a tile gives is written to `own`, which the other GPU can read, and is said to it once it is there.
-// Three warps beside the one that copies take piece by piece of the tiles of their block, load the
-// other GPU's over the link, and write the sum, while the next tile is multiplied; at the end all
-// warps do. Products wait for nothing, so the two need not run in step. `own` is two buffers in turn:
-// a GPU that has ended a sum has read the other's partials of the one before, so it can be ahead of
-// the other by one sum, and not by two.
+// SUM: Y = X Wᵀ + X W'ᵀ of two GPUs that run this kernel at the same time, with other W of the same
+// size. What a tile gives is written to `own`, which the other GPU can read, and the other one is
+// told. The three warps beside the one that copies take piece by piece of the tiles of their block,
+// load the other GPU's over the link, and write the sum, while the next tile is multiplied; at the
+// end all warps do. Products wait for nothing, so the two need not run in step. `own` is two buffers
+// in turn: who has ended a sum has read what the other told in it, and the other had then ended the
+// sum before; so a GPU can be ahead by one sum, and not by two.
 //
 // A block of 64 columns feeds two instructions. Thread 32w + 4g + q of a group gives instruction s
 // rows 16w + g and 16w + g + 8 of A: registers 0 and 1 the kept pairs of the group of four 8s + q,
@@ -41,6 +42,8 @@
 //                                              clocks  KB  full  random  zeros  sustained
 //   cuSPARSELt's best of 21 algorithms            896  25  0.97    1173   1314   982, 1004*
 //   two groups of 64 × 256 (this kernel)          912  25  0.97    1165   1342   985,  995*
+//   Y through shared memory by bulk copies        912  25  0.97    1165
+//   one group 1, 2 or 3 steps ahead               912  25  0.97    1165
 //   W from L2 to registers, 2 steps ahead         784  25  0.97    1155   1294   983
 //   the same, 4 steps ahead                       784  25  0.97    1146   1342   971
 //   the same, 2 steps, and first a prefetch       784  25  0.97    1065   1203
@@ -50,6 +53,8 @@
 //   four groups of 64 × 128                       928  26  0.97    1082   1166
 //   two groups, W read once: wrong sums           784  17  0.97    1336   1525  1130
 //
+// (To end a tile takes 2 us, of 59 at this K, whichever way Y takes: 8.6 MB of all tiles of a round
+// go to L2 at once.)
 // So with many rows this kernel is about as fast as the library (docs/linear.md has sizes), and no
 // scheme passed it. With random data what ran for 1.6 s was bound by power, not by shared memory:
 // 690 W at 1350 to 1485 MHz give 951 to 1004 TFLOP/s, whatever is read from where, and fewer stalls

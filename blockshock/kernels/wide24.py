@@ -21,8 +21,7 @@ from blockshock.kernels import nvrtc, tensor_maps
 Buffers = Callable[[int], object]
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 # The constants of `wide24.cu`; its header explains them, and has the rates of others.
-GROUPS, CLUSTER, BAND, COPIER, MULTIPLIER = 2, 2, 8, 40, 232
-SUM_COPIER, SUM_MULTIPLIER = 120, 192
+GROUPS, CLUSTER, BAND, COPIER, MULTIPLIER = 2, 2, 8, 120, 192
 THREADS = (GROUPS + 1) * 128
 ROWS = CLUSTER * GROUPS * 64  # of W, of a cluster's tile
 
@@ -42,13 +41,11 @@ class Tile:
         return self.stages * stage + 16 + 1024
 
 
-# By times of an H200. Half a tile takes more than half the time: W is read as often.
 # Of 16 rows of W: which is row i of an instruction's A (`row_of_w`).
 ROWS_OF_W = [4 * (i % 8 // 2) + 2 * (i % 8 // 4 ^ i // 8) + i % 2 for i in range(16)]
-TILES = Tile(256, 5, 1.0), Tile(128, 9, 0.61)
+# By times of an H200. Half a tile takes more than half the time: as much of W is read.
+TILES = Tile(256, 5, 1.0), Tile(128, 9, 0.68)
 H200_CLUSTERS = 66  # that run at once
-# What a last tile costs more where one of the cluster's two copies lies wholly beyond X.
-EMPTY_COPY = 0.7
 
 
 def unsupported(dtype: torch.dtype, device_type: str) -> str | None:
@@ -135,8 +132,7 @@ def best(N: int, batch: int, clusters: dict[Tile, int]) -> Tile:
 
     def cost(tile: Tile) -> float:
         tiles = -(-N // ROWS) * -(-batch // tile.columns)
-        empty = 0 < batch % tile.columns <= tile.columns // CLUSTER
-        return tile.cost * (-(-tiles // clusters[tile]) + EMPTY_COPY * empty)
+        return tile.cost * -(-tiles // clusters[tile])
 
     return min(clusters, key=cost)
 
@@ -165,8 +161,8 @@ def macros(dtype: torch.dtype, bias: bool, tile: Tile, *, sums: bool = False) ->
         "STAGES": tile.stages,
         "CLUSTER": CLUSTER,
         "BAND": BAND,
-        "COPIER": SUM_COPIER if sums else COPIER,
-        "MULTIPLIER": SUM_MULTIPLIER if sums else MULTIPLIER,
+        "COPIER": COPIER,
+        "MULTIPLIER": MULTIPLIER,
     }
 
 
