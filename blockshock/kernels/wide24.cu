@@ -139,8 +139,8 @@ __device__ __forceinline__ void add_pieces(const Exchange& sum, u32 base) {
 }
 #endif
 
-// x [batch, K], w (values [N, K/2]), places [N/64][K/64][128], bias [N] -> y [1, batch, N]. lines:
-// N/64, blocks: K/64; rows, columns: of tiles. The grid is a multiple of CLUSTER, of any size; it is
+// x [batch, K], w (values [N, K/2]), places [N/64][K/64][128], bias [N] -> y [batch, N]. lines: N/64,
+// blocks: K/64; rows, columns: of tiles. The grid is a multiple of CLUSTER, of any size; it is
 // fastest as large as runs at once.
 // With SUM, y are this GPU's two buffers, `between` vectors apart, own and other are this and
 // the other GPU's, and out is the sum. flags, their_flags: of tiles of blocks, in this and the other
@@ -277,10 +277,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
             for (int i = 0; i < COLUMNS / 8; i++, to += eight) {
                 const float* d = sums + i * 4;
-                const u32 pair = turned(rounded(d[0] + low, d[1] + low));
-                const u32 other = turned(rounded(d[2] + high, d[3] + high));
+                const u32 low_pair = turned(rounded(d[0] + low, d[1] + low));
+                const u32 high_pair = turned(rounded(d[2] + high, d[3] + high));
                 const bool swap = lane % 4 / 2;
-                store_if(i * 8 < left, to, swap ? other : pair, swap ? pair : other);
+                store_if(i * 8 < left, to, swap ? high_pair : low_pair,
+                         swap ? low_pair : high_pair);
             }
 #if SUM
             group_wait(group);
