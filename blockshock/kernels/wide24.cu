@@ -16,11 +16,13 @@
 //
 // SUM: Y = X Wᵀ + X W'ᵀ of two GPUs that run this kernel at the same time, with other W of the same
 // size. What a tile gives is written to `own`, which the other GPU can read, and the other one is
-// told. The three warps beside the one that copies take piece by piece of the tiles of their block,
-// load the other GPU's over the link, and write the sum, while the next tile is multiplied; at the
-// end all warps do. Products wait for nothing, so the two need not run in step. `own` is two buffers
-// in turn: who has ended a sum has read what the other told in it, and the other had then ended the
-// sum before; so a GPU can be ahead by one sum, and not by two.
+// told. Beside the warp that copies and the one that tells, two warps take piece by piece of the
+// tiles of their block, load the other GPU's over the link, and write the sum, while the next tile is
+// multiplied; at the end all warps but the one that copies do. Products wait for nothing, so the two
+// need not run in step. Their grids have one size: then more blocks than run at once are no deadlock,
+// as both GPUs start them in the order of their numbers. `own` is two buffers in turn: who has ended
+// a sum has read what the other told in it, and the other had then ended the sum before; so a GPU can
+// be ahead by one sum, and not by two.
 //
 // A block of 64 columns feeds two instructions. Thread 32w + 4g + q of a group gives instruction s
 // rows 16w + g and 16w + g + 8 of A: registers 0 and 1 the kept pairs of the group of four 8s + q,
@@ -150,7 +152,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const __grid_constant__ TensorMap places, u16* y, const u16* bias, int batch, int lines, int blocks,
     int rows, int columns
 #if SUM
-    , const uint4* other, int between, uint4* out, u32* flags, u32* their_flags, u32* state
+    , const uint4* other, u32 between, uint4* out, u32* flags, u32* their_flags, u32* state
 #endif
     ) {
     extern __shared__ unsigned char shared[];
