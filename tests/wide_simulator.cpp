@@ -64,7 +64,7 @@ int main(int, char** words) {
                     {gpu.places.data(), 4, 0, {N / 64, K / 64, 128}, {GROUPS, 1, 128}},
                     (u16*)(SUM ? gpu.own : y).data(), (u16*)gpu.bias.data(), B, N / 64, K / 64, rows, columns
 #if SUM
-                    , (uint4*)other.own.data(), B * N / 8,
+                    , (uint4*)other.own.data(), B * N / 64,
                     (uint4*)y.data(), gpu.flags, other.flags, gpu.state
 #endif
             );

@@ -141,18 +141,18 @@ __device__ __forceinline__ void add_pieces(const Exchange& sum, u32 base) {
 }
 #endif
 
-// x [batch, K], w (values [N, K/2]), places [N/64][K/64][128], bias [N] -> y [1, batch, N]. lines:
+// x [batch, K], w (values [N, K/2]), places [N/64][K/64][128], bias [N] -> y [batch, N]. lines:
 // N/64, blocks: K/64; rows, columns: of tiles. The grid is a multiple of CLUSTER, of any size; it is
 // fastest as large as runs at once.
-// With SUM, y are this GPU's two buffers, `between` vectors apart, own and other are this and
-// the other GPU's, and out is the sum. flags, their_flags: of tiles of blocks, in this and the other
-// GPU. state: how many sums there were, and 0.
+// With SUM, y are this GPU's two buffers, `between` times 128 bytes apart, other are the other GPU's,
+// and out is the sum; both grids have one size. flags, their_flags: of tiles of blocks, in this and
+// the other GPU. state: how many sums there were, and 0.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) product(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
     const __grid_constant__ TensorMap places, u16* y, const u16* bias, int batch, int lines, int blocks,
     int rows, int columns
 #if SUM
-    , const uint4* other, u32 between, uint4* out, u32* flags, u32* their_flags, u32* state
+    , const uint4* other, int between, uint4* out, u32* flags, u32* their_flags, u32* state
 #endif
     ) {
     extern __shared__ unsigned char shared[];
@@ -178,7 +178,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #if SUM
     const u32 epoch = load_fresh(state) + 1;
     const long long buffer = epoch % 2 * (long long)between;
-    y += buffer * 8, other += buffer;
+    y += buffer * 64, other += buffer * 8;
     const Exchange sum = {(uint4*)y, other, out, flags, their_flags, epoch, batch, lines, rows, columns,
                           first, apart, rank, tiles};
 #endif

@@ -112,7 +112,7 @@ def product(
         buffers = partials(y.nbytes)
         target, other = buffers.of(batch, N, x.dtype)
         flags = buffers.flags, buffers.their_flags
-        more = [other, buffers.nbytes // 16, y, *flags, buffers.state]
+        more = [other, buffers.nbytes // 128, y, *flags, buffers.state]
     maps = [
         tensor_maps.tensor_map(x, (tile.columns // CLUSTER, 64), 128),
         tensor_maps.tensor_map(values, (GROUPS * 64, 32), 64),
