@@ -4,8 +4,9 @@
 // stands still. What the hardware may do later is done late: a copy lands after a random while, what
 // is stored in Y at the next barrier at the latest, what comes to one of two GPUs takes its time, and
 // with `late` a product reads its operands a random while after its commit. So what is overwritten
-// too early, or read before it is there, gives a wrong result. A wait that never ends, a barrier with too many arrivals, an address outside of
-// memory and one of a block that has ended end the program. Fences and times are not modelled.
+// too early, or read before it is there, gives a wrong result. A wait that never ends, a barrier with
+// too many arrivals, an address outside of memory and one of a block that has ended end the program.
+// Fences and times are not modelled.
 
 #include <ucontext.h>
 
@@ -216,7 +217,7 @@ u32 of_first(u32 value) {
 }
 
 void announce(u32* flag, u32 epoch) { *flag = epoch; }
-void wait_announced(const u32* flag, u32 epoch) { until([=] { return (int)(*flag - epoch) >= 0; }); }
+void wait_announced(const u32* flag, u32 epoch) { until([=] { return *flag - epoch <= 1; }); }
 u32 load_fresh(const u32* from) { return *from; }
 
 uint4 load_fresh(const uint4* from) {
@@ -228,7 +229,6 @@ uint4 load_fresh(const uint4* from) {
     }
     return *from;
 }
-
 
 void count_grid(u32* epoch, u32* ended) {
     if (++*ended == blocks_of_gpu) *ended = 0, ++*epoch;

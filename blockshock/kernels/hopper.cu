@@ -118,11 +118,11 @@ __device__ __forceinline__ void announce(u32* flag, u32 epoch) {  // in the memo
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(epoch) : "memory");
 }
 
-// Flags grow, and may be one ahead.
+// A flag may be one ahead. One of a larger sum long ago is not: the difference is taken as u32.
 __device__ __forceinline__ void wait_announced(const u32* flag, u32 epoch) {
     for (u32 seen = 0;; __nanosleep(100)) {
         asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
-        if ((int)(seen - epoch) >= 0) break;
+        if (seen - epoch <= 1) break;
     }
 }
 
@@ -132,7 +132,7 @@ __device__ __forceinline__ u32 load_fresh(const u32* from) {
     return value;
 }
 
-// What another GPU, or a copy out, has written.
+// What another GPU, or another warp, has written.
 __device__ __forceinline__ uint4 load_fresh(const uint4* from) {
     uint4 value;
     asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"

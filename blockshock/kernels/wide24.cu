@@ -16,11 +16,13 @@
 //
 // SUM: Y = X Wᵀ + X W'ᵀ of two GPUs that run this kernel at the same time, with other W of the same
 // size. What a tile gives is written to `own`, which the other GPU can read, and the other one is
-// told. The three warps beside the one that copies take piece by piece of the tiles of their block,
-// load the other GPU's over the link, and write the sum, while the next tile is multiplied; at the
-// end all warps do. Products wait for nothing, so the two need not run in step. `own` is two buffers
-// in turn: who has ended a sum has read what the other told in it, and the other had then ended the
-// sum before; so a GPU can be ahead by one sum, and not by two.
+// told. Beside the warp that copies and the one that tells, two warps take piece by piece of the
+// tiles of their block, load the other GPU's over the link, and write the sum, while the next tile is
+// multiplied; at the end all warps but the one that copies do. Products wait for nothing, so the two
+// need not run in step. Their grids have one size: then more blocks than run at once are no deadlock,
+// as both GPUs start them in the order of their numbers. `own` is two buffers in turn: who has ended
+// a sum has read what the other told in it, and the other had then ended the sum before; so a GPU can
+// be ahead by one sum, and not by two.
 //
 // A block of 64 columns feeds two instructions. Thread 32w + 4g + q of a group gives instruction s
 // rows 16w + g and 16w + g + 8 of A: registers 0 and 1 the kept pairs of the group of four 8s + q,
@@ -142,9 +144,9 @@ __device__ __forceinline__ void add_pieces(const Exchange& sum, u32 base) {
 // x [batch, K], w (values [N, K/2]), places [N/64][K/64][128], bias [N] -> y [batch, N]. lines: N/64,
 // blocks: K/64; rows, columns: of tiles. The grid is a multiple of CLUSTER, of any size; it is
 // fastest as large as runs at once.
-// With SUM, y are this GPU's two buffers, `between` vectors apart, own and other are this and
-// the other GPU's, and out is the sum. flags, their_flags: of tiles of blocks, in this and the other
-// GPU. state: how many sums there were, and 0.
+// With SUM, y are this GPU's two buffers, `between` times 128 bytes apart, other are the other GPU's,
+// and out is the sum; both grids have one size. flags, their_flags: of tiles of blocks, in this and
+// the other GPU. state: how many sums there were, and 0.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 1) product(
     const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap w,
     const __grid_constant__ TensorMap places, u16* y, const u16* bias, int batch, int lines, int blocks,
@@ -176,7 +178,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #if SUM
     const u32 epoch = load_fresh(state) + 1;
     const long long buffer = epoch % 2 * (long long)between;
-    y += buffer * 8, other += buffer;
+    y += buffer * 64, other += buffer * 8;
     const Exchange sum = {(uint4*)y, other, out, flags, their_flags, epoch, batch, lines, rows, columns,
                           first, apart, rank, tiles};
 #endif

@@ -104,7 +104,7 @@ def product(
         x = x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty(batch, N)
     sums, biased = partials is not None, bias is not None
-    # Two ranks take the same tile, whatever GPU each has.
+    # Two ranks take the same tile and the same grid, whatever GPU each has.
     kinds = {t: H200_CLUSTERS if sums else _clusters(x.dtype, biased, t) for t in TILES}
     tile = best(N, batch, kinds)
     target, more = y, []
@@ -112,17 +112,17 @@ def product(
         buffers = partials(y.nbytes)
         target, other = buffers.of(batch, N, x.dtype)
         flags = buffers.flags, buffers.their_flags
-        more = [other, buffers.nbytes // 16, y, *flags, buffers.state]
+        more = [other, buffers.nbytes // 128, y, *flags, buffers.state]
     maps = [
         tensor_maps.tensor_map(x, (tile.columns // CLUSTER, 64), 128),
         tensor_maps.tensor_map(values, (GROUPS * 64, 32), 64),
         tensor_maps.tensor_map(places, (GROUPS, 1, 128)),
     ]
     rows, columns = -(-N // ROWS), -(-batch // tile.columns)
-    blocks = min(rows * columns, _clusters(x.dtype, biased, tile, sums)) * CLUSTER
+    blocks = min(rows * columns, kinds[tile]) * CLUSTER
     added = y if bias is None else bias.contiguous()  # y: not read
     arguments = [*maps, target, added, batch, N // 64, K // 64, rows, columns, *more]
-    kernel = _kernel(x.dtype, biased, tile, sums)
+    kernel = _kernel(x.dtype, biased, tile, sums=sums)
     tensor_maps.launch(kernel, blocks, THREADS, arguments, tile.shared_bytes)
     return y
 
@@ -138,14 +138,14 @@ def best(N: int, batch: int, clusters: dict[Tile, int]) -> Tile:
 
 
 @nvrtc.once_per_device
-def _clusters(dtype: torch.dtype, bias: bool, tile: Tile, sums: bool = False) -> int:
+def _clusters(dtype: torch.dtype, bias: bool, tile: Tile) -> int:
     """Clusters that run at once: the kernel stays and takes tile after tile."""
-    kernel = _kernel(dtype, bias, tile, sums)
+    kernel = _kernel(dtype, bias, tile, sums=False)
     return tensor_maps.most_clusters(kernel, CLUSTER, THREADS, tile.shared_bytes)
 
 
 @nvrtc.once_per_device
-def _kernel(dtype: torch.dtype, bias: bool, tile: Tile, sums: bool):
+def _kernel(dtype: torch.dtype, bias: bool, tile: Tile, *, sums: bool):
     prelude, constants = prelude_of(dtype, tile), macros(dtype, bias, tile, sums=sums)
     return nvrtc.kernel("wide24.cu", "product", tile.shared_bytes, prelude, **constants)
 
