@@ -107,22 +107,35 @@ def test_the_choice_is_kept_on_disk_and_a_damaged_file_is_replaced(cache):
 
 
 @on_gpu
-def test_another_batch_tries_the_best_few_of_the_first_one(cache, monkeypatch):
+def test_another_large_batch_tries_the_best_few_of_the_first_one(cache, monkeypatch):
     _, _, form = random_form(256, 256)
-    first = algorithms.choose(64, form.codes, torch.bfloat16)
+    first = algorithms.choose(1024, form.codes, torch.bfloat16)
     table = algorithms._table()
     tried = []
     agrees = algorithms._Trial.agrees
     monkeypatch.setattr(
         algorithms._Trial, "agrees", lambda self, n: tried.append(n) or agrees(self, n)
     )
-    chosen = algorithms.choose(512, form.codes, torch.bfloat16)
-    assert tried == table["256x256 B64 bfloat16"]
+    chosen = algorithms.choose(2048, form.codes, torch.bfloat16)
+    assert tried == table["256x256 B1024 bfloat16"]
     assert chosen in tried
     assert first == tried[0]
-    tried.clear()
-    algorithms.choose(520, form.codes, torch.bfloat16)
-    assert len(tried) > algorithms.FEW  # more than 8 times as large
+    for other in (2056, 1016):  # more than twice as large; fewer rows than those of large batches
+        tried.clear()
+        algorithms.choose(other, form.codes, torch.bfloat16)
+        assert len(tried) > algorithms.FEW
+
+
+def test_the_best_few_are_those_of_the_same_batch_or_of_a_near_large_one(monkeypatch):
+    found = {batch: [batch, 0] for batch in (64, 512, 1024, 3000)} | {2000: [7]}
+    table = {f"64x64 B{batch} bfloat16": numbers for batch, numbers in found.items()}
+    monkeypatch.setattr(algorithms, "_table", lambda: table)
+    wanted = {64: 64, 72: None, 512: 512, 1016: None, 1032: 1024, 2000: 3000, 6000: 3000}
+    for batch, other in wanted.items():
+        few = algorithms._best_nearby(batch, 64, 16)
+        assert few == (other and found[other]), batch
+    assert algorithms._best_nearby(6008, 64, 16) is None
+    assert algorithms._best_nearby(64, 128, 16) is None
 
 
 @on_gpu

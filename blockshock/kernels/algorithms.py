@@ -5,8 +5,10 @@ the best up to 1.65 times (H200, bf16), and some have returned wrong results on 
 (pytorch#155333). So each is run, its product compared with the dense one, with a bias and without,
 and the fastest of the correct ones is kept in `cache_file`.
 
-A search tries all of them, unless a batch of at most `SPAN` times the size, or a `SPAN`th, was
-searched for the same matrix: then its best few are tried at this size. In fp16 the library (0.8.0,
+A search tries all of them, which takes 0.1 to 1.2 s. From `LARGE` rows on it tries the best few of
+another such batch, if one of at most `SPAN` times the size, or a `SPAN`th, was searched for the same
+matrix. (On an H200 at N = K of 4096 to 16384 that costs at most 4 %. With fewer rows it would cost up
+to 86 %: another algorithm has the tiles that 640 rows fill than 512.) In fp16 the library (0.8.0,
 H200) compiles its kernel anew at every call: 0.19 s of host time, where bf16 takes 0.4 ms, and all
 algorithms would take 35 s. So fp16 takes the first of bf16's best few that is correct. (Replayed in
 a CUDA graph neither costs any host time.)
@@ -26,7 +28,7 @@ from blockshock.kernels import cusparselt, graphs, pack
 
 log = logging.getLogger("blockshock.tuning")
 
-SPAN, FEW = 8, 5
+SPAN, LARGE, FEW = 2, 1024, 5
 _REPLAYS, _ROUNDS = 4, 3  # replays timed together, and how often; the median counts
 
 # Numbers from here on are not tried. The library refuses what it does not have (bf16 has 21), but
@@ -115,15 +117,15 @@ def _search(batch: int, codes: Tensor, dtype: torch.dtype) -> list[int]:
 
 
 def _best_nearby(batch: int, rows: int, groups: int) -> list[int] | None:
-    """bf16's best few of the batch that is nearest by ratio, where all were tried."""
+    """bf16's best few of this batch, or of the nearest by ratio, where all were tried."""
     near = {}
     for key, found in _table().items():
         shape, _, rest = key.partition(" B")
         other, _, dtype = rest.partition(" ")
         if len(found) > 1 and dtype == "bfloat16" and shape == f"{rows}x{4 * groups}":
-            ratio = max(int(other) / batch, batch / int(other))
-            if ratio <= SPAN:
-                near[ratio] = found
+            less, more = sorted((int(other), batch))
+            if less == more or (less >= LARGE and more <= SPAN * less):
+                near[more / less] = found
     return near[min(near)] if near else None
 
 
