@@ -6,12 +6,12 @@ the best up to 1.65 times (H200, bf16), and some have returned wrong results on 
 and the fastest of the correct ones is kept in `cache_file`.
 
 A search tries all of them, which takes 0.1 to 1.2 s. From `LARGE` rows on it tries the best few of
-another such batch, if one of at most `SPAN` times the size, or a `SPAN`th, was searched for the same
-matrix. (On an H200 at N = K of 4096 to 16384 that costs at most 4 %. With fewer rows it would cost up
-to 86 %: another algorithm has the tiles that 640 rows fill than 512.) In fp16 the library (0.8.0,
-H200) compiles its kernel anew at every call: 0.19 s of host time, where bf16 takes 0.4 ms, and all
-algorithms would take 35 s. So fp16 takes the first of bf16's best few that is correct. (Replayed in
-a CUDA graph neither costs any host time.)
+another such batch, if one of at most `SPAN` times the size, or a `SPAN`th, was searched for the
+same matrix. (On an H200 at N = K of 4096 to 16384 that costs at most 4 %. With fewer rows it would
+cost up to 86 %: another algorithm has the tiles that 640 rows fill than 512.) In fp16 the library
+(0.8.0, H200) compiles its kernel anew at every call: 0.19 s of host time, where bf16 takes 0.4 ms,
+and all algorithms would take 35 s. So fp16 takes the first of bf16's best few that is correct.
+(Replayed in a CUDA graph neither costs any host time.)
 """
 
 import logging
