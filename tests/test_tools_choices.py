@@ -36,3 +36,8 @@ def test_another_mask_or_size_is_another_row_and_needs_its_own_auto(tmp_path):
     other = [layer(1e-3, kernel=k, reduce="exchange", mask="1100") for k in ("thin", "folded")]
     found = rows(tmp_path, [layer(2.5e-3, kernel="auto", reduce="auto"), *NAMED, *other])
     assert [row["named"] for row in found] == ["thin, exchange"]
+
+
+def test_one_sum_by_name_is_no_choice_of_sums(tmp_path):
+    one = [layer(1e-3, kernel=k, reduce="collective") for k in ("thin", "wide")]
+    assert rows(tmp_path, [layer(2.5e-3, kernel="auto", reduce="auto"), *one]) == []

@@ -21,7 +21,7 @@ NOTE = (
 
 
 def choices_table(results: Results) -> Table:
-    """A row for each layer and size that was measured with `auto` and by name."""
+    """A row for each layer and size that was measured with `auto`, and with several sums by name."""
 
     def layer(result: Result) -> tuple:
         case = result.case
@@ -32,7 +32,7 @@ def choices_table(results: Results) -> Table:
         chosen = [(r, {r.case.kernel, r.case.reduce} - {None}) for r in found]
         auto = next((r for r, asked in chosen if asked == {"auto"}), None)
         named = [r for r, asked in chosen if asked and "auto" not in asked]
-        if auto is None or len(named) < 2:
+        if auto is None or len({r.case.reduce for r in named}) < 2:
             continue
         best = fastest(named)
         asked = [value for value in (best.case.kernel, best.case.reduce) if value]
