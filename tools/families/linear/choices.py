@@ -21,7 +21,7 @@ NOTE = (
 
 
 def choices_table(results: Results) -> Table:
-    """A row for each layer and size that was measured with `auto`, and with several sums by name."""
+    """A row for each layer and size that was measured with `auto` and with several sums by name."""
 
     def layer(result: Result) -> tuple:
         case = result.case
