@@ -57,6 +57,13 @@ def errors(model, x):
     ]
 
 
+def average(averaged, model):
+    """An update that leaves the versions of parameters as they are, as a GPU's grouped kernel."""
+    weights = tuple(averaged.module.parameters())
+    with torch.autograd._unsafe_preserve_version_counter(weights):
+        averaged.update_parameters(model)
+
+
 class Life:
     """A model and what may happen to it."""
 
@@ -144,7 +151,7 @@ class Life:
         if self.ema is None:
             self.ema = AveragedModel(self.model, use_buffers=True)
         if self.ema.module[0].weight.dtype == self.model[0].weight.dtype:
-            self.ema.update_parameters(self.model)
+            average(self.ema, self.model)
 
 
 DEEDS = sorted(
@@ -173,6 +180,42 @@ def lives(options, seed, turns=40):
             if max(found) / limit > worst[0]:
                 worst = (max(found) / limit, list(done))
     return worst
+
+
+def frozen_average(options):
+    """Errors of an average of frozen models, after each of its updates."""
+    model = built(**options).requires_grad_(False)
+    averaged, found = AveragedModel(model), []
+    x = torch.randn(B, K, generator=torch.Generator().manual_seed(0)).to(device())
+    for _ in range(3):
+        average(averaged, model)
+        found += errors(averaged.module, x)
+        with torch.no_grad():
+            model[0].weight.mul_(-2)
+    return max(found) / torch.finfo(usual()[0]).eps
+
+
+def renewals(options):
+    """How often a frozen layer is renewed at its first forward, and after its weight was taken."""
+    (layer,) = model = built(**options).requires_grad_(False)
+    x, found = torch.randn(B, K, device=device()).to(usual()[0]), []
+    upkeep = type(layer).upkeep
+
+    def forward():
+        made = []
+        layer.upkeep = lambda: made.append(upkeep(layer))
+        model(x)
+        found.append(len(made))
+
+    for take in (
+        lambda: None,
+        lambda: layer.weight.data,
+        lambda: torch._foreach_neg_([layer.weight]),
+    ):
+        take()
+        forward()
+        forward()
+    return found
 
 
 def cast_with_gradients():

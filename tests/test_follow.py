@@ -32,6 +32,21 @@ def test_a_layer_multiplies_its_parameter_whatever_happened(ranks, options, seed
         assert error < 8, deeds  # in units of the dtype's rounding
 
 
+@pytest.mark.parametrize("options", STATED, ids=lambda o: "-".join(o.values()))
+def test_an_average_of_frozen_layers_multiplies_what_it_became(ranks, options):
+    assert all(error < 8 for error in ranks.run(jobs.frozen_average, options))
+
+
+@pytest.mark.parametrize("options", STATED, ids=lambda o: "-".join(o.values()))
+def test_a_frozen_layer_is_renewed_once_after_its_memory_was_taken(ranks, options):
+    assert ranks.run(jobs.renewals, options) == [[1, 0, 1, 0, 1, 0]] * ranks.size
+
+
+def test_a_tensor_takes_dtype_and_device_of_a_part():
+    like = PartWeight.of(nn.Parameter(torch.ones(2, dtype=torch.float64)), None)
+    assert torch.ones(3).to(like).dtype == torch.float64
+
+
 def test_a_cast_rounds_neither_a_wide_master_nor_its_gradients(ranks):
     for dtypes, same, output in ranks.run(jobs.cast_with_gradients):
         assert set(dtypes) == {torch.float32}  # CUDA's grouped steps read a gradient as a weight

@@ -94,7 +94,7 @@ class MaskedSplit(Split):
         """
         now = self.written()
         if now != self._seen:
-            self.weight.data.mul_(self.mask)  # no change to what a backward has saved
+            self.part.data.mul_(self.mask)  # no change to what a backward has saved
             self._seen = now
 
     def local_input(self, x: Tensor) -> Tensor:

@@ -57,8 +57,8 @@ class PackedSplit(Split):
         """Brings the packed form into step with the weight; see `masters`.
 
         `forward` does it by itself: at each call while the weight requires a gradient; of a frozen
-        one after a write that PyTorch counts. Call it after one that it does not count, such as
-        through `.data`.
+        one after a write that PyTorch counts, and once after its memory was taken (`.data`,
+        `detach()`). Call it after a write that leaves no trace, such as a graph's replay.
         """
         in_training = region("compress") if torch.is_grad_enabled() else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), in_training:

@@ -91,10 +91,11 @@ class PartWeight(nn.Parameter):
 
     group: of the ranks that hold the other parts. grad: None, or a `PartGradient`. values_only:
     nothing is made of its values, such as a mask or a compressed form, that ranks which hold the
-    same part must have in common.
+    same part must have in common. lent: how often its memory was given away, or given to a grouped
+    or fused kernel: what `.data` or such a kernel writes, PyTorch's version does not count.
     """
 
-    group, values_only = None, False
+    group, values_only, lent = None, False, 0
 
     @classmethod
     def of(cls, weight: nn.Parameter, group) -> "PartWeight":
@@ -140,6 +141,12 @@ class PartWeight(nn.Parameter):
                 "this weight is one rank's part of a layer's weight, and its norm is not the "
                 "weight's; take that of the whole weight, `to_dense()`"
             )
+        grouped = getattr(func, "__name__", "").startswith(("_foreach_", "_fused_"))
+        if grouped or func in _SAME:
+            for given in args:
+                for tensor in given if isinstance(given, list | tuple) else (given,):
+                    if isinstance(tensor, cls):
+                        tensor.lent += 1
         return nn.Parameter.__torch_function__(func, types, args, kwargs or {})
 
     def __deepcopy__(self, memo: dict) -> "PartWeight":

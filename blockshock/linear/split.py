@@ -65,16 +65,17 @@ class Split(nn.Module):
 
     @property
     def part(self) -> Tensor:
-        """The weight's values, for products."""
-        return self.weight.detach()
+        """The weight's values, for products, which do not write them."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.weight.detach()
 
     @property
     def added(self) -> Tensor | None:
         """The bias's values in the products' dtype [N]."""
         return None if self.bias is None else self.bias.detach()
 
-    def written(self) -> tuple[int, int]:
-        """Another one after each write to the weight that PyTorch counts.
+    def written(self) -> tuple[int, int, int]:
+        """Another one after each write to the weight that PyTorch counts, or may not have counted.
 
         A weight that was made in inference mode counts none: it becomes an ordinary one.
         """
@@ -82,7 +83,8 @@ class Split(nn.Module):
             with torch.inference_mode(False):
                 values, trained = self.weight.clone(), self.weight.requires_grad
                 self.weight = nn.Parameter(values, requires_grad=trained)
-        return self.weight._version, self.weight.data_ptr()
+        lent = getattr(self.weight, "lent", 0)  # 0: functional_call put a plain tensor there
+        return self.weight._version, self.weight.data_ptr(), lent
 
     def mask_state(self) -> dict[str, Tensor]:
         """The mask by its name, one byte an entry; {} where none is kept as a tensor."""
