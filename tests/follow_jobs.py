@@ -3,6 +3,7 @@
 import copy
 import random
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -33,9 +34,12 @@ def built(**options):
 
 
 def whole(layer):
-    """The weight [N, K] in float64 by the parameter's values, not by what is multiplied."""
+    """The weight [N, K] in float64 by the parameter's values, not by what is multiplied.
+
+    By `part`, which lends nothing: a frozen layer would be renewed because of the test.
+    """
     dtype = layer.packed.values.dtype
-    kept = MASTERS[layer.master].kept(layer.weight.detach().clone(), layer.codes)
+    kept = MASTERS[layer.master].kept(layer.part.clone(), layer.codes)
     term = pack.expand(kept.to(dtype).double(), layer.codes)
     return collectives.all_reduce(term, layer.group)
 
@@ -196,7 +200,7 @@ def frozen_average(options):
 
 
 def renewals(options):
-    """How often a frozen layer is renewed at its first forward, and after its weight was taken."""
+    """How often a frozen layer is renewed at first, after its weight was read, and was taken."""
     (layer,) = model = built(**options).requires_grad_(False)
     x, found = torch.randn(B, K, device=device()).to(usual()[0]), []
     upkeep = type(layer).upkeep
@@ -209,6 +213,7 @@ def renewals(options):
 
     for take in (
         lambda: None,
+        lambda: [x.to(layer.weight), layer.weight.clone(), layer.to_dense()],
         lambda: layer.weight.data,
         lambda: torch._foreach_neg_([layer.weight]),
     ):
@@ -216,6 +221,65 @@ def renewals(options):
         forward()
         forward()
     return found
+
+
+def _called_with(layer, weight):
+    """Y of a layer by a weight that lives for one call: the next one may have its memory."""
+    x = torch.ones(B, K, device=device(), dtype=usual()[0])
+    return torch.func.functional_call(layer, {"weight": weight}, x)
+
+
+def called_with_weights(options):
+    """The error of `functional_call` with several weights in turn, over the rounding."""
+    layer = built(**options).requires_grad_(False)[0]
+    with torch.no_grad():
+        layer.bias.zero_()
+    y = _called_with(layer, layer.part.clone())
+    found = [
+        relative_error(_called_with(layer, layer.part * 2.0**i), y.double() * 2.0**i)
+        for i in range(1, 4)
+    ]
+    return max(found) / torch.finfo(usual()[0]).eps
+
+
+def _by_vector(layer, vector):
+    vector.mul_(-2)
+    nn.utils.vector_to_parameters(vector, [layer.weight])
+
+
+def _by_detached(layer, _):
+    with torch.autograd._unsafe_preserve_version_counter((layer.weight,)):
+        torch.detach(layer.weight).mul_(-2)
+
+
+def _by_array(layer, _):
+    array = np.asarray(layer.weight)
+    array *= -2
+
+
+def _by_numpy(layer, _):
+    array = layer.weight.numpy()
+    array *= -2
+
+
+WRITES = {
+    "a vector of parameters": _by_vector,
+    "data": lambda layer, _: layer.weight.data.mul_(-2),
+    "torch.detach": _by_detached,
+    "numpy": _by_numpy,
+    "an array": _by_array,
+}
+
+
+def written_uncounted(options, kind):
+    """The error of a frozen layer after writes that PyTorch does not count, over the rounding."""
+    (layer,) = model = built(**options).requires_grad_(False)
+    vector, found = layer.part.clone().flatten(), []
+    x = torch.randn(B, K, generator=torch.Generator().manual_seed(0)).to(device())
+    for _ in range(3):
+        WRITES[kind](layer, vector)
+        found += errors(model, x)
+    return max(found) / torch.finfo(usual()[0]).eps
 
 
 def cast_with_gradients():

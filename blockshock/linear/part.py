@@ -38,6 +38,14 @@ _SAME = {
     *(getattr(Tensor, name) for name in ("detach", "clone", "view", "reshape", "flatten")),
     *(getattr(Tensor, name) for name in ("to", "cpu", "float", "double", "half", "bfloat16")),
 }
+# Other code may hold the memory afterwards, and write it uncounted.
+_LENDS = {
+    Tensor.data.__get__,
+    Tensor.data.__set__,
+    torch.detach,
+    *(getattr(Tensor, name) for name in ("detach", "view", "reshape", "flatten", "numpy")),
+    Tensor.__array__,
+}
 
 
 class PartGradient(Tensor):
@@ -91,8 +99,9 @@ class PartWeight(nn.Parameter):
 
     group: of the ranks that hold the other parts. grad: None, or a `PartGradient`. values_only:
     nothing is made of its values, such as a mask or a compressed form, that ranks which hold the
-    same part must have in common. lent: how often its memory was given away, or given to a grouped
-    or fused kernel: what `.data` or such a kernel writes, PyTorch's version does not count.
+    same part must have in common. lent: how often its memory was given away or
+    replaced, or given to a grouped or fused kernel. PyTorch's version does not count what is
+    written through `.data`, or by such a kernel.
     """
 
     group, values_only, lent = None, False, 0
@@ -142,7 +151,7 @@ class PartWeight(nn.Parameter):
                 "weight's; take that of the whole weight, `to_dense()`"
             )
         grouped = getattr(func, "__name__", "").startswith(("_foreach_", "_fused_"))
-        if grouped or func in _SAME:
+        if grouped or func in _LENDS:
             for given in args:
                 for tensor in given if isinstance(given, list | tuple) else (given,):
                     if isinstance(tensor, cls):

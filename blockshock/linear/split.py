@@ -74,16 +74,18 @@ class Split(nn.Module):
         """The bias's values in the products' dtype [N]."""
         return None if self.bias is None else self.bias.detach()
 
-    def written(self) -> tuple[int, int, int]:
+    def written(self) -> tuple[int, int, object]:
         """Another one after each write to the weight that PyTorch counts, or may not have counted.
 
-        A weight that was made in inference mode counts none: it becomes an ordinary one.
+        A weight that was made in inference mode counts none: it becomes an ordinary one. A plain
+        tensor, which functional_call puts there, counts as written at each call: it may lie where
+        the last call's tensor was.
         """
         if self.weight.is_inference():
             with torch.inference_mode(False):
                 values, trained = self.weight.clone(), self.weight.requires_grad
                 self.weight = nn.Parameter(values, requires_grad=trained)
-        lent = getattr(self.weight, "lent", 0)  # 0: functional_call put a plain tensor there
+        lent = getattr(self.weight, "lent", object())
         return self.weight._version, self.weight.data_ptr(), lent
 
     def mask_state(self) -> dict[str, Tensor]:
