@@ -138,6 +138,29 @@ def test_the_best_few_are_those_of_the_same_batch_or_of_a_near_large_one(monkeyp
     assert algorithms._best_nearby(64, 128, 16) is None
 
 
+class _Pretended:
+    """Of numbers 0 to 9 higher ones are faster; in fp16 9 is wrong."""
+
+    def __init__(self, batch, codes, dtype):
+        self.dtype = dtype
+
+    def numbers(self):
+        return range(10)
+
+    def agrees(self, number):
+        return not (self.dtype == torch.float16 and number == 9)
+
+    def milliseconds(self, number):
+        return -number
+
+
+def test_fp16_takes_the_second_best_of_bf16_where_the_best_is_wrong(cache, monkeypatch):
+    monkeypatch.setattr(algorithms, "_Trial", _Pretended)
+    monkeypatch.setattr(algorithms, "cache_file", lambda: cache / "choices.json")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert algorithms.choose(64, torch.empty(64, 16), torch.float16) == 8
+
+
 @on_gpu
 def test_fp16_takes_a_correct_one_of_the_few_that_are_fastest_in_bf16(cache):
     _, _, form = random_form(256, 512, torch.float16, "tile")

@@ -95,14 +95,14 @@ def _checked(table: dict) -> dict[str, list[int]]:
 
 def _search(batch: int, codes: Tensor, dtype: torch.dtype) -> list[int]:
     """The algorithms of a shape, best first; one where only a few were tried."""
-    few = _best_nearby(batch, *codes.shape)
+    best = [choose(batch, codes, torch.bfloat16)] if dtype == torch.float16 else []
+    others = _best_nearby(batch, *codes.shape) or []  # after bf16's search, which it may find
+    few = list(dict.fromkeys(best + others))
     if dtype == torch.float16:
-        best = choose(batch, codes, torch.bfloat16)
-        few = [best, *(number for number in few or () if number != best)]
         log.info("in fp16 the library compiles an algorithm at each call, about 0.2 s")
     trial = _Trial(batch, codes, dtype)
     for numbers in (few, trial.numbers()):
-        right = (number for number in numbers or () if trial.agrees(number))
+        right = (number for number in numbers if trial.agrees(number))
         if dtype == torch.float16:
             found = list(islice(right, 1))
         else:
