@@ -58,7 +58,8 @@ class PackedSplit(Split):
 
         `forward` does it by itself: at each call while the weight requires a gradient; of a frozen
         one after a write that PyTorch counts, and once after its memory was taken (`.data`,
-        `detach()`). Call it after a write that leaves no trace, such as a graph's replay.
+        `detach()`). Call it after a write that leaves no trace, such as a graph's replay or a
+        collective.
         """
         in_training = region("compress") if torch.is_grad_enabled() else nullcontext()
         with torch.inference_mode(False), torch.no_grad(), in_training:
