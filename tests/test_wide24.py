@@ -240,9 +240,7 @@ def test_the_reader_of_machine_code_follows_all_paths(fault):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, of a CUDA toolkit")
 @pytest.mark.parametrize("tile", wide24.TILES)
-@pytest.mark.parametrize(
-    ("dtype", "sums"), [(torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)]
-)
+@pytest.mark.parametrize(("dtype", "sums"), itertools.product(wide24.DTYPES, (False, True)))
 def test_no_product_waits_spills_or_loses_its_registers(dtype, sums, tile, tmp_path):
     report, code = compiled(tmp_path, SOURCE, tile, dtype, sums=sums)
     assert "Performance Loss" not in report, report  # wgmma one after the other

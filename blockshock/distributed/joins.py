@@ -58,7 +58,15 @@ class Gather:
     place: Callable[[list[Tensor], Tensor], None]
     group: object = None
 
-    def plans(self, batch: int, dtype: torch.dtype, device: torch.device, **_) -> list[Plan]:
+    def plans(
+        self,
+        batch: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        hide: bool = False,
+        by_tiles: bool = False,
+    ) -> list[Plan]:
         """What can be done for a batch of rows, the first by rule."""
         sums = reduce.plans(self.how, batch, self.columns, dtype, device, self.group, hide=True)
         if self.how == "two_shot" and sums[0].how == "two_shot":

@@ -43,9 +43,7 @@
 //
 //                                              clocks  KB  full  random  zeros  sustained
 //   cuSPARSELt's best of 21 algorithms            896  25  0.97    1173   1314   982, 1004*
-//   two groups of 64 × 256 (this kernel)          912  25  0.97    1165   1342   985,  995*
-//   Y through shared memory by bulk copies        912  25  0.97    1165
-//   one group 1, 2 or 3 steps ahead               912  25  0.97    1165
+//   two groups of 64 × 256                        912  25  0.97    1165   1342   985,  995*
 //   W from L2 to registers, 2 steps ahead         784  25  0.97    1155   1294   983
 //   the same, 4 steps ahead                       784  25  0.97    1146   1342   971
 //   the same, 2 steps, and first a prefetch       784  25  0.97    1065   1203
@@ -55,8 +53,10 @@
 //   four groups of 64 × 128                       928  26  0.97    1082   1166
 //   two groups, W read once: wrong sums           784  17  0.97    1336   1525  1130
 //
-// (To end a tile takes 2 us, of 59 at this K, whichever way Y takes: 8.6 MB of all tiles of a round
-// go to L2 at once.)
+// This kernel is the second one, with Y stored from registers in place of bulk copies from shared
+// memory: 0.99 of the library's rate at this size in each of four runs, as the other had 0.99 and
+// 1.00. To end a tile takes 2 us either way, of 59 at this K. With one group 1, 2 or 3 steps ahead of
+// the other it has 0.99 as well.
 // So with many rows this kernel is about as fast as the library (docs/linear.md has sizes), and no
 // scheme passed it. With random data what ran for 1.6 s was bound by power, not by shared memory:
 // 690 W at 1350 to 1485 MHz give 951 to 1004 TFLOP/s, whatever is read from where, and fewer stalls

@@ -99,9 +99,9 @@ class PartWeight(nn.Parameter):
 
     group: of the ranks that hold the other parts. grad: None, or a `PartGradient`. values_only:
     nothing is made of its values, such as a mask or a compressed form, that ranks which hold the
-    same part must have in common. lent: how often its memory was given away or
-    replaced, or given to a grouped or fused kernel. PyTorch's version does not count what is
-    written through `.data`, or by such a kernel.
+    same part must have in common. lent: how often its memory was given away or replaced, or given
+    to a grouped or fused kernel that writes. PyTorch's version does not count what is written
+    through `.data`, or by such a kernel.
     """
 
     group, values_only, lent = None, False, 0
@@ -150,8 +150,9 @@ class PartWeight(nn.Parameter):
                 "this weight is one rank's part of a layer's weight, and its norm is not the "
                 "weight's; take that of the whole weight, `to_dense()`"
             )
-        grouped = getattr(func, "__name__", "").startswith(("_foreach_", "_fused_"))
-        if grouped or func in _LENDS:
+        name = getattr(func, "__name__", "")
+        writes = name.startswith(("_foreach_", "_fused_")) and name.endswith("_")
+        if writes or func in _LENDS:
             for given in args:
                 for tensor in given if isinstance(given, list | tuple) else (given,):
                     if isinstance(tensor, cls):
